@@ -1,0 +1,1 @@
+//! gradwire-ps: a sharded parameter server and its client.

@@ -1,0 +1,21 @@
+//! gradwire-transport: moves bytes between peers. Knows no tensor, key or sum.
+//!
+//! The waist is [`Wire`]: completion-based, so that verbs, sockets, shared memory and the simulator look alike. Bytes are
+//! held in two ways: *posted* (a slice of the caller's own [`Region`], for payloads that end where they land) and *lent*
+//! (the wire's own memory, read or written in place: [`SendLoan`], [`RecvLoan`]).
+
+mod completion;
+mod config;
+mod error;
+mod peer;
+mod rank;
+mod region;
+mod wire;
+
+pub use completion::{Arrival, Completion};
+pub use config::{Config, WireChoice};
+pub use error::{LossCause, PostError, RegisterError, TransportError};
+pub use peer::{PeerId, PeerName, Tag};
+pub use rank::{Rank, WorldSize};
+pub use region::{Loan, LoanHome, Overlap, RecvLoan, Region, RegionSlice, RegionSliceMut, SendLoan};
+pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};
