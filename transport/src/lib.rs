@@ -7,15 +7,20 @@
 mod completion;
 mod config;
 mod error;
+mod frame;
+mod hello;
 mod peer;
 mod rank;
 mod region;
+pub mod tcp;
 mod wire;
 
 pub use completion::{Arrival, Completion};
 pub use config::{Config, WireChoice};
 pub use error::{LossCause, PostError, RegisterError, TransportError};
+pub use hello::Identity;
 pub use peer::{PeerId, PeerName, Tag};
 pub use rank::{Rank, WorldSize};
-pub use region::{Loan, LoanHome, Overlap, RecvLoan, Region, RegionSlice, RegionSliceMut, SendLoan};
+pub use region::{BufferHome, Loan, LoanHome, Overlap, RecvLoan, Region, RegionSlice, RegionSliceMut, SendLoan};
+pub use tcp::{Acceptance, TcpWire};
 pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};

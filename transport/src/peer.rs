@@ -14,6 +14,11 @@ impl PeerId {
     }
 }
 
+impl Tag {
+    /// Set in the tags of control messages, which always go over TCP.
+    pub const CONTROL_BIT: u64 = 1 << 63;
+}
+
 impl From<Rank> for PeerId {
     fn from(rank: Rank) -> Self {
         Self(rank.0)

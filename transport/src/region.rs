@@ -231,12 +231,18 @@ pub trait LoanHome: Send + Sync {
     fn give_back(&self, ticket: u64);
 }
 
+/// Takes a lent buffer back. One per pool of a wire whose memory is ordinary heap memory.
+pub trait BufferHome: Send + Sync {
+    /// `buffer` is free again. May come from any thread.
+    fn take_back(&self, buffer: Vec<u8>);
+}
+
 /// Memory of a wire in somebody's hands: a slot of a shared segment, a registered eager buffer, a pooled buffer.
-pub struct Loan {
-    start: NonNull<u8>,
-    bytes: usize,
-    ticket: u64,
-    home: Option<Arc<dyn LoanHome>>,
+pub struct Loan(Backing);
+
+enum Backing {
+    Slot { start: NonNull<u8>, bytes: usize, ticket: u64, home: Option<Arc<dyn LoanHome>> },
+    Buffer { buffer: Vec<u8>, bytes: usize, home: Option<Arc<dyn BufferHome>> },
 }
 
 // SAFETY: a loan is the only way to its memory until it is given back, and its home may be called from any thread.
@@ -251,37 +257,63 @@ impl Loan {
     /// The memory must be valid for reads and writes, and nobody else may write it (nor read it, for a loan that is to be
     /// written), until `home.give_back(ticket)` is called; the home must keep it alive until then.
     pub unsafe fn new(start: NonNull<u8>, bytes: usize, ticket: u64, home: Arc<dyn LoanHome>) -> Self {
-        Self { start, bytes, ticket, home: Some(home) }
+        Self(Backing::Slot { start, bytes, ticket, home: Some(home) })
     }
 
-    /// The ticket, for the wire that lent it and takes it back by `post_loan`: the home is not called.
+    /// A loan of the first `bytes` bytes of `buffer`, which goes back to `home`.
+    pub fn of_buffer(buffer: Vec<u8>, bytes: usize, home: Arc<dyn BufferHome>) -> Self {
+        assert!(bytes <= buffer.len(), "a loan lies within its buffer");
+        Self(Backing::Buffer { buffer, bytes, home: Some(home) })
+    }
+
+    /// The ticket, for the wire that lent a slot and takes it back by `post_loan`: the home is not called. 0 for a buffer.
     pub fn into_ticket(mut self) -> u64 {
-        self.home = None;
-        self.ticket
+        match &mut self.0 {
+            Backing::Slot { ticket, home, .. } => {
+                *home = None;
+                *ticket
+            }
+            Backing::Buffer { .. } => 0,
+        }
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: promised by the caller of `new`; the loan has not been given back yet.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes) }
+        match &self.0 {
+            // SAFETY: promised by the caller of `new`; the loan has not been given back yet.
+            Backing::Slot { start, bytes, .. } => unsafe { std::slice::from_raw_parts(start.as_ptr(), *bytes) },
+            Backing::Buffer { buffer, bytes, .. } => &buffer[..*bytes],
+        }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: promised by the caller of `new`; the loan has not been given back yet, and `&mut self` makes us alone.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
+        match &mut self.0 {
+            // SAFETY: promised by the caller of `new`; it has not been given back yet, and `&mut self` makes us alone.
+            Backing::Slot { start, bytes, .. } => unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), *bytes) },
+            Backing::Buffer { buffer, bytes, .. } => &mut buffer[..*bytes],
+        }
     }
 }
 
 impl Drop for Loan {
     fn drop(&mut self) {
-        if let Some(home) = self.home.take() {
-            home.give_back(self.ticket);
+        match &mut self.0 {
+            Backing::Slot { ticket, home, .. } => {
+                if let Some(home) = home.take() {
+                    home.give_back(*ticket);
+                }
+            }
+            Backing::Buffer { buffer, home, .. } => {
+                if let Some(home) = home.take() {
+                    home.take_back(std::mem::take(buffer));
+                }
+            }
         }
     }
 }
 
 impl fmt::Debug for Loan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Loan({} bytes)", self.bytes)
+        write!(f, "Loan({} bytes)", self.bytes().len())
     }
 }
 

@@ -1,0 +1,323 @@
+//! Does: one peer: its lanes, and the frames between us.
+
+use super::incoming::{Incoming, Reply};
+use super::lane::{Lane, Reading, Writing};
+use super::outgoing::{Outgoing, Payload};
+use super::pool::Pool;
+use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
+use crate::{Completion, Config, LossCause, PeerId, PeerName, Traffic, TransportError};
+use std::io::{self, ErrorKind};
+use std::net::TcpStream;
+use std::sync::Arc;
+
+/// Bytes moved on one lane before others get their turn.
+const TURN_BYTES: usize = 1 << 20;
+
+/// A peer that has said hello.
+pub(super) struct Link {
+    pub(super) name: PeerName,
+    pub(super) outgoing: Outgoing,
+    pub(super) incoming: Incoming,
+    pub(super) lanes: Vec<Lane<Payload>>,
+    pub(super) lost: Option<TransportError>,
+    sent: (u64, u64),
+    window: usize,
+    max_message_bytes: usize,
+    max_unmatched: usize,
+    said_goodbye: bool,
+    heard_goodbye: bool,
+}
+
+impl Link {
+    pub(super) fn new(peer: PeerId, name: PeerName, streams: Vec<TcpStream>, config: &Config, pool: Arc<Pool>) -> Self {
+        Self {
+            name,
+            outgoing: Outgoing::new(config.window_bytes),
+            incoming: Incoming::new(peer, pool),
+            lanes: streams.into_iter().map(Lane::new).collect(),
+            lost: None,
+            sent: (0, 0),
+            window: config.window_bytes,
+            max_message_bytes: config.max_message_bytes,
+            max_unmatched: config.queue_depth,
+            said_goodbye: false,
+            heard_goodbye: false,
+        }
+    }
+
+    pub(super) fn traffic(&self) -> Traffic {
+        Traffic {
+            sent_bytes: self.sent.0,
+            sent_messages: self.sent.1,
+            received_bytes: self.incoming.received.0,
+            received_messages: self.incoming.received.1,
+        }
+    }
+
+    /// Whether bytes wait for a socket to take them.
+    pub(super) fn wants_to_write(&self) -> bool {
+        !self.outgoing.is_idle() || self.lanes.iter().any(|lane| lane.writing.is_some())
+    }
+
+    /// Answers the peer about a message that has met its receive.
+    pub(super) fn reply(&mut self, reply: Option<Reply>) {
+        match reply {
+            Some(Reply::Grant(id)) => self.outgoing.control(Header::control(Kind::Grant, id, 0), Vec::new()),
+            Some(Reply::Refuse(id, capacity)) => {
+                self.outgoing.control(Header::control(Kind::Refuse, id, capacity as u64), Vec::new());
+            }
+            None => {}
+        }
+    }
+
+    /// Says goodbye after everything that has been posted.
+    pub(super) fn say_goodbye(&mut self) {
+        if !self.said_goodbye {
+            self.said_goodbye = true;
+            self.outgoing.control(Header::control(Kind::Goodbye, 0, 0), Vec::new());
+        }
+    }
+
+    /// Moves what the sockets give and take; whether anything moved.
+    pub(super) fn progress(&mut self, done: &mut Vec<Completion>) -> bool {
+        let before = done.len();
+        if self.lost.is_some() {
+            // What came whole before the end can still be received.
+            self.incoming.report(&self.name, done);
+            return done.len() > before;
+        }
+        // What the peer said before it went is taken first: it may tell why.
+        let moved = self.read_lanes().and_then(|read| self.write_lanes().map(|wrote| read || wrote));
+        self.outgoing.report(done);
+        self.incoming.report(&self.name, done);
+        match moved {
+            Ok(moved) => moved || done.len() > before,
+            Err(cause) => {
+                self.fail(cause, done);
+                true
+            }
+        }
+    }
+
+    /// Writes what the sockets take now.
+    pub(super) fn write_lanes(&mut self) -> Result<bool, LossCause> {
+        if self.incoming.credit_due >= self.window as u64 / 4 {
+            let credit = std::mem::take(&mut self.incoming.credit_due);
+            self.outgoing.control(Header::control(Kind::Credit, 0, credit), Vec::new());
+        }
+        let mut moved = false;
+        for at in 0..self.lanes.len() {
+            let mut budget = TURN_BYTES;
+            while budget > 0 {
+                let lane = &mut self.lanes[at];
+                let mut writing = match lane.writing.take() {
+                    Some(writing) => writing,
+                    None => match self.outgoing.next(at) {
+                        Some((header, payload)) => Writing { header: header.encode(), payload, written: 0 },
+                        None => break,
+                    },
+                };
+                let result = lane.write(&writing.header, &writing.payload, writing.written);
+                match result {
+                    Ok(Some(written)) => {
+                        moved = true;
+                        budget = budget.saturating_sub(written - writing.written);
+                        writing.written = written;
+                        if written < HEADER_BYTES + writing.payload.len() {
+                            lane.writing = Some(writing);
+                        } else if let Some(bytes) = self.outgoing.written(writing.payload) {
+                            self.sent.0 += bytes as u64;
+                            self.sent.1 += 1;
+                        }
+                    }
+                    Ok(None) => {
+                        lane.writing = Some(writing);
+                        break;
+                    }
+                    Err(error) => {
+                        lane.writing = Some(writing);
+                        return Err(broken(error));
+                    }
+                }
+            }
+        }
+        Ok(moved)
+    }
+
+    fn read_lanes(&mut self) -> Result<bool, LossCause> {
+        let mut moved = false;
+        for at in 0..self.lanes.len() {
+            let mut budget = TURN_BYTES;
+            while budget > 0 && !self.lanes[at].ended {
+                self.take_ahead(at)?;
+                let lane = &mut self.lanes[at];
+                let result = match lane.reading {
+                    Some(Reading { landing, offset, left }) => match self.incoming.space(landing, offset, left) {
+                        Some(space) => lane.read(space),
+                        None => lane.read(&mut []),
+                    },
+                    None => lane.read(&mut []),
+                };
+                match result {
+                    Ok(Some(filled)) => {
+                        moved = true;
+                        budget = budget.saturating_sub(filled.max(HEADER_BYTES));
+                        self.advance(at, filled);
+                    }
+                    Ok(None) => break,
+                    Err(error) if self.heard_goodbye && error.kind() == ErrorKind::UnexpectedEof => {
+                        self.lanes[at].ended = true;
+                    }
+                    Err(error) => return Err(broken(error)),
+                }
+            }
+            self.take_ahead(at)?;
+        }
+        // A goodbye is heard on one lane; what was sent before it may still be on the others.
+        if self.heard_goodbye && self.lanes.iter().all(|lane| lane.ended) {
+            return Err(LossCause::Goodbye);
+        }
+        Ok(moved)
+    }
+
+    /// Takes all that has been read ahead on a lane: headers, and payloads.
+    fn take_ahead(&mut self, at: usize) -> Result<(), LossCause> {
+        loop {
+            let lane = &mut self.lanes[at];
+            if let Some(Reading { landing, offset, left }) = lane.reading {
+                let taken = match self.incoming.space(landing, offset, left) {
+                    Some(space) => lane.take_ahead(space),
+                    None => lane.skip_ahead(left),
+                };
+                if taken == 0 {
+                    return Ok(());
+                }
+                self.advance(at, taken);
+            } else if let Some(bytes) = lane.next_header() {
+                let header = Header::decode(&bytes, self.max_message_bytes).map_err(|error| protocol(&error))?;
+                self.on_header(at, &header)?;
+            } else {
+                return Ok(());
+            }
+        }
+    }
+
+    fn advance(&mut self, at: usize, bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
+        if let Some(reading) = &mut self.lanes[at].reading {
+            reading.offset += bytes;
+            reading.left -= bytes;
+            let (landing, left) = (reading.landing, reading.left);
+            if left == 0 {
+                self.lanes[at].reading = None;
+            }
+            self.incoming.came(landing, bytes);
+        }
+    }
+
+    fn on_header(&mut self, at: usize, header: &Header) -> Result<(), LossCause> {
+        let unknown =
+            || LossCause::Protocol(format!("a {:?} for message {}, which is not under way", header.kind, header.id));
+        match header.kind {
+            Kind::Eager | Kind::Announce => {
+                if self.incoming.unmatched() > self.max_unmatched {
+                    return Err(LossCause::Protocol(format!(
+                        "more than {} messages that nobody waits for",
+                        self.max_unmatched
+                    )));
+                }
+                let (landing, reply) = self.incoming.begin(header, header.kind == Kind::Eager);
+                self.reply(reply);
+                if header.length > 0 {
+                    self.lanes[at].reading = Some(Reading { landing, offset: 0, left: header.length as usize });
+                }
+            }
+            Kind::Data => {
+                let landing = self.incoming.granted(header.id, header.note, header.length).ok_or_else(unknown)?;
+                let offset = usize::try_from(header.note).map_err(|_| unknown())?;
+                if header.length > 0 {
+                    self.lanes[at].reading = Some(Reading { landing, offset, left: header.length as usize });
+                }
+            }
+            Kind::Grant => self.outgoing.on_grant(header.id).ok_or_else(unknown)?,
+            Kind::Refuse => {
+                let (serial, to, bytes) = self.outgoing.on_refuse(header.id).ok_or_else(unknown)?;
+                let capacity = usize::try_from(header.total).unwrap_or(usize::MAX);
+                let peer = Box::new(self.name.clone());
+                self.outgoing.fail(serial, TransportError::MessageTooLong { peer, tag: to.tag, bytes, capacity });
+            }
+            Kind::Credit => self.outgoing.on_credit(header.total, self.window).ok_or_else(unknown)?,
+            Kind::Goodbye => {
+                self.heard_goodbye = true;
+                self.lanes[at].ended = true;
+            }
+            Kind::Abort => return Err(LossCause::Aborted(self.read_text(at, header.length as usize))),
+        }
+        Ok(())
+    }
+
+    /// The text behind an abort, as far as it has come.
+    fn read_text(&mut self, at: usize, length: usize) -> String {
+        let mut text = vec![0; length];
+        let mut have = self.lanes[at].take_ahead(&mut text);
+        while have < length {
+            match self.lanes[at].read(&mut text[have..]) {
+                Ok(Some(more)) if more > 0 => have += more,
+                _ => break,
+            }
+        }
+        String::from_utf8_lossy(&text[..have]).into_owned()
+    }
+
+    /// Tells the peer why we give up, where the socket takes it at once, and ends everything.
+    pub(super) fn abort(&mut self, error: TransportError, done: &mut Vec<Completion>) {
+        if self.lost.is_some() {
+            return;
+        }
+        let mut text = error.to_string();
+        if let TransportError::PeerLost { cause: LossCause::Aborted(reason), .. } = &error {
+            text.clone_from(reason);
+        }
+        let end = (0..=text.len().min(crate::frame::MAX_TEXT_BYTES)).rev().find(|&end| text.is_char_boundary(end));
+        text.truncate(end.unwrap_or(0));
+        let length = u32::try_from(text.len()).expect("the text was cut");
+        self.outgoing.control(Header { length, ..Header::control(Kind::Abort, 0, 0) }, text.into_bytes());
+        // The peer learns of the end by the closed connection in any case.
+        let _ = self.write_lanes();
+        self.end(error, done);
+    }
+
+    /// Ends everything.
+    pub(super) fn fail(&mut self, cause: LossCause, done: &mut Vec<Completion>) {
+        if self.lost.is_some() {
+            return;
+        }
+        let error = TransportError::PeerLost { peer: Box::new(self.name.clone()), cause };
+        self.end(error, done);
+    }
+
+    fn end(&mut self, error: TransportError, done: &mut Vec<Completion>) {
+        done.push(Completion::PeerDown { peer: self.incoming_peer(), error: error.clone() });
+        let writing = self.lanes.drain(..).filter_map(|lane| lane.writing.map(|writing| writing.payload)).collect();
+        self.outgoing.end_all(writing, &error, done);
+        self.incoming.end_all(&self.name, &error, done);
+        self.lost = Some(error);
+    }
+
+    fn incoming_peer(&self) -> PeerId {
+        self.incoming.peer()
+    }
+}
+
+fn broken(error: io::Error) -> LossCause {
+    match error.kind() {
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => LossCause::Closed,
+        _ => LossCause::Io(Arc::new(error)),
+    }
+}
+
+fn protocol(error: &FrameError) -> LossCause {
+    LossCause::Protocol(error.to_string())
+}

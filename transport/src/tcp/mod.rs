@@ -1,0 +1,191 @@
+//! Does: the TCP wire. Non-blocking sockets, bytes read straight into posted slices and written straight from them.
+
+mod accept;
+mod handshake;
+mod incoming;
+mod lane;
+mod link;
+mod options;
+mod outgoing;
+mod pool;
+mod wire;
+
+pub use accept::Acceptance;
+
+use crate::hello::Identity;
+use crate::{Completion, Config, PeerId, PeerName, Rank, TransportError, WorldSize};
+use accept::Entrance;
+use handshake::{CallError, Me};
+use link::Link;
+use pool::Pool;
+use rustix::event::EventfdFlags;
+use rustix::fd::OwnedFd;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Longest wait for one address before the next is tried.
+const PER_ADDRESS: Duration = Duration::from_secs(3);
+/// Pause before all addresses are tried again.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// The TCP wire of one group, server or client.
+pub struct TcpWire {
+    config: Config,
+    me: Me,
+    entrance: Entrance,
+    links: Vec<Option<Box<Link>>>,
+    identities: Vec<Option<Identity>>,
+    pool: Arc<Pool>,
+    bell: Arc<Bell>,
+    pending: Vec<Completion>,
+    turns: u32,
+}
+
+/// Wakes a parked wire.
+struct Bell(OwnedFd);
+
+impl crate::Wake for Bell {
+    fn wake(&self) {
+        // A counter that is full wakes as well.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+impl TcpWire {
+    /// A wire without peers.
+    ///
+    /// # Errors
+    /// `Io` when the system gives no event descriptor.
+    pub fn new(config: &Config, me: Identity, accept: Acceptance) -> Result<Self, TransportError> {
+        let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|error| TransportError::io("create an event descriptor", error))?;
+        Ok(Self {
+            me: Me { identity: me, token: config.token.clone().unwrap_or_default() },
+            entrance: Entrance::new(accept),
+            links: Vec::new(),
+            identities: Vec::new(),
+            pool: Arc::new(Pool::default()),
+            bell: Arc::new(Bell(bell)),
+            pending: Vec::new(),
+            turns: 0,
+            config: config.clone(),
+        })
+    }
+
+    /// Listens at `address`; port 0 takes any free port of `config.port_range`. May be called for several addresses.
+    ///
+    /// # Errors
+    /// `Io` when the address cannot be had.
+    pub fn listen(&mut self, address: SocketAddr) -> Result<SocketAddr, TransportError> {
+        self.entrance.listen(address, self.config.port_range)
+    }
+
+    /// Connects to the process at one of `addresses` and makes it `peer`, trying them again until the deadline.
+    ///
+    /// # Errors
+    /// `Authentication`; `Unreachable` with all addresses and the last reason. With `expect_nonce`, an address at which
+    /// another process listens is passed over, and named as stale.
+    pub fn dial(
+        &mut self,
+        peer: PeerId,
+        expect_nonce: Option<u64>,
+        addresses: &[SocketAddr],
+        deadline: Instant,
+    ) -> Result<(), TransportError> {
+        let mut reason = "no address is known".to_owned();
+        loop {
+            for &address in addresses {
+                match self.dial_one(peer, expect_nonce.unwrap_or(0), address, deadline) {
+                    Ok(()) => return Ok(()),
+                    Err(CallError::Final(error)) => return Err(error),
+                    Err(CallError::Stale) => reason = format!("{address}: the process wanted is no longer there"),
+                    Err(CallError::Io(error)) => reason = format!("{address}: {error}"),
+                }
+            }
+            if Instant::now() + AGAIN >= deadline || addresses.is_empty() {
+                let who = format!("peer {}", peer.0);
+                return Err(TransportError::Unreachable { who, addresses: addresses.to_vec(), reason });
+            }
+            std::thread::sleep(AGAIN);
+        }
+    }
+
+    /// Who `peer` said it is.
+    pub fn identity(&self, peer: PeerId) -> Option<&Identity> {
+        self.identities.get(peer.index())?.as_ref()
+    }
+
+    /// Where this wire listens.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.entrance.addresses()
+    }
+
+    fn dial_one(&mut self, peer: PeerId, wants: u64, address: SocketAddr, deadline: Instant) -> Result<(), CallError> {
+        let deadline = deadline.min(Instant::now() + PER_ADDRESS);
+        let lanes = u16::try_from(self.config.lanes.clamp(1, 64)).unwrap_or(1);
+        let mut streams = Vec::new();
+        let mut told = None;
+        for lane in 0..lanes {
+            let (stream, identity) = handshake::call(&self.me, address, wants, (lane, lanes), deadline)?;
+            streams.push(stream);
+            told = Some(identity);
+        }
+        if let Some(identity) = told {
+            self.install(peer, identity, address, streams);
+        }
+        Ok(())
+    }
+
+    fn install(&mut self, peer: PeerId, identity: Identity, address: SocketAddr, streams: Vec<TcpStream>) {
+        let name = PeerName {
+            rank: identity.rank,
+            host: identity.host.clone(),
+            pid: identity.pid,
+            address: address.to_string(),
+        };
+        let at = peer.index();
+        if self.links.len() <= at {
+            self.links.resize_with(at + 1, || None);
+            self.identities.resize_with(at + 1, || None);
+        }
+        let link = Link::new(peer, name, streams, &self.config, Arc::clone(&self.pool));
+        self.links[at] = Some(Box::new(link));
+        self.identities[at] = Some(identity);
+    }
+
+    fn link(&mut self, peer: PeerId) -> Result<&mut Link, TransportError> {
+        match self.links.get_mut(peer.index()) {
+            Some(Some(link)) => Ok(link),
+            _ => Err(TransportError::UnknownPeer(peer.0)),
+        }
+    }
+}
+
+/// Two wires of one process, joined over loopback: for tests and measurements.
+///
+/// # Errors
+/// As [`TcpWire::dial`].
+pub fn pair(a: &Config, b: &Config) -> Result<(TcpWire, TcpWire), TransportError> {
+    let identity = |rank| Identity {
+        rank: Some(Rank(rank)),
+        host: "localhost".to_owned(),
+        pid: std::process::id(),
+        boot_id: String::new(),
+        nonce: u64::from(rank) + 1,
+    };
+    let accept = Acceptance::Ranks(WorldSize::new(2).expect("two is a size"));
+    let mut a = TcpWire::new(a, identity(0), accept)?;
+    let mut b = TcpWire::new(b, identity(1), accept)?;
+    let address = a.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
+    std::thread::scope(|scope| {
+        let dialled = scope.spawn(|| b.dial(PeerId(0), Some(1), &[address], Instant::now() + PER_ADDRESS));
+        let mut done = Vec::new();
+        while !dialled.is_finished() || !a.entrance.is_empty() {
+            crate::Wire::poll(&mut a, Instant::now(), &mut done);
+            std::thread::yield_now();
+        }
+        dialled.join().expect("dialling does not panic")
+    })?;
+    Ok((a, b))
+}

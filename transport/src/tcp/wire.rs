@@ -1,0 +1,261 @@
+//! Does: the waist, for TCP.
+
+use super::incoming::Receive;
+use super::outgoing::Cargo;
+use super::{Link, TcpWire};
+use crate::region::Loan;
+use crate::{
+    Completion, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
+    RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
+};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// With more peers than this, the wire asks the system who has something before it reads.
+const FEW: usize = 8;
+/// How often the listeners are looked at while the wire is polled.
+const DOOR_TURNS: u32 = 64;
+/// Longest message that can be lent.
+const LOAN_BYTES: usize = 4 << 20;
+/// How long a closed connection's last bytes are waited for.
+const LINGER: Duration = Duration::from_millis(100);
+
+impl TcpWire {
+    fn room(&self, peer: PeerId, queued: usize) -> Result<(), TransportError> {
+        if queued < self.config.queue_depth {
+            return Ok(());
+        }
+        Err(TransportError::QueueFull { peer: Box::new(self.name(peer)), queued })
+    }
+
+    /// Whether an operation with `peer` can be posted.
+    fn ready(&mut self, peer: PeerId, sends: bool) -> Result<&mut Link, TransportError> {
+        let link = self.link(peer)?;
+        if let Some(lost) = &link.lost
+            && sends
+        {
+            return Err(lost.clone());
+        }
+        let queued = if sends { link.outgoing.len() } else { link.incoming.len() };
+        self.room(peer, queued)?;
+        self.link(peer)
+    }
+
+    fn post_cargo(&mut self, to: Envelope, cargo: Cargo) -> Result<(), (TransportError, Cargo)> {
+        let result = self.ready(to.peer, true);
+        match result {
+            Ok(link) => {
+                let idle = !link.wants_to_write();
+                link.outgoing.push(to, cargo);
+                if idle {
+                    // At once, where nothing is before it: this is what a small message's latency is made of.
+                    let _ = link.write_lanes();
+                }
+                Ok(())
+            }
+            Err(error) => Err((error, cargo)),
+        }
+    }
+
+    fn post_receive(&mut self, peer: PeerId, tag: Tag, receive: Receive) -> Result<(), (TransportError, Receive)> {
+        match self.ready(peer, false) {
+            Ok(link) if link.lost.is_some() && link.incoming.probe(tag).is_none() => {
+                Err((link.lost.clone().unwrap_or(TransportError::Closed), receive))
+            }
+            Ok(link) => {
+                let reply = link.incoming.post(tag, receive);
+                link.reply(reply);
+                Ok(())
+            }
+            Err(error) => Err((error, receive)),
+        }
+    }
+
+    fn let_in(&mut self, now: Instant) {
+        let live = self.links.iter().flatten().filter(|link| link.lost.is_none()).count();
+        let links = &self.links;
+        let taken = |peer: PeerId| links.get(peer.index()).is_some_and(Option::is_some);
+        for arrived in self.entrance.advance(&self.me, now, live, taken) {
+            if arrived.streams.iter().all(|stream| stream.set_nonblocking(true).is_ok()) {
+                self.install(arrived.peer, arrived.identity, arrived.address, arrived.streams);
+                self.pending.push(Completion::PeerUp(arrived.peer));
+            }
+        }
+    }
+
+    /// Descriptors to sleep on, with what to wait for: the bell, the door, every lane.
+    fn poll_fds(&self) -> Vec<PollFd<'_>> {
+        let mut fds = vec![PollFd::new(&self.bell.0, PollFlags::IN)];
+        fds.extend(self.entrance.listeners().map(|listener| PollFd::new(listener, PollFlags::IN)));
+        fds.extend(self.entrance.guest_streams().map(|stream| PollFd::new(stream, PollFlags::IN)));
+        for link in self.links.iter().flatten() {
+            let wants = link.wants_to_write();
+            for lane in &link.lanes {
+                let blocked = wants && (lane.writing.is_some() || !link.outgoing.is_idle());
+                let flags = if blocked { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+                fds.push(PollFd::new(&lane.stream, flags));
+            }
+        }
+        fds
+    }
+
+    /// Which links have something to read or write, by the system's word.
+    fn busy_links(&self) -> Vec<bool> {
+        let mut fds = self.poll_fds();
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let _ = rustix::event::poll(&mut fds, Some(&zero));
+        let lanes = fds.len() - self.links.iter().flatten().map(|link| link.lanes.len()).sum::<usize>();
+        let mut ready = fds[lanes..].iter().map(|fd| !fd.revents().is_empty());
+        self.links
+            .iter()
+            .map(|link| {
+                let Some(link) = link else { return false };
+                let any = ready.by_ref().take(link.lanes.len()).fold(false, |any, ready| any | ready);
+                any || link.wants_to_write()
+            })
+            .collect()
+    }
+}
+
+impl Wire for TcpWire {
+    fn kind(&self, _peer: PeerId) -> WireKind {
+        WireKind::Tcp
+    }
+
+    fn name(&self, peer: PeerId) -> PeerName {
+        match self.links.get(peer.index()) {
+            Some(Some(link)) => link.name.clone(),
+            _ => PeerName { rank: None, host: "unknown".to_owned(), pid: 0, address: "unknown".to_owned() },
+        }
+    }
+
+    fn traffic(&self, peer: PeerId) -> Traffic {
+        self.links.get(peer.index()).and_then(Option::as_ref).map(|link| link.traffic()).unwrap_or_default()
+    }
+
+    fn register(&mut self, _region: &Arc<Region>) -> Result<(), RegisterError> {
+        Ok(())
+    }
+
+    fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {
+        self.post_cargo(to, Cargo::Slice(slice)).map_err(|(error, cargo)| match cargo {
+            Cargo::Slice(slice) => PostError { error, slice },
+            Cargo::Loan(_) => unreachable!("a slice was posted"),
+        })
+    }
+
+    fn post_recv(&mut self, peer: PeerId, tag: Tag, slice: RegionSliceMut) -> Result<(), PostError<RegionSliceMut>> {
+        self.post_receive(peer, tag, Receive::Slice(slice)).map_err(|(error, receive)| match receive {
+            Receive::Slice(slice) => PostError { error, slice },
+            Receive::Loan(_) => unreachable!("a slice was posted"),
+        })
+    }
+
+    fn post_recv_loan(&mut self, peer: PeerId, tag: Tag, max_bytes: usize) -> Result<(), PostError<()>> {
+        self.post_receive(peer, tag, Receive::Loan(max_bytes)).map_err(|(error, _)| PostError { error, slice: () })
+    }
+
+    fn lend(&mut self, _peer: PeerId, bytes: usize) -> Option<SendLoan> {
+        let home: Arc<dyn crate::region::BufferHome> = Arc::clone(&self.pool) as _;
+        (bytes <= LOAN_BYTES).then(|| SendLoan(Loan::of_buffer(self.pool.take(bytes), bytes, home)))
+    }
+
+    fn max_loan_bytes(&self) -> usize {
+        LOAN_BYTES
+    }
+
+    fn post_loan(&mut self, to: Envelope, loan: SendLoan) -> Result<(), PostError<()>> {
+        self.post_cargo(to, Cargo::Loan(loan)).map_err(|(error, _)| PostError { error, slice: () })
+    }
+
+    fn probe(&mut self, tag: Tag) -> Option<Probe> {
+        self.links.iter().flatten().find_map(|link| link.incoming.probe(tag)).map(|(from, bytes)| Probe { from, bytes })
+    }
+
+    fn cancel_recvs(&mut self, peer: PeerId, tag: Tag) {
+        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+            link.incoming.cancel(tag, &TransportError::Cancelled, &mut self.pending);
+        }
+    }
+
+    fn disconnect(&mut self, peer: PeerId, error: TransportError) {
+        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+            link.abort(error, &mut self.pending);
+        }
+    }
+
+    fn poll(&mut self, now: Instant, done: &mut Vec<Completion>) {
+        self.turns = self.turns.wrapping_add(1);
+        if self.entrance.is_open()
+            && (!self.entrance.is_empty() || self.turns.is_multiple_of(DOOR_TURNS) || self.links.is_empty())
+        {
+            self.let_in(now);
+        }
+        done.append(&mut self.pending);
+        if self.links.len() <= FEW {
+            for link in self.links.iter_mut().flatten() {
+                link.progress(done);
+            }
+        } else {
+            let busy = self.busy_links();
+            for (link, _) in self.links.iter_mut().zip(busy).filter(|(_, busy)| *busy) {
+                if let Some(link) = link {
+                    link.progress(done);
+                }
+            }
+        }
+    }
+
+    fn park(&mut self, until: Instant) {
+        let until = self.entrance.deadline().map_or(until, |deadline| until.min(deadline));
+        let wait = until.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        let mut fds = self.poll_fds();
+        // Interrupted or refused, the caller polls and comes back.
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        let rung = !fds[0].revents().is_empty();
+        drop(fds);
+        if rung {
+            let mut counter = [0; 8];
+            // Empty already: another wake-up has taken it.
+            let _ = rustix::io::read(&self.bell.0, &mut counter);
+        }
+        // Whoever stands at the door is let in at the next poll.
+        self.turns = DOOR_TURNS - 1;
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::clone(&self.bell) as _
+    }
+
+    fn shutdown(&mut self, until: Instant) {
+        for link in self.links.iter_mut().flatten() {
+            link.say_goodbye();
+        }
+        let mut done = Vec::new();
+        while Instant::now() < until
+            && self.links.iter().flatten().any(|link| link.lost.is_none() && link.wants_to_write())
+        {
+            self.poll(Instant::now(), &mut done);
+            done.clear();
+            self.park(until.min(Instant::now() + Duration::from_millis(10)));
+        }
+        let lanes = || self.links.iter().flatten().flat_map(|link| &link.lanes);
+        for lane in lanes() {
+            // Already gone: nothing to close.
+            let _ = lane.stream.shutdown(Shutdown::Write);
+        }
+        // Closing with bytes unread would cut off what we sent last; a peer that reads our goodbye closes its end.
+        let until = until.min(Instant::now() + LINGER);
+        while Instant::now() < until && self.links.iter().flatten().any(|link| link.lost.is_none()) {
+            self.poll(Instant::now(), &mut done);
+            done.clear();
+            self.park(until.min(Instant::now() + Duration::from_millis(5)));
+        }
+        for link in self.links.iter_mut().flatten() {
+            link.fail(LossCause::Goodbye, &mut done);
+        }
+    }
+}
