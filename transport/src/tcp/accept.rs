@@ -157,7 +157,7 @@ impl Entrance {
     ) -> Option<Arrived> {
         let rank = hello.identity.rank.map(PeerId::from);
         match (self.accept, rank) {
-            (Acceptance::Ranks(size), Some(peer)) if peer.0 < size.get() && !taken(peer) => {}
+            (Acceptance::Ranks(size), Some(peer)) if peer.0 < size.get() && hello.wants != 0 && !taken(peer) => {}
             (Acceptance::Anyone { max_peers }, _) if peers + self.parties.len() < max_peers => {}
             (Acceptance::Anyone { .. }, _) => {
                 guest.turn_away();

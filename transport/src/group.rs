@@ -1,0 +1,309 @@
+//! Does: forms a group: ranks meet at the store, connect each to each, and find out who shares a host.
+
+use crate::rendezvous::{HostIdentity, InterfaceFilter, Record, Store, addresses};
+use crate::select::{self, Locality};
+use crate::shm::{GroupSegment, SegmentOffer};
+use crate::{
+    Acceptance, Completion, Config, Envelope, Identity, PeerId, PeerName, Rank, Region, Tag, TcpWire, TransportError,
+    Wire, WireKind, WorldSize,
+};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long one record's addresses are tried before the record is read again: a restarted rank leaves a new one.
+const TRY: Duration = Duration::from_millis(500);
+/// The conversations of a group's making.
+const OFFER: Tag = Tag(Tag::CONTROL_BIT | 1);
+const ANSWER: Tag = Tag(Tag::CONTROL_BIT | 2);
+const DECISION: Tag = Tag(Tag::CONTROL_BIT | 3);
+const MAX_TEXT: usize = 512;
+
+/// What a group is formed from.
+pub struct GroupSpec {
+    /// Tells groups in one store apart.
+    pub name: String,
+    /// This process's rank.
+    pub rank: Rank,
+    /// The number of ranks.
+    pub world_size: WorldSize,
+    /// Where all meet.
+    pub store: Arc<dyn Store>,
+    /// Settings, alike on all ranks.
+    pub config: Config,
+}
+
+/// The way to one other rank.
+#[derive(Clone, Debug)]
+pub struct Link {
+    /// Who.
+    pub peer: PeerName,
+    /// By which wire.
+    pub kind: WireKind,
+    /// Why by this one.
+    pub reason: String,
+}
+
+/// A group that is complete.
+pub struct Group {
+    /// The wire, on which peer i is rank i.
+    pub wire: Box<dyn Wire>,
+    /// This process's rank.
+    pub rank: Rank,
+    /// The number of ranks.
+    pub world_size: WorldSize,
+    /// Every rank's name, by rank.
+    pub members: Vec<PeerName>,
+    /// The way to every other rank.
+    pub links: Vec<Link>,
+    /// The memory that all share, where all are on one host.
+    pub segment: Option<GroupSegment>,
+}
+
+/// Forms the group; returns once every rank is connected to every other.
+///
+/// # Errors
+/// `Timeout` naming the ranks that did not come, and where they were looked for; `Authentication` for another token;
+/// `Config` for a wire that was asked for and cannot be had.
+pub fn form_group(spec: GroupSpec, deadline: Instant) -> Result<Group, TransportError> {
+    let mut forming = Forming::begin(spec)?;
+    forming.publish()?;
+    let began = Instant::now();
+    for rank in forming.spec.world_size.ranks().take(forming.spec.rank.index()) {
+        forming.dial(rank, began, deadline)?;
+    }
+    forming.accept(began, deadline)?;
+    let shared = forming.share(deadline)?;
+    Ok(forming.finish(shared))
+}
+
+struct Forming {
+    spec: GroupSpec,
+    home: HostIdentity,
+    nonce: u64,
+    wire: TcpWire,
+    here: Vec<bool>,
+    done: Vec<Completion>,
+}
+
+impl Forming {
+    fn begin(spec: GroupSpec) -> Result<Self, TransportError> {
+        let home = home();
+        let mut nonce = [0; 8];
+        getrandom::fill(&mut nonce).expect("the system gives random bytes");
+        let nonce = u64::from_le_bytes(nonce) | 1;
+        let identity = Identity {
+            rank: Some(spec.rank),
+            host: home.host.clone(),
+            pid: std::process::id(),
+            boot_id: home.boot_id.clone(),
+            nonce,
+        };
+        let wire = TcpWire::new(&spec.config, identity, Acceptance::Ranks(spec.world_size))?;
+        let here = vec![false; spec.world_size.get() as usize];
+        Ok(Self { spec, home, nonce, wire, here, done: Vec::new() })
+    }
+
+    /// Listens, and tells the others where.
+    fn publish(&mut self) -> Result<(), TransportError> {
+        if self.spec.world_size.get() == 1 {
+            return Ok(());
+        }
+        let filter = self.spec.config.socket_ifname.as_deref().map(InterfaceFilter::parse).unwrap_or_default();
+        let all = addresses(&filter)?;
+        let six = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
+        let four = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let (port, only_four) = match self.wire.listen(six) {
+            Ok(address) => (address.port(), false),
+            Err(_) => (self.wire.listen(four)?.port(), true),
+        };
+        let usable = all.into_iter().filter(|ip: &IpAddr| ip.is_ipv4() || !only_four);
+        let addresses = usable.map(|ip| SocketAddr::new(ip, port)).collect();
+        let record = Record { home: self.home.clone(), pid: std::process::id(), nonce: self.nonce, addresses };
+        self.spec.store.set(&self.key(self.spec.rank), &record.encode())
+    }
+
+    fn key(&self, rank: Rank) -> String {
+        format!("gradwire/{}/{}", self.spec.name, rank.0)
+    }
+
+    /// Connects to a lower rank, reading its record again until it is that of a process that is there.
+    fn dial(&mut self, rank: Rank, began: Instant, deadline: Instant) -> Result<(), TransportError> {
+        let mut tried = String::new();
+        loop {
+            let Ok(bytes) = self.spec.store.get(&self.key(rank), deadline) else {
+                return Err(self.absent(&[rank], "it left no address in the store", began));
+            };
+            if let Some(record) = Record::decode(&bytes) {
+                let addresses = record.addresses_from(&self.home);
+                let until = deadline.min(Instant::now() + TRY);
+                match self.wire.dial(rank.into(), Some(record.nonce), &addresses, until) {
+                    Ok(()) => {
+                        self.here[rank.index()] = true;
+                        return Ok(());
+                    }
+                    Err(error @ TransportError::Authentication { .. }) => return Err(error),
+                    Err(error) => tried = format!("pid {} on {}: {error}", record.pid, record.home.host),
+                }
+            }
+            // Others may be calling us meanwhile.
+            self.poll();
+            if Instant::now() >= deadline {
+                return Err(self.absent(&[rank], &tried, began));
+            }
+        }
+    }
+
+    /// Waits for the higher ranks.
+    fn accept(&mut self, began: Instant, deadline: Instant) -> Result<(), TransportError> {
+        self.here[self.spec.rank.index()] = true;
+        loop {
+            self.poll();
+            let missing: Vec<Rank> = self.spec.world_size.ranks().filter(|rank| !self.here[rank.index()]).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(self.absent(&missing, "they did not connect to us", began));
+            }
+            self.wire.park(deadline.min(Instant::now() + Duration::from_millis(100)));
+        }
+    }
+
+    fn absent(&self, ranks: &[Rank], why: &str, began: Instant) -> TransportError {
+        let who: Vec<String> = ranks.iter().map(ToString::to_string).collect();
+        let what = format!(
+            "{} of group {} ({} ranks): {why}. Are they running, with the same world size and store? Does a firewall stand \
+             between (GRADWIRE_PORT_RANGE), or must another interface be used (GRADWIRE_SOCKET_IFNAME)?",
+            who.join(", "),
+            self.spec.name,
+            self.spec.world_size.get()
+        );
+        TransportError::Timeout { what, waited: began.elapsed() }
+    }
+
+    fn poll(&mut self) {
+        let mut done = Vec::new();
+        self.wire.poll(Instant::now(), &mut done);
+        for completion in done {
+            match completion {
+                Completion::PeerUp(peer) => self.here[peer.index()] = true,
+                other => self.done.push(other),
+            }
+        }
+    }
+
+    /// Finds out who shares this host; where all do, makes the segment that all share.
+    fn share(&mut self, deadline: Instant) -> Result<(Option<GroupSegment>, Locality), TransportError> {
+        let (rank, size) = (self.spec.rank, self.spec.world_size);
+        let boots: Vec<String> = size.ranks().map(|other| self.boot_id(other)).collect();
+        if let Some(locality) = select::before_proof(self.spec.config.wire, &boots) {
+            select::check(self.spec.config.wire, &locality)?;
+            return Ok((None, locality));
+        }
+        let (mut segment, mut refusal) = (None, String::new());
+        if rank == Rank(0) {
+            let made = GroupSegment::create(size);
+            let offer = made.as_ref().map_or_else(|error| format!("!{error}"), |made| encode_offer(&made.offer()));
+            size.ranks().skip(1).try_for_each(|other| self.say(other, OFFER, &offer))?;
+            for other in size.ranks().skip(1) {
+                let answer = self.hear(other, ANSWER, deadline)?;
+                if !answer.is_empty() {
+                    refusal = format!("{other}: {answer}");
+                }
+            }
+            size.ranks().skip(1).try_for_each(|other| self.say(other, DECISION, &refusal))?;
+            segment = made.ok();
+        } else {
+            let offer = self.hear(Rank(0), OFFER, deadline)?;
+            let opened = match decode_offer(&offer) {
+                Some(offer) => GroupSegment::open(&offer, rank, size).map_err(|error| error.to_string()),
+                None => Err(offer),
+            };
+            self.say(Rank(0), ANSWER, opened.as_ref().err().map_or("", String::as_str))?;
+            refusal = self.hear(Rank(0), DECISION, deadline)?;
+            segment = opened.ok().or(segment);
+        }
+        let locality = select::after_proof(&refusal);
+        select::check(self.spec.config.wire, &locality)?;
+        Ok((segment.filter(|_| locality.shared), locality))
+    }
+
+    fn boot_id(&self, rank: Rank) -> String {
+        match self.wire.identity(rank.into()) {
+            Some(identity) => identity.boot_id.clone(),
+            None => self.home.boot_id.clone(),
+        }
+    }
+
+    fn say(&mut self, to: Rank, tag: Tag, text: &str) -> Result<(), TransportError> {
+        let region = Region::from_vec(text.bytes().take(MAX_TEXT).collect());
+        let slice = region.read(0..region.len()).expect("nobody else has this region");
+        self.wire.post_send(Envelope { peer: to.into(), tag, note: 0 }, slice).map_err(|refused| refused.error)
+    }
+
+    fn hear(&mut self, from: Rank, tag: Tag, deadline: Instant) -> Result<String, TransportError> {
+        let began = Instant::now();
+        self.wire.post_recv_loan(from.into(), tag, MAX_TEXT).map_err(|refused| refused.error)?;
+        loop {
+            self.poll();
+            for completion in self.done.drain(..) {
+                match completion {
+                    Completion::Arrived(arrival) if arrival.from.tag == tag => {
+                        return Ok(String::from_utf8_lossy(&arrival.loan).into_owned());
+                    }
+                    Completion::RecvFailed { error, .. } | Completion::PeerDown { error, .. } => return Err(error),
+                    _ => {}
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(self.absent(&[from], "it does not answer about shared memory", began));
+            }
+            self.wire.park(deadline.min(Instant::now() + Duration::from_millis(100)));
+        }
+    }
+
+    fn finish(self, (segment, locality): (Option<GroupSegment>, Locality)) -> Group {
+        let own = PeerName {
+            rank: Some(self.spec.rank),
+            host: self.home.host.clone(),
+            pid: std::process::id(),
+            address: "this process".to_owned(),
+        };
+        let name = |rank: Rank| if rank == self.spec.rank { own.clone() } else { self.wire.name(PeerId::from(rank)) };
+        let members: Vec<PeerName> = self.spec.world_size.ranks().map(name).collect();
+        let kind = if segment.is_some() { WireKind::Shm } else { WireKind::Tcp };
+        let others = members.iter().filter(|name| name.rank != Some(self.spec.rank));
+        let links = others.map(|peer| Link { peer: peer.clone(), kind, reason: locality.reason.clone() }).collect();
+        Group {
+            wire: Box::new(self.wire),
+            rank: self.spec.rank,
+            world_size: self.spec.world_size,
+            members,
+            links,
+            segment,
+        }
+    }
+}
+
+/// Where this process runs.
+pub fn home() -> HostIdentity {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let net_namespace = std::fs::read_link("/proc/self/ns/net").map(|path| path.display().to_string());
+    HostIdentity {
+        host: read("/proc/sys/kernel/hostname"),
+        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        net_namespace: net_namespace.unwrap_or_default(),
+    }
+}
+
+fn encode_offer(offer: &SegmentOffer) -> String {
+    format!("{} {} {} {}", offer.pid, offer.fd, offer.nonce, offer.bytes)
+}
+
+fn decode_offer(text: &str) -> Option<SegmentOffer> {
+    let mut words = text.split(' ');
+    let mut next = || words.next();
+    let (pid, fd) = (next()?.parse().ok()?, next()?.parse().ok()?);
+    Some(SegmentOffer { pid, fd, nonce: next()?.parse().ok()?, bytes: next()?.parse().ok()? })
+}

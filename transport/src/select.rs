@@ -1,0 +1,80 @@
+//! Pure: which wire a group uses, and the reason in words. Every rank comes to the same answer: it is given the same facts.
+
+use crate::{TransportError, WireChoice};
+
+/// Whether all ranks share memory, and why, or why not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Locality {
+    /// Whether they do.
+    pub shared: bool,
+    /// The reason, for people.
+    pub reason: String,
+}
+
+fn no(reason: &str) -> Option<Locality> {
+    Some(Locality { shared: false, reason: reason.to_owned() })
+}
+
+/// What is known before anybody has tried: `None` where the proof must be made. `boots`: every rank's boot of its host.
+pub fn before_proof(choice: WireChoice, boots: &[String]) -> Option<Locality> {
+    match boots {
+        [] | [_] => no("this rank is alone"),
+        _ if choice == WireChoice::Tcp => no("GRADWIRE_TRANSPORT=tcp"),
+        [first, ..] if first.is_empty() => no("this host has no boot id to compare"),
+        [first, rest @ ..] if rest.iter().any(|boot| boot != first) => {
+            no("ranks on different hosts: their boot ids differ")
+        }
+        _ => None,
+    }
+}
+
+/// What the proof has shown: `refusal` says who could not open the segment and why; empty, all could.
+pub fn after_proof(refusal: &str) -> Locality {
+    if refusal.is_empty() {
+        let reason = "same host: boot ids are equal and every rank reached the shared segment".to_owned();
+        Locality { shared: true, reason }
+    } else {
+        Locality { shared: false, reason: format!("one boot id, but the shared segment cannot be reached: {refusal}") }
+    }
+}
+
+/// Nothing is downgraded in silence: shared memory that was asked for by name and cannot be had is an error.
+///
+/// # Errors
+/// `Config` with the reason.
+pub fn check(choice: WireChoice, locality: &Locality) -> Result<(), TransportError> {
+    if choice == WireChoice::Shm && !locality.shared && locality.reason != "this rank is alone" {
+        let reason = format!("shared memory was asked for, but {}; use auto or tcp", locality.reason);
+        return Err(TransportError::Config { setting: "GRADWIRE_TRANSPORT=shm".to_owned(), reason });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_answer_has_its_reason() {
+        let boots = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        for (choice, boot_ids, expected) in [
+            (WireChoice::Auto, boots(&["a"]), Some("alone")),
+            (WireChoice::Tcp, boots(&["a", "a"]), Some("GRADWIRE_TRANSPORT=tcp")),
+            (WireChoice::Auto, boots(&["a", "b"]), Some("differ")),
+            (WireChoice::Auto, boots(&["", ""]), Some("no boot id")),
+            (WireChoice::Auto, boots(&["a", "a", "a"]), None),
+            (WireChoice::Shm, boots(&["a", "a"]), None),
+        ] {
+            let answer = before_proof(choice, &boot_ids);
+            assert_eq!(answer.is_some(), expected.is_some(), "{boot_ids:?}");
+            if let (Some(answer), Some(expected)) = (answer, expected) {
+                assert!(!answer.shared && answer.reason.contains(expected), "{answer:?}");
+            }
+        }
+        assert!(after_proof("").shared);
+        let refused = after_proof("rank 2: permission denied");
+        assert!(!refused.shared && refused.reason.contains("rank 2"));
+        assert!(check(WireChoice::Auto, &refused).is_ok());
+        assert!(check(WireChoice::Shm, &refused).unwrap_err().to_string().contains("rank 2"));
+    }
+}
