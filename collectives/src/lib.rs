@@ -1,5 +1,42 @@
 //! gradwire-collectives: combines tensors over the ranks of a group, on any wire.
 
+mod call;
+mod choose;
+mod chunk;
+mod collective;
+mod communicator;
+mod control;
+mod describe;
+mod direct;
+mod driver;
+mod dtype;
+mod engine;
+mod error;
+mod execution;
+mod fingerprint;
+mod inquiry;
+mod local;
+mod messages;
+mod pending;
+mod plan;
+mod plans;
+pub mod reduce;
+mod ring;
+mod same_host;
 mod schedule;
+mod settings;
+mod tree;
+mod verdict;
 
+pub use call::{Call, Piece};
+pub use collective::Collective;
+pub use communicator::{Communicator, Pending};
+pub use describe::{Description, LinkDescription};
+pub use dtype::DType;
+pub use error::{CollectiveError, Operation};
+pub use fingerprint::Fingerprint;
+pub use pending::Done;
+pub use reduce::Reduction;
 pub use schedule::{Action, Place, Schedule, Span, Step, StepId};
+pub use settings::Settings;
+pub use verdict::{Answer, Member, Verdict};

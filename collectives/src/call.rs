@@ -1,0 +1,212 @@
+//! Pure: a call of a collective, checked before anything is sent.
+
+use crate::{Collective, CollectiveError, DType, Place, Span};
+use gradwire_transport::{Region, WorldSize};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Bytes of a region: a tensor, or a part of one.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// The memory.
+    pub region: Arc<Region>,
+    /// Which bytes of it.
+    pub range: Range<usize>,
+}
+
+impl Piece {
+    /// All of `region`.
+    pub fn whole(region: Arc<Region>) -> Self {
+        let range = 0..region.len();
+        Self { region, range }
+    }
+}
+
+/// A collective to be carried out.
+///
+/// All-reduce, reduce and broadcast work in place in `output[0]`, with no input. All-gather and gather take `input[0]` and
+/// fill one output per rank, of any lengths, or one output that holds all ranks' parts (gather: only at the root).
+/// Reduce-scatter and scatter take one input per rank, or one that holds all (scatter: only at the root), and fill
+/// `output[0]`. All-to-all takes and fills one piece per rank, of any lengths.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// What to do.
+    pub collective: Collective,
+    /// Of which elements.
+    pub dtype: DType,
+    /// What this rank gives.
+    pub input: Vec<Piece>,
+    /// What this rank gets.
+    pub output: Vec<Piece>,
+    /// How long it may take; `None`: the group's time-out.
+    pub timeout: Option<Duration>,
+}
+
+/// The call's buffers, and the elements that each rank's part has.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Buffers {
+    input: Vec<Piece>,
+    output: Vec<Piece>,
+    scratch: Option<Arc<Region>>,
+    element_bytes: usize,
+}
+
+/// What the schedule of a call is made from: elements per rank, where ranks have parts of their own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Shape {
+    /// Elements of the whole in-place buffer, or of this rank's part.
+    pub(crate) len: usize,
+    /// Elements that this rank gives each rank, or of each rank's part; empty where there are no parts.
+    pub(crate) input: Vec<usize>,
+    /// Elements that this rank gets from each rank; empty where there are no parts.
+    pub(crate) output: Vec<usize>,
+}
+
+impl Shape {
+    /// The number of elements that all ranks must agree on; 0 where they need not: gather, scatter and all-to-all, and parts
+    /// of different lengths.
+    pub(crate) fn agreed_len(&self, collective: &Collective) -> usize {
+        let even = |parts: &[usize]| parts.iter().all(|part| *part == self.len);
+        match collective {
+            Collective::Gather { .. } | Collective::Scatter { .. } | Collective::AllToAll => 0,
+            _ if even(&self.input) && even(&self.output) => self.len,
+            _ => 0,
+        }
+    }
+}
+
+impl Call {
+    /// The call in words, for errors.
+    pub(crate) fn words(&self) -> String {
+        format!("{} of {}", self.collective.name(), self.dtype.name())
+    }
+
+    /// Checks the pieces against the collective and tells the shape; nothing has been sent when this fails.
+    pub(crate) fn shape(&self, rank: usize, world_size: WorldSize) -> Result<Shape, CollectiveError> {
+        let size = world_size.get() as usize;
+        if let Some(root) = self.collective.root()
+            && !world_size.contains(root)
+        {
+            return Err(self.invalid(format!("root is {root}, but the group has {size} ranks")));
+        }
+        if let Some(op) = self.collective.reduction() {
+            crate::reduce::check(self.dtype, op).map_err(|error| self.invalid(error.to_string()))?;
+        }
+        let root = self.collective.root().is_none_or(|root| root.index() == rank);
+        let input = self.elements("input", &self.input)?;
+        let output = self.elements("output", &self.output)?;
+        let parts = |lens: Vec<usize>, what: &str| self.parts(lens, what, size);
+        Ok(match self.collective {
+            Collective::Barrier => Shape { len: 0, input: vec![], output: vec![] },
+            Collective::AllReduce { .. } | Collective::Reduce { .. } | Collective::Broadcast { .. } => {
+                Shape { len: self.only(&output, "output")?, input: vec![], output: vec![] }
+            }
+            Collective::AllGather | Collective::Gather { .. } => {
+                let len = self.only(&input, "input")?;
+                let output = if root { parts(output, "output")? } else { vec![] };
+                self.same(len, output.get(rank), "input", "its own part of the output")?;
+                Shape { len, input: vec![], output }
+            }
+            Collective::ReduceScatter { .. } | Collective::Scatter { .. } => {
+                let len = self.only(&output, "output")?;
+                let input = if root { parts(input, "input")? } else { vec![] };
+                self.same(len, input.get(rank), "output", "its own part of the input")?;
+                Shape { len, input, output: vec![] }
+            }
+            Collective::AllToAll => {
+                let (input, output) = (self.each(input, "input", size)?, self.each(output, "output", size)?);
+                self.same(input[rank], output.get(rank), "input from itself", "output to itself")?;
+                Shape { len: 0, input, output }
+            }
+        })
+    }
+
+    fn elements(&self, what: &str, pieces: &[Piece]) -> Result<Vec<usize>, CollectiveError> {
+        let bytes = self.dtype.bytes();
+        pieces
+            .iter()
+            .map(|piece| {
+                let len = piece.range.len();
+                if piece.range.end > piece.region.len() || len % bytes != 0 {
+                    return Err(self.invalid(format!(
+                        "{what} of {len} bytes is not a whole number of {bytes}-byte elements within its {} bytes of memory",
+                        piece.region.len()
+                    )));
+                }
+                Ok(len / bytes)
+            })
+            .collect()
+    }
+
+    fn only(&self, lens: &[usize], what: &str) -> Result<usize, CollectiveError> {
+        match lens {
+            [len] => Ok(*len),
+            _ => Err(self.invalid(format!("takes one {what}, got {}", lens.len()))),
+        }
+    }
+
+    fn each(&self, lens: Vec<usize>, what: &str, size: usize) -> Result<Vec<usize>, CollectiveError> {
+        if lens.len() == size {
+            return Ok(lens);
+        }
+        Err(self.invalid(format!("takes one {what} for each of the {size} ranks, got {}", lens.len())))
+    }
+
+    fn parts(&self, lens: Vec<usize>, what: &str, size: usize) -> Result<Vec<usize>, CollectiveError> {
+        match lens.as_slice() {
+            [all] if all % size == 0 => Ok(vec![all / size; size]),
+            [all] => Err(self.invalid(format!(
+                "{what} of {all} elements cannot be cut into {size} equal parts: pad it, or give one {what} for each rank"
+            ))),
+            _ => self.each(lens, what, size),
+        }
+    }
+
+    fn same(&self, len: usize, other: Option<&usize>, one: &str, two: &str) -> Result<(), CollectiveError> {
+        match other {
+            Some(&other) if other != len => {
+                Err(self.invalid(format!("{one} has {len} elements, but {two} has {other}: they must be equal")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn invalid(&self, reason: String) -> CollectiveError {
+        CollectiveError::Invalid { call: self.words(), reason }
+    }
+}
+
+impl Buffers {
+    /// The call's buffers with `scratch` for the schedule.
+    pub(crate) fn new(call: &Call, scratch: Option<Arc<Region>>) -> Self {
+        Self { input: call.input.clone(), output: call.output.clone(), scratch, element_bytes: call.dtype.bytes() }
+    }
+
+    /// The memory of `span`, which lies within one piece (schedules never cross from one rank's part to another's).
+    pub(crate) fn resolve(&self, span: Span) -> (&Arc<Region>, Range<usize>) {
+        let (mut start, bytes) = (span.start * self.element_bytes, span.len * self.element_bytes);
+        let pieces = match span.place {
+            Place::Input => &self.input,
+            Place::Output => &self.output,
+            Place::Scratch => {
+                let scratch = self.scratch.as_ref().expect("a schedule with scratch spans is given scratch");
+                return (scratch, start..start + bytes);
+            }
+        };
+        for piece in pieces {
+            if start < piece.range.len() {
+                let first = piece.range.start + start;
+                assert!(start + bytes <= piece.range.len(), "a span lies within one piece");
+                return (&piece.region, first..first + bytes);
+            }
+            start -= piece.range.len();
+        }
+        unreachable!("a span lies within the call's buffers, which were checked against the shape")
+    }
+
+    /// Gives the scratch back for the next call.
+    pub(crate) fn take_scratch(&mut self) -> Option<Arc<Region>> {
+        self.scratch.take()
+    }
+}

@@ -1,0 +1,371 @@
+//! Every schedule, run by a small interpreter in random order, for worlds of 1 to 17: right results, no deadlock, no byte
+//! read while it is written.
+
+use super::*;
+use crate::plan::Plan;
+use std::collections::VecDeque;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % bound
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Waiting,
+    Posted,
+    Ended,
+}
+
+struct Runner {
+    plan: Plan,
+    buffers: [Vec<u64>; 3],
+    state: Vec<State>,
+    folded: Vec<Vec<Option<Vec<u64>>>>,
+    posted: Vec<(usize, usize)>,
+}
+
+impl Runner {
+    fn new(schedule: Schedule, rank: Rank, world_size: WorldSize, input: Vec<u64>, output: Vec<u64>) -> Self {
+        let plan = Plan::new(schedule, rank, world_size.get());
+        let (steps, links) = (plan.schedule.steps.len(), plan.links.len());
+        let scratch = vec![0; plan.schedule.scratch_len];
+        let folded = vec![vec![None; world_size.get() as usize]; steps];
+        Self {
+            plan,
+            buffers: [input, output, scratch],
+            state: vec![State::Waiting; steps],
+            folded,
+            posted: vec![(0, 0); links],
+        }
+    }
+
+    fn place(&mut self, span: Span) -> &mut [u64] {
+        &mut self.buffers[span.place as usize][span.start..span.start + span.len]
+    }
+
+    /// Whether writing (else reading) `span` now would meet a posted step that holds it.
+    fn held(&self, span: Span, write: bool) -> bool {
+        let overlap = |other: Span| {
+            other.place == span.place && other.start < span.start + span.len && span.start < other.start + other.len
+        };
+        self.plan.schedule.steps.iter().zip(&self.state).any(|(step, state)| {
+            *state == State::Posted
+                && match step.action {
+                    Action::Send { span, .. } => write && overlap(span),
+                    Action::Recv { span, .. } => overlap(span),
+                    _ => false,
+                }
+        })
+    }
+
+    fn is_ready(&self, step: StepId) -> bool {
+        let after = self.plan.schedule.steps[step as usize].after;
+        after.iter().flatten().all(|&earlier| self.state[earlier as usize] == State::Ended)
+    }
+}
+
+use crate::{StepId, schedule::Step};
+
+/// Runs all ranks to the end; `wires[a][b]` holds what a has sent b.
+fn run(mut ranks: Vec<Runner>, random: &mut Random) -> Vec<Runner> {
+    let n = ranks.len();
+    let mut wires: Vec<Vec<VecDeque<Vec<u64>>>> = vec![vec![VecDeque::new(); n]; n];
+    let mut stuck = 0;
+    while ranks.iter().any(|rank| rank.state.iter().any(|state| *state != State::Ended)) {
+        let me = random.below(n);
+        let moved = turn(me, &mut ranks[me], &mut wires, random);
+        stuck = if moved { 0 } else { stuck + 1 };
+        assert!(stuck < 2000 * n, "deadlock: {:?}", ranks.iter().map(|rank| &rank.state).collect::<Vec<_>>());
+    }
+    assert!(wires.iter().flatten().all(VecDeque::is_empty), "a message that nobody received");
+    ranks
+}
+
+/// One rank does one thing: whether it found any.
+fn turn(me: usize, rank: &mut Runner, wires: &mut [Vec<VecDeque<Vec<u64>>>], random: &mut Random) -> bool {
+    for at in 0..rank.plan.links.len() {
+        let link = &rank.plan.links[at];
+        let peer = link.rank.index();
+        // Post the next of each direction, or end what is posted, in order.
+        let (sends, recvs) = (link.sends.clone(), link.recvs.clone());
+        let (sent, received) = rank.posted[at];
+        if let Some(&step) = sends.get(sent)
+            && rank.is_ready(step)
+            && rank.state[step as usize] == State::Waiting
+        {
+            if let Action::Send { span, .. } = rank.plan.schedule.steps[step as usize].action {
+                assert!(!rank.held(span, false), "rank {me}, step {step}: reads what is being written");
+            }
+            rank.state[step as usize] = State::Posted;
+            return true;
+        }
+        if let Some(&step) = sends.get(sent)
+            && rank.state[step as usize] == State::Posted
+            && random.below(2) == 0
+        {
+            let message = match rank.plan.schedule.steps[step as usize].action {
+                Action::Send { span, .. } => rank.place(span).to_vec(),
+                _ => vec![],
+            };
+            wires[me][peer].push_back(message);
+            rank.state[step as usize] = State::Ended;
+            rank.posted[at].0 += 1;
+            return true;
+        }
+        if let Some(&step) = recvs.get(received)
+            && rank.is_ready(step)
+            && receive(rank, step, (me, at, peer), wires)
+        {
+            return true;
+        }
+    }
+    local(rank)
+}
+
+fn receive(
+    rank: &mut Runner,
+    step: StepId,
+    (me, at, peer): (usize, usize, usize),
+    wires: &mut [Vec<VecDeque<Vec<u64>>>],
+) -> bool {
+    let Step { action, .. } = rank.plan.schedule.steps[step as usize];
+    if let Action::Recv { span, .. } = action
+        && rank.state[step as usize] == State::Waiting
+    {
+        assert!(!rank.held(span, true), "rank {me}, step {step}: writes what somebody holds");
+        rank.state[step as usize] = State::Posted;
+        return true;
+    }
+    let Some(message) = wires[peer][me].pop_front() else { return false };
+    rank.posted[at].1 += 1;
+    match action {
+        Action::Recv { span, .. } => rank.place(span).copy_from_slice(&message),
+        Action::RecvReduce { span, .. } => {
+            assert!(!rank.held(span, true), "rank {me}, step {step}: combines into what somebody holds");
+            rank.place(span).iter_mut().zip(&message).for_each(|(own, more)| *own = own.wrapping_add(*more));
+        }
+        Action::FoldAll { span, .. } => {
+            assert_eq!(message.len(), span.len);
+            rank.folded[step as usize][peer] = Some(message);
+            return true;
+        }
+        _ => assert!(message.is_empty()),
+    }
+    rank.state[step as usize] = State::Ended;
+    true
+}
+
+fn local(rank: &mut Runner) -> bool {
+    for step in 0..rank.state.len() {
+        let id = StepId::try_from(step).unwrap();
+        if rank.state[step] != State::Waiting || !rank.is_ready(id) {
+            continue;
+        }
+        match rank.plan.schedule.steps[step].action {
+            Action::Copy { from, into } => {
+                assert!(!rank.held(from, false) && !rank.held(into, true));
+                let bytes = rank.place(from).to_vec();
+                rank.place(into).copy_from_slice(&bytes);
+            }
+            Action::Finish { span } => assert!(!rank.held(span, true)),
+            Action::FoldAll { own, span } => {
+                let all: Vec<_> = rank.folded[step].iter().flatten().cloned().collect();
+                // A fold waits for this rank's own sends of the same memory.
+                if all.len() + 1 < rank.folded[step].len() || rank.held(span, true) {
+                    continue;
+                }
+                let own = rank.place(own).to_vec();
+                let sum = |i: usize| all.iter().fold(own[i], |sum, more| sum.wrapping_add(more[i]));
+                let sums: Vec<u64> = (0..span.len).map(sum).collect();
+                rank.place(span).copy_from_slice(&sums);
+            }
+            _ => continue,
+        }
+        rank.state[step] = State::Ended;
+        return true;
+    }
+    false
+}
+
+/// What rank `rank` holds at place `i`: tells both.
+fn mark(rank: usize, i: usize) -> u64 {
+    (rank as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (i as u64).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+}
+
+fn marks(rank: usize, len: usize) -> Vec<u64> {
+    (0..len).map(|i| mark(rank, i)).collect()
+}
+
+fn sums(n: usize, range: Range<usize>) -> Vec<u64> {
+    range.map(|i| (0..n).fold(0u64, |sum, rank| sum.wrapping_add(mark(rank, i)))).collect()
+}
+
+use std::ops::Range;
+
+/// Runs `make` for every world and many lengths; `make` gives each rank's schedule, input, output and what should come out.
+fn everywhere(make: impl Fn(Rank, WorldSize, usize) -> (Schedule, Vec<u64>, Vec<u64>, Option<Vec<u64>>)) {
+    for n in (1..=9).chain([13, 16, 17]) {
+        let world_size = WorldSize::new(n).unwrap();
+        let n = n as usize;
+        for len in [0, 1, n - 1, n, n + 1, 100, 20 * n + 3] {
+            for seed in 0..3 {
+                let (mut ranks, mut expected) = (Vec::new(), Vec::new());
+                for rank in world_size.ranks() {
+                    let (schedule, input, output, result) = make(rank, world_size, len);
+                    ranks.push(Runner::new(schedule, rank, world_size, input, output));
+                    expected.push(result);
+                }
+                for (rank, (runner, expected)) in run(ranks, &mut Random(seed)).into_iter().zip(expected).enumerate() {
+                    if let Some(expected) = expected {
+                        assert_eq!(runner.buffers[1], expected, "rank {rank} of {n}, {len} elements, seed {seed}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+const SEGMENT: usize = 7;
+
+#[test]
+fn all_reduces_sum() {
+    type Make = fn(Rank, WorldSize, usize) -> Schedule;
+    let algorithms: [Make; 3] = [
+        |rank, size, len| ring::all_reduce(rank, size, len, SEGMENT, true),
+        |rank, size, len| direct::all_reduce(rank, size, len, SEGMENT),
+        direct::all_reduce_short,
+    ];
+    for algorithm in algorithms {
+        everywhere(|rank, size, len| {
+            let n = size.get() as usize;
+            (algorithm(rank, size, len), vec![], marks(rank.index(), len), Some(sums(n, 0..len)))
+        });
+    }
+}
+
+#[test]
+fn a_ring_sends_no_more_than_it_must() {
+    for n in 2..=17 {
+        let size = WorldSize::new(n).unwrap();
+        let len = 1000 * n as usize;
+        for rank in size.ranks() {
+            let sent: usize = ring::all_reduce(rank, size, len, 64, false)
+                .steps
+                .iter()
+                .map(|step| if let Action::Send { span, .. } = step.action { span.len } else { 0 })
+                .sum();
+            let bound = 2 * (n as usize - 1) * (1000 + 64);
+            assert!(sent <= bound, "{rank} of {n} sends {sent} elements, of {bound}");
+        }
+    }
+}
+
+#[test]
+fn reduce_gives_the_root_the_sum_and_leaves_the_others_alone() {
+    everywhere(|rank, size, len| {
+        let root = Rank(len as u32 % size.get());
+        let own = marks(rank.index(), len);
+        let expected = if rank == root { sums(size.get() as usize, 0..len) } else { own.clone() };
+        (direct::reduce(rank, size, root, len, SEGMENT), vec![], own, Some(expected))
+    });
+}
+
+#[test]
+fn broadcasts_give_everybody_the_root_s() {
+    for tree in [false, true] {
+        everywhere(|rank, size, len| {
+            let root = Rank(len as u32 % size.get());
+            let make = if tree { tree::broadcast } else { ring::broadcast };
+            (make(rank, size, root, len, SEGMENT), vec![], marks(rank.index(), len), Some(marks(root.index(), len)))
+        });
+    }
+}
+
+#[test]
+fn all_gathers_put_every_part_in_its_place() {
+    for ring in [false, true] {
+        everywhere(|rank, size, len| {
+            let lens: Vec<usize> = size.ranks().map(|rank| len / (rank.index() + 1)).collect();
+            let (parts, total) = (parts(&lens), lens.iter().sum());
+            let own = lens[rank.index()];
+            let schedule = if ring {
+                ring::all_gather(rank, size, &parts, SEGMENT)
+            } else {
+                direct::exchange(rank, size, &vec![0..own; lens.len()], &parts, SEGMENT)
+            };
+            let expected = lens.iter().enumerate().flat_map(|(rank, &len)| marks(rank, len)).collect();
+            (schedule, marks(rank.index(), own), vec![0; total], Some(expected))
+        });
+    }
+}
+
+#[test]
+fn reduce_scatter_gives_everybody_its_part_of_the_sum() {
+    everywhere(|rank, size, len| {
+        let n = size.get() as usize;
+        let parts = parts(&vec![len; n]);
+        let expected = sums(n, parts[rank.index()].clone());
+        (
+            direct::reduce_scatter(rank, size, &parts, SEGMENT),
+            marks(rank.index(), len * n),
+            vec![0; len],
+            Some(expected),
+        )
+    });
+}
+
+#[test]
+fn exchanges_bring_every_part_to_its_rank() {
+    everywhere(|rank, size, len| {
+        let (n, me) = (size.get() as usize, rank.index());
+        let count = |from: usize, to: usize| (len + from + 3 * to) % 20;
+        let give = parts(&(0..n).map(|to| count(me, to)).collect::<Vec<_>>());
+        let lens: Vec<usize> = (0..n).map(|from| count(from, me)).collect();
+        let expected = (0..n).flat_map(|from| {
+            let before: usize = (0..me).map(|to| count(from, to)).sum();
+            (before..before + count(from, me)).map(move |i| mark(from, i))
+        });
+        let input = marks(me, give.last().map_or(0, |last| last.end));
+        let output = vec![0; lens.iter().sum()];
+        (direct::exchange(rank, size, &give, &parts(&lens), SEGMENT), input, output, Some(expected.collect()))
+    });
+}
+
+#[test]
+fn a_barrier_hears_of_everybody() {
+    // Who hears of whom spreads with the tokens; at the end everybody has heard of all.
+    for n in 1..=17u32 {
+        let size = WorldSize::new(n).unwrap();
+        let mut heard: Vec<u64> = (0..n).map(|rank| 1 << rank).collect();
+        let rounds = tree::barrier(Rank(0), size).steps.len() / 2;
+        for round in 0..rounds {
+            let before = heard.clone();
+            for rank in size.ranks() {
+                let step = tree::barrier(rank, size).steps[2 * round + 1];
+                let Action::RecvToken { from } = step.action else { panic!("{step:?}") };
+                heard[rank.index()] |= before[from.index()];
+            }
+        }
+        assert!(heard.iter().all(|heard| *heard == (1 << n) - 1), "{n} ranks");
+    }
+    everywhere(|rank, size, _| (tree::barrier(rank, size), vec![], vec![], None));
+}
+
+#[test]
+fn wishes_are_followed_and_nonsense_is_refused() {
+    let sum = Collective::AllReduce { op: Reduction::Sum };
+    let size = WorldSize::new(4).unwrap();
+    let chooser = Chooser::new(Some("allreduce:ring; broadcast:tree")).unwrap();
+    assert_eq!(chooser.algorithm(&sum, DType::F32, 8, size), Algorithm::Ring);
+    assert_eq!(Chooser::default().algorithm(&sum, DType::F32, 8, size), Algorithm::Short);
+    assert_eq!(Chooser::default().algorithm(&sum, DType::BF16, 1 << 24, size), Algorithm::Direct);
+    assert_eq!(Chooser::default().algorithm(&sum, DType::F32, 1 << 24, size), Algorithm::Ring);
+    for wrong in ["ring", "all_reduce:fast", "all_gather:tree", "nothing:ring"] {
+        assert!(Chooser::new(Some(wrong)).unwrap_err().to_string().contains("all_reduce:ring"), "{wrong}");
+    }
+}

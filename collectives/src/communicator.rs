@@ -1,0 +1,260 @@
+//! Does: the public calls of a group, and who drives its engine: the caller of a blocking call, from its own thread and
+//! so without a hand-over, or else one progress thread that sleeps while nothing is under way.
+
+use crate::call::{Call, Piece};
+use crate::describe::Description;
+use crate::driver::Shared;
+use crate::engine::{Engine, Job};
+use crate::local::Local;
+use crate::messages::{Kind, Message};
+use crate::pending::{Done, Outcome, Ticket};
+use crate::plans::Plans;
+use crate::settings::Settings;
+use crate::{CollectiveError, Fingerprint, Verdict};
+use gradwire_transport::{Group, Link, PeerName, Rank, WorldSize};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A group of ranks, and this process's place in it.
+///
+/// All methods may be called from any thread; collectives must be called in the same order on every rank.
+pub struct Communicator {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    rank: Rank,
+    world_size: WorldSize,
+    group: String,
+    members: Vec<PeerName>,
+    links: Vec<Link>,
+}
+
+/// An operation under way. Dropping it does not stop the operation.
+#[derive(Clone)]
+pub struct Pending {
+    shared: Arc<Shared>,
+    ticket: Arc<Ticket>,
+}
+
+impl Pending {
+    /// Waits until the operation has ended, and tells how. The caller's thread drives it meanwhile.
+    ///
+    /// With a `timeout`, gives up waiting after that long with `None`; the operation goes on.
+    pub fn wait(&self, timeout: Option<Duration>) -> Option<Outcome> {
+        self.shared.wait(&self.ticket, timeout.map(|timeout| Instant::now() + timeout));
+        self.ticket.outcome()
+    }
+
+    /// Whether the operation has ended.
+    pub fn is_done(&self) -> bool {
+        self.ticket.is_done()
+    }
+
+    /// Runs `callback` when the operation ends: on the thread that drives the engine then, or at once on this one. It
+    /// must be short, and must not wait for an operation.
+    pub fn on_done(&self, callback: impl FnOnce(&Outcome) + Send + 'static) {
+        self.ticket.on_done(Box::new(callback));
+    }
+}
+
+impl Communicator {
+    /// A communicator over a group that has been formed.
+    ///
+    /// # Errors
+    /// `Invalid` for a setting that cannot be used.
+    pub fn new(group: Group, name: &str, settings: Settings) -> Result<Self, CollectiveError> {
+        let Group { wire, rank, world_size, members, links, segment } = group;
+        let local = segment.filter(|_| settings.same_host).map(|segment| Local::new(segment, rank, world_size));
+        let spin_turns = settings.spin_turns(&members, rank);
+        let plans = Plans::new(settings.chooser()?);
+        let waker = wire.waker();
+        let engine = Engine::new(wire, (rank, world_size), (name.to_owned(), members.clone()), plans, local);
+        let shared = Arc::new(Shared::new(engine, waker, spin_turns, settings.timeout));
+        Ok(Self { shared, thread: Mutex::new(None), rank, world_size, group: name.to_owned(), members, links })
+    }
+
+    /// This process's place in the group.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> WorldSize {
+        self.world_size
+    }
+
+    /// Host and process of every rank.
+    pub fn members(&self) -> &[PeerName] {
+        &self.members
+    }
+
+    /// Begins a collective and returns at once; the progress thread carries it out, or whoever waits for it.
+    ///
+    /// # Errors
+    /// `Invalid`: the call does not fit its pieces; nothing was sent.
+    pub fn start(&self, call: Call) -> Result<Pending, CollectiveError> {
+        let ticket = self.submit(call)?;
+        self.leave_to_progress_thread();
+        Ok(Pending { shared: Arc::clone(&self.shared), ticket })
+    }
+
+    /// Carries out a collective from the caller's own thread.
+    ///
+    /// # Errors
+    /// `Invalid`, or the group's verdict.
+    pub fn run(&self, call: Call) -> Result<(), CollectiveError> {
+        let ticket = self.submit(call)?;
+        self.finish(&ticket)
+    }
+
+    /// Sends `piece` to rank `to`, where it meets a receive with the same `tag`.
+    ///
+    /// # Errors
+    /// `Invalid` for a rank that is not there, or for this rank itself.
+    pub fn send(
+        &self,
+        to: Rank,
+        tag: u32,
+        piece: Piece,
+        timeout: Option<Duration>,
+    ) -> Result<Pending, CollectiveError> {
+        self.other("send", to)?;
+        Ok(self.message(Kind::Send(to), tag, piece, timeout))
+    }
+
+    /// Receives into `piece`, which must be as long as the message, from rank `from`, or from whoever is first.
+    ///
+    /// # Errors
+    /// `Invalid` for a rank that is not there, or for this rank itself.
+    pub fn recv(
+        &self,
+        from: Option<Rank>,
+        tag: u32,
+        piece: Piece,
+        timeout: Option<Duration>,
+    ) -> Result<Pending, CollectiveError> {
+        let kind = match from {
+            Some(from) => {
+                self.other("recv", from)?;
+                Kind::Recv(from)
+            }
+            None => Kind::RecvAny,
+        };
+        Ok(self.message(kind, tag, piece, timeout))
+    }
+
+    /// How long an operation may take that is given no time-out of its own.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.shared.set_timeout(timeout);
+    }
+
+    /// Collectives begun so far.
+    pub fn sequence(&self) -> u64 {
+        self.shared.sequence()
+    }
+
+    /// Which wire leads to which rank and why, what has been moved, and how collectives are carried out.
+    pub fn describe(&self) -> Description {
+        let engine = self.shared.engine();
+        Description::new(&engine, &self.links)
+    }
+
+    /// The error that ended the group, if it is over.
+    pub fn error(&self) -> Option<CollectiveError> {
+        let engine = self.shared.engine();
+        let operation = engine.group_operation();
+        engine.verdict().map(|verdict| verdict.error(operation, &self.members))
+    }
+
+    /// Ends the group at once, on every rank: everything under way fails with `reason`. Idempotent.
+    pub fn abort(&self, reason: &str) {
+        let reason = format!("{} (host {}) aborted: {reason}", self.rank, self.host());
+        self.shared.engine().end_group(Verdict::Aborted { reason }, true);
+        self.shared.ring();
+    }
+
+    /// Leaves the group in good order: sends what was posted, says goodbye, stops the progress thread. Idempotent.
+    ///
+    /// Operations still under way fail. Waits at most `timeout`.
+    pub fn close(&self, timeout: Duration) {
+        self.shared.stop();
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // A panic of the thread has been printed; there is nothing to add.
+            let _ = thread.join();
+        }
+        self.shared.engine().close(Instant::now() + timeout);
+        self.shared.ring();
+    }
+
+    fn host(&self) -> &str {
+        self.members.get(self.rank.index()).map_or("unknown", |name| name.host.as_str())
+    }
+
+    fn other(&self, call: &str, rank: Rank) -> Result<(), CollectiveError> {
+        if self.world_size.contains(rank) && rank != self.rank {
+            return Ok(());
+        }
+        let reason = format!(
+            "takes another rank of the {} in the group, got {rank}; this is {}",
+            self.world_size.get(),
+            self.rank
+        );
+        Err(CollectiveError::Invalid { call: call.to_owned(), reason })
+    }
+
+    fn submit(&self, call: Call) -> Result<Arc<Ticket>, CollectiveError> {
+        let shape = call.shape(self.rank.index(), self.world_size)?;
+        let fingerprint = Fingerprint::of(&call.collective, call.dtype, shape.agreed_len(&call.collective));
+        let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
+        let ticket = Arc::new(Ticket::default());
+        self.shared.submit_job(|sequence| Job {
+            ticket: Arc::clone(&ticket),
+            call,
+            shape,
+            fingerprint,
+            sequence,
+            deadline: Instant::now() + timeout,
+            timeout,
+        });
+        Ok(ticket)
+    }
+
+    fn message(&self, kind: Kind, tag: u32, piece: Piece, timeout: Option<Duration>) -> Pending {
+        let timeout = timeout.unwrap_or_else(|| self.shared.timeout());
+        let ticket = Arc::new(Ticket::default());
+        let deadline = Instant::now() + timeout;
+        self.shared.submit_message(Message { ticket: Arc::clone(&ticket), kind, tag, piece, deadline, timeout });
+        self.leave_to_progress_thread();
+        Pending { shared: Arc::clone(&self.shared), ticket }
+    }
+
+    fn finish(&self, ticket: &Ticket) -> Result<(), CollectiveError> {
+        self.shared.wait(ticket, None);
+        match ticket.outcome() {
+            Some(outcome) => outcome.map(|Done { .. }| ()),
+            None => Err(CollectiveError::Aborted { reason: "the communicator is closed".to_owned() }),
+        }
+    }
+
+    fn leave_to_progress_thread(&self) {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_none() {
+            let shared = Arc::clone(&self.shared);
+            let name = format!("gradwire-{}", self.group);
+            // Without the thread, operations move while somebody waits for them: slower, never wrong.
+            *thread = std::thread::Builder::new()
+                .name(name.chars().take(15).collect())
+                .spawn(move || shared.run_progress())
+                .map_err(|error| tracing::warn!(%error, "no progress thread"))
+                .ok();
+        }
+        drop(thread);
+        self.shared.ring();
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        self.close(Duration::from_millis(500));
+    }
+}

@@ -1,0 +1,164 @@
+//! Pure: what ranks tell each other beside the data: how far they are, and the verdict when a group ends.
+
+use crate::verdict::{Answer, Verdict};
+use gradwire_transport::{Rank, Tag};
+use std::time::Duration;
+
+/// The conversation of control messages.
+pub(crate) const CONTROL: Tag = Tag(Tag::CONTROL_BIT);
+/// Longest control message; a longer cause is cut.
+pub(crate) const MAX_BYTES: usize = 4096;
+const MAX_TEXT: usize = 2048;
+const MAX_RANKS: usize = 256;
+
+/// One control message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Control {
+    /// "How far are you? What did you call as number `sequence`?"
+    Inquiry { sequence: u64 },
+    /// The reply.
+    Answer { sequence: u64, answer: Answer },
+    /// "It is over, and this is why." `sequence`: the collective in which it showed.
+    Verdict { sequence: u64, verdict: Verdict },
+}
+
+impl Control {
+    /// The message as bytes, at most [`MAX_BYTES`].
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        match self {
+            Self::Inquiry { sequence } => put(&mut out, 1, &[*sequence]),
+            Self::Answer { sequence, answer } => {
+                let known = u64::from(answer.fingerprint.is_some());
+                put(&mut out, 2, &[*sequence, answer.begun, known, answer.fingerprint.unwrap_or(0)]);
+            }
+            Self::Verdict { sequence, verdict } => match verdict {
+                Verdict::Failed { ranks, cause } => {
+                    put(&mut out, 3, &[*sequence]);
+                    put_ranks(&mut out, ranks);
+                    put_text(&mut out, cause);
+                }
+                Verdict::Late { missing, waited } => {
+                    put(&mut out, 4, &[*sequence, u64::try_from(waited.as_millis()).unwrap_or(u64::MAX)]);
+                    put_ranks(&mut out, missing);
+                }
+                Verdict::Differs { rank, expected, got } => {
+                    put(&mut out, 5, &[*sequence, u64::from(rank.0), *expected, *got]);
+                }
+                Verdict::Aborted { reason } => {
+                    put(&mut out, 6, &[*sequence]);
+                    put_text(&mut out, reason);
+                }
+            },
+        }
+        out
+    }
+
+    /// The message in `bytes`; `None` where it is none of ours.
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (&kind, mut rest) = bytes.split_first()?;
+        let rest = &mut rest;
+        let sequence = word(rest)?;
+        Some(match kind {
+            1 => Self::Inquiry { sequence },
+            2 => {
+                let (begun, known, fingerprint) = (word(rest)?, word(rest)?, word(rest)?);
+                Self::Answer { sequence, answer: Answer { begun, fingerprint: (known != 0).then_some(fingerprint) } }
+            }
+            3 => {
+                let (ranks, cause) = (ranks(rest)?, text(rest)?);
+                Self::Verdict { sequence, verdict: Verdict::Failed { ranks, cause } }
+            }
+            4 => {
+                let (waited, missing) = (Duration::from_millis(word(rest)?), ranks(rest)?);
+                Self::Verdict { sequence, verdict: Verdict::Late { missing, waited } }
+            }
+            5 => {
+                let (rank, expected, got) = (Rank(u32::try_from(word(rest)?).ok()?), word(rest)?, word(rest)?);
+                Self::Verdict { sequence, verdict: Verdict::Differs { rank, expected, got } }
+            }
+            6 => Self::Verdict { sequence, verdict: Verdict::Aborted { reason: text(rest)? } },
+            _ => return None,
+        })
+    }
+}
+
+fn put(out: &mut Vec<u8>, kind: u8, words: &[u64]) {
+    out.push(kind);
+    words.iter().for_each(|word| out.extend(word.to_le_bytes()));
+}
+
+fn put_ranks(out: &mut Vec<u8>, ranks: &[Rank]) {
+    let ranks = &ranks[..ranks.len().min(MAX_RANKS)];
+    out.extend((ranks.len() as u64).to_le_bytes());
+    ranks.iter().for_each(|rank| out.extend(u64::from(rank.0).to_le_bytes()[..4].iter()));
+}
+
+fn put_text(out: &mut Vec<u8>, text: &str) {
+    let end = (0..=text.len().min(MAX_TEXT)).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    out.extend((end as u64).to_le_bytes());
+    out.extend(&text.as_bytes()[..end]);
+}
+
+fn word(rest: &mut &[u8]) -> Option<u64> {
+    let (head, tail) = rest.split_first_chunk::<8>()?;
+    *rest = tail;
+    Some(u64::from_le_bytes(*head))
+}
+
+fn ranks(rest: &mut &[u8]) -> Option<Vec<Rank>> {
+    let count = usize::try_from(word(rest)?).ok().filter(|&count| count <= MAX_RANKS)?;
+    (0..count)
+        .map(|_| {
+            let (head, tail) = rest.split_first_chunk::<4>()?;
+            *rest = tail;
+            Some(Rank(u32::from_le_bytes(*head)))
+        })
+        .collect()
+}
+
+fn text(rest: &mut &[u8]) -> Option<String> {
+    let bytes = usize::try_from(word(rest)?).ok().filter(|&bytes| bytes <= MAX_TEXT)?;
+    let (head, tail) = rest.split_at_checked(bytes)?;
+    *rest = tail;
+    String::from_utf8(head.to_vec()).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn every_message_comes_back_as_it_was() {
+        let long = "é".repeat(3000);
+        for message in [
+            Control::Inquiry { sequence: 7 },
+            Control::Answer { sequence: 7, answer: Answer { begun: 8, fingerprint: Some(3) } },
+            Control::Answer { sequence: 7, answer: Answer { begun: 7, fingerprint: None } },
+            Control::Verdict {
+                sequence: 1,
+                verdict: Verdict::Failed { ranks: vec![Rank(3), Rank(9)], cause: "gone".into() },
+            },
+            Control::Verdict {
+                sequence: 1,
+                verdict: Verdict::Late { missing: vec![], waited: Duration::from_millis(8000) },
+            },
+            Control::Verdict { sequence: 1, verdict: Verdict::Differs { rank: Rank(2), expected: 5, got: 6 } },
+            Control::Verdict { sequence: 1, verdict: Verdict::Aborted { reason: "enough".into() } },
+        ] {
+            assert_eq!(Control::decode(&message.encode()), Some(message));
+        }
+        let cut = Control::Verdict { sequence: 1, verdict: Verdict::Aborted { reason: long } }.encode();
+        assert!(cut.len() <= MAX_BYTES && Control::decode(&cut).is_some());
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_are_refused_not_believed(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Some(message) = Control::decode(&bytes) {
+                prop_assert!(message.encode().len() <= MAX_BYTES);
+            }
+        }
+    }
+}

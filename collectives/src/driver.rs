@@ -1,0 +1,258 @@
+//! Does: shares one engine between the threads of a process: callers drive it while they wait, the progress thread when
+//! nobody waits, and a caller that comes while the progress thread drives takes over from it.
+
+use crate::engine::{Engine, Job};
+use crate::messages::Message;
+use crate::pending::Ticket;
+use gradwire_transport::Wake;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+/// Longest sleep of a thread that waits for another: insurance against a lost wake-up, never the usual way to wake.
+const NAP: Duration = Duration::from_millis(50);
+/// Longest sleep of a driver at the wire.
+const LONG: Duration = Duration::from_secs(1);
+/// Sleep of a driver that must look for messages from any rank.
+const PROBE: Duration = Duration::from_millis(1);
+
+/// An engine and all who want something of it.
+pub(crate) struct Shared {
+    engine: Mutex<Engine>,
+    inbox: Mutex<Inbox>,
+    /// Rung for the progress thread.
+    bell: Condvar,
+    /// Rung for callers that wait while another drives.
+    ended: Condvar,
+    claimants: AtomicU32,
+    parked: AtomicBool,
+    closing: AtomicBool,
+    driven: AtomicBool,
+    unfinished: Arc<AtomicUsize>,
+    timeout_ms: AtomicU64,
+    waker: Arc<dyn Wake>,
+    spin_turns: u32,
+}
+
+#[derive(Default)]
+struct Inbox {
+    items: Vec<Item>,
+    sequence: u64,
+    waiters: usize,
+    thread_sleeps: bool,
+}
+
+enum Item {
+    Job(Job),
+    Message(Message),
+}
+
+impl Shared {
+    pub(crate) fn new(engine: Engine, waker: Arc<dyn Wake>, spin_turns: u32, timeout: Duration) -> Self {
+        let shared = Self {
+            unfinished: Arc::clone(&engine.unfinished),
+            engine: Mutex::new(engine),
+            inbox: Mutex::new(Inbox::default()),
+            bell: Condvar::new(),
+            ended: Condvar::new(),
+            claimants: AtomicU32::new(0),
+            parked: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            driven: AtomicBool::new(false),
+            timeout_ms: AtomicU64::new(0),
+            waker,
+            spin_turns,
+        };
+        shared.set_timeout(timeout);
+        shared
+    }
+
+    /// The engine, for a moment: the progress thread lets go of it; a caller that drives keeps it until its operation ends.
+    pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.claimants.fetch_add(1, Ordering::SeqCst);
+        self.wake_driver();
+        let engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
+        self.claimants.fetch_sub(1, Ordering::SeqCst);
+        engine
+    }
+
+    pub(crate) fn set_timeout(&self, timeout: Duration) {
+        let ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        self.timeout_ms.store(ms.min(u64::from(u32::MAX)), Ordering::Relaxed);
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed))
+    }
+
+    /// Collectives submitted so far.
+    pub(crate) fn sequence(&self) -> u64 {
+        self.inbox().sequence
+    }
+
+    /// Queues the collective that `make` makes from its number.
+    pub(crate) fn submit_job(&self, make: impl FnOnce(u64) -> Job) {
+        let mut inbox = self.inbox();
+        let job = make(inbox.sequence);
+        inbox.sequence += 1;
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
+        inbox.items.push(Item::Job(job));
+    }
+
+    /// Queues a user's message.
+    pub(crate) fn submit_message(&self, message: Message) {
+        let mut inbox = self.inbox();
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
+        inbox.items.push(Item::Message(message));
+    }
+
+    /// Tells whoever drives, or sleeps, that there is something new.
+    pub(crate) fn ring(&self) {
+        self.wake_driver();
+        self.ring_thread();
+        self.ring_waiters();
+    }
+
+    fn ring_thread(&self) {
+        if self.inbox().thread_sleeps {
+            self.bell.notify_all();
+        }
+    }
+
+    fn ring_waiters(&self) {
+        if self.inbox().waiters > 0 {
+            self.ended.notify_all();
+        }
+    }
+
+    /// Drives the engine, or waits for who does, until `ticket` has ended or `until` has passed.
+    pub(crate) fn wait(&self, ticket: &Ticket, until: Option<Instant>) {
+        let over = || ticket.is_done() || until.is_some_and(|until| Instant::now() >= until);
+        while !over() {
+            if self.driven.load(Ordering::Acquire) {
+                // Another caller drives until its own operation ends; it rings then, and whenever something ends.
+                self.wait_for_driver(ticket);
+                continue;
+            }
+            let mut engine = match self.engine.try_lock() {
+                Ok(engine) => engine,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => self.engine(),
+            };
+            self.driven.store(true, Ordering::Release);
+            self.drive(&mut engine, &over, until);
+            self.driven.store(false, Ordering::Release);
+            drop(engine);
+            if self.unfinished.load(Ordering::Acquire) > 0 {
+                self.ring_waiters();
+                self.ring_thread();
+            }
+        }
+    }
+
+    /// Another caller drives until its own operation ends; it rings then, and whenever something ends.
+    fn wait_for_driver(&self, ticket: &Ticket) {
+        let mut inbox = self.inbox();
+        if ticket.is_done() || !self.driven.load(Ordering::Acquire) {
+            return;
+        }
+        inbox.waiters += 1;
+        let (mut inbox, _) = self.ended.wait_timeout(inbox, NAP).unwrap_or_else(PoisonError::into_inner);
+        inbox.waiters -= 1;
+    }
+
+    /// The life of the progress thread.
+    pub(crate) fn run_progress(&self) {
+        while !self.closing.load(Ordering::Acquire) {
+            let idle = || {
+                self.unfinished.load(Ordering::Acquire) == 0
+                    || self.driven.load(Ordering::Acquire)
+                    || self.claimants.load(Ordering::SeqCst) > 0
+            };
+            let mut inbox = self.inbox();
+            if idle() && !self.closing.load(Ordering::Acquire) {
+                // Nothing is under way: sleep until the bell. With work that others drive, look again soon.
+                let nap = if self.unfinished.load(Ordering::Acquire) == 0 { LONG } else { NAP };
+                inbox.thread_sleeps = true;
+                let (mut inbox, _) = self.bell.wait_timeout(inbox, nap).unwrap_or_else(PoisonError::into_inner);
+                inbox.thread_sleeps = false;
+                continue;
+            }
+            drop(inbox);
+            if let Ok(mut engine) = self.engine.try_lock() {
+                let stop = || {
+                    self.unfinished.load(Ordering::Acquire) == 0
+                        || self.claimants.load(Ordering::SeqCst) > 0
+                        || self.closing.load(Ordering::Acquire)
+                };
+                self.drive(&mut engine, &stop, None);
+            } else {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Makes the progress thread end.
+    pub(crate) fn stop(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    fn drive(&self, engine: &mut Engine, over: &dyn Fn() -> bool, until: Option<Instant>) {
+        let mut idle = 0;
+        while !over() {
+            let taken = self.take_in(engine);
+            let moved = engine.turn(Instant::now());
+            if std::mem::take(&mut engine.ended) > 0 {
+                self.ring_waiters();
+            }
+            if taken || moved {
+                idle = 0;
+            } else if idle < self.spin_turns {
+                idle += 1;
+                std::hint::spin_loop();
+            } else {
+                self.park(engine, over, until);
+            }
+        }
+    }
+
+    fn park(&self, engine: &mut Engine, over: &dyn Fn() -> bool, until: Option<Instant>) {
+        self.parked.store(true, Ordering::SeqCst);
+        // Whoever came before the flag was up is seen here; whoever comes after it wakes the wire.
+        if !over() && self.inbox().items.is_empty() && self.claimants.load(Ordering::SeqCst) == 0 {
+            let nap = if engine.probes() { PROBE } else { LONG };
+            let latest = Instant::now() + nap;
+            let wake = [engine.next_deadline(), until].into_iter().flatten().fold(latest, Instant::min);
+            engine.wire.park(wake);
+        }
+        self.parked.store(false, Ordering::SeqCst);
+    }
+
+    fn take_in(&self, engine: &mut Engine) -> bool {
+        let items = {
+            let mut inbox = self.inbox();
+            if inbox.items.is_empty() {
+                return false;
+            }
+            std::mem::take(&mut inbox.items)
+        };
+        for item in items {
+            match item {
+                Item::Job(job) => engine.submit(job),
+                Item::Message(message) => engine.submit_message(message),
+            }
+        }
+        true
+    }
+
+    fn wake_driver(&self) {
+        if self.parked.load(Ordering::SeqCst) {
+            self.waker.wake();
+        }
+    }
+
+    fn inbox(&self) -> MutexGuard<'_, Inbox> {
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

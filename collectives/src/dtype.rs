@@ -1,0 +1,98 @@
+//! Pure: the types of a tensor's elements.
+
+use std::fmt;
+
+/// Type of the elements of a tensor, in the machine's (little-endian) byte order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[allow(missing_docs)] // The names say it all.
+pub enum DType {
+    F32,
+    F64,
+    F16,
+    BF16,
+    I8,
+    U8,
+    I16,
+    U16,
+    I32,
+    U32,
+    I64,
+    U64,
+    /// One byte, 0 or 1.
+    Bool,
+    /// Any 8-bit float: moved, never reduced.
+    F8,
+    /// Two `F32`: moved, never reduced (reduce it as twice as many `F32`).
+    C64,
+    /// Two `F64`: as above.
+    C128,
+}
+
+/// Every type, in the order of their codes.
+const ALL: [(DType, usize, &str); 16] = [
+    (DType::F32, 4, "float32"),
+    (DType::F64, 8, "float64"),
+    (DType::F16, 2, "float16"),
+    (DType::BF16, 2, "bfloat16"),
+    (DType::I8, 1, "int8"),
+    (DType::U8, 1, "uint8"),
+    (DType::I16, 2, "int16"),
+    (DType::U16, 2, "uint16"),
+    (DType::I32, 4, "int32"),
+    (DType::U32, 4, "uint32"),
+    (DType::I64, 8, "int64"),
+    (DType::U64, 8, "uint64"),
+    (DType::Bool, 1, "bool"),
+    (DType::F8, 1, "float8"),
+    (DType::C64, 8, "complex64"),
+    (DType::C128, 16, "complex128"),
+];
+
+impl DType {
+    /// Size of an element.
+    pub const fn bytes(self) -> usize {
+        ALL[self as usize].1
+    }
+
+    /// Its name, as NumPy and PyTorch have it.
+    pub const fn name(self) -> &'static str {
+        ALL[self as usize].2
+    }
+
+    /// A small number for it.
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// The type of a code.
+    pub fn from_code(code: u8) -> Option<Self> {
+        ALL.get(usize::from(code)).map(|(dtype, ..)| *dtype)
+    }
+
+    /// The type of a name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        ALL.iter().find(|(.., known)| *known == name).map(|(dtype, ..)| *dtype)
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_and_names_lead_back() {
+        for (code, (dtype, _, name)) in (0u8..).zip(ALL) {
+            assert_eq!(
+                (dtype.code(), DType::from_code(code), DType::from_name(name)),
+                (code, Some(dtype), Some(dtype))
+            );
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! Does: what an engine does when something goes wrong: asks who is at fault, tells the verdict, ends the group.
+
+use super::{Engine, Job};
+use crate::CollectiveError;
+use crate::control::{self, CONTROL, Control};
+use crate::error::Operation;
+use crate::execution::Halt;
+use crate::inquiry::Inquiry;
+use crate::verdict::{Answer, Verdict};
+use gradwire_transport::{Completion, Envelope, LossCause, PeerId, Rank, Region, Tag, TransportError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the verdict may take to leave.
+const FAREWELL: Duration = Duration::from_millis(100);
+
+/// Why a collective at the shared segment stopped.
+pub(crate) enum Stop {
+    /// The call itself cannot be carried out; the group goes on.
+    Call(CollectiveError),
+    /// The group is over.
+    Verdict(Verdict),
+    /// Another rank has ended the group; its verdict is on its way.
+    Poisoned,
+}
+
+impl Engine {
+    /// Ends the group: tells the others (where `tell`), fails everything under way and closes the connections.
+    pub(crate) fn end_group(&mut self, verdict: Verdict, tell: bool) {
+        if self.over.is_some() {
+            return;
+        }
+        if let Some(local) = &mut self.local {
+            local.abort();
+        }
+        if tell {
+            self.tell_all(&Control::Verdict { sequence: self.oldest(), verdict: verdict.clone() });
+        }
+        let reason = match &verdict {
+            Verdict::Aborted { reason } => reason.clone(),
+            other => other.error(self.group_operation(), &self.members).to_string(),
+        };
+        self.over = Some(verdict.clone());
+        for running in std::mem::take(&mut self.running) {
+            self.fail_job(&running.job, &verdict);
+        }
+        for job in std::mem::take(&mut self.queue) {
+            self.fail_job(&job, &verdict);
+        }
+        self.messages.end_all(&verdict);
+        self.settle_messages();
+        for peer in self.others() {
+            let name = Box::new(self.wire.name(peer));
+            let cause = LossCause::Aborted(reason.clone());
+            self.wire.disconnect(peer, TransportError::PeerLost { peer: name, cause });
+        }
+        // What is still lent to the wire comes back here and is dropped.
+        self.wire.poll(Instant::now(), &mut self.done);
+        self.done.clear();
+    }
+
+    /// Leaves in good order; what is still under way fails.
+    pub(crate) fn close(&mut self, until: Instant) {
+        if self.over.is_none() {
+            let verdict = Verdict::Aborted { reason: format!("{} closed the group", self.rank) };
+            self.over = Some(verdict.clone());
+            for job in std::mem::take(&mut self.running).into_iter().map(|running| running.job) {
+                self.fail_job(&job, &verdict);
+            }
+            for job in std::mem::take(&mut self.queue) {
+                self.fail_job(&job, &verdict);
+            }
+            self.wire.shutdown(until);
+            self.messages.end_all(&verdict);
+            self.settle_messages();
+        }
+    }
+
+    /// Waits for a control message of `peer`.
+    pub(super) fn listen(&mut self, peer: PeerId) {
+        // A refusal means that the peer is lost, which shows by itself.
+        let _ = self.wire.post_recv_loan(peer, CONTROL, control::MAX_BYTES);
+    }
+
+    /// Takes a control message; what is none of ours is passed over.
+    pub(super) fn on_control(&mut self, from: Rank, message: Option<Control>) {
+        match message {
+            Some(Control::Inquiry { sequence }) => {
+                let answer = self.answer(sequence);
+                self.tell(from.into(), &Control::Answer { sequence, answer });
+            }
+            Some(Control::Answer { sequence, answer }) => {
+                if let Some(inquiry) = &mut self.inquiry {
+                    inquiry.on_answer(from, sequence, answer);
+                }
+            }
+            Some(Control::Verdict { sequence, verdict }) => self.on_verdict(sequence, verdict),
+            None => tracing::warn!(%from, "a control message that cannot be read"),
+        }
+    }
+
+    /// The number of the oldest collective that has not ended here.
+    fn oldest(&self) -> u64 {
+        let running = self.running.iter().map(|running| &running.job).chain(&self.queue).map(|job| job.sequence);
+        running.chain(self.at_segment).min().unwrap_or(self.begun)
+    }
+
+    /// Another rank has ended the group in collective number `sequence`. Earlier ones, which it has completed, may still
+    /// complete here, so that ranks agree on which succeeded.
+    fn on_verdict(&mut self, sequence: u64, verdict: Verdict) {
+        if self.oldest() < sequence {
+            self.heard.get_or_insert((sequence, verdict, Instant::now() + FAREWELL));
+        } else {
+            self.end_group(verdict, true);
+        }
+    }
+
+    /// Looks at deadlines and at the inquiry.
+    pub(super) fn look_at_clock(&mut self, now: Instant) {
+        if self.over.is_some() {
+            return;
+        }
+        if let Some((sequence, verdict, until)) = &self.heard
+            && (self.oldest() >= *sequence || now >= *until)
+        {
+            let verdict = verdict.clone();
+            return self.end_group(verdict, true);
+        }
+        let late = self.running.iter().position(|running| !running.stopped && now >= running.job.deadline);
+        if let Some(at) = late
+            && self.inquiry.is_none()
+        {
+            let waited = self.running[at].job.timeout;
+            self.inquire(at, waited, now);
+        }
+        if let Some(inquiry) = &self.inquiry
+            && let Some(mut verdict) = inquiry.verdict(now)
+        {
+            if let (Verdict::Late { waited: Duration::ZERO, .. }, Some(rank)) = (&verdict, self.odd_length) {
+                let reason = format!(
+                    "{} got a message of another length from {rank} than it had to expect in collective number {}: \
+                     every rank must give the same sizes",
+                    self.rank,
+                    inquiry.sequence()
+                );
+                verdict = Verdict::Aborted { reason };
+            }
+            self.end_group(verdict, true);
+        }
+        self.messages.expire(now, &mut *self.wire);
+        self.settle_messages();
+    }
+
+    /// The group ended while `job` was at the segment: by our own verdict, or by that of another rank (`None`).
+    pub(super) fn end_at_segment(&mut self, job: Job, verdict: Option<Verdict>) {
+        match (&self.over, verdict) {
+            (None, Some(verdict)) => self.end_group(verdict, true),
+            (None, None) => self.hear_verdict(),
+            (Some(_), _) => {}
+        }
+        if let Some(local) = &mut self.local {
+            local.abort();
+        }
+        if let Some(verdict) = self.over.clone() {
+            self.fail_job(&job, &verdict);
+        }
+    }
+
+    /// Another rank has ended the group at the segment: waits a moment for it to say why.
+    pub(super) fn hear_verdict(&mut self) {
+        let until = Instant::now() + FAREWELL;
+        while self.over.is_none() && Instant::now() < until {
+            self.poll(Instant::now());
+            if self.over.is_none() {
+                self.wire.park(until);
+            }
+        }
+        if self.over.is_none() {
+            self.end_group(Verdict::Aborted { reason: "a rank ended the group and did not say why".to_owned() }, true);
+        }
+    }
+
+    /// What a rank that waits at the shared segment does meanwhile: everything else of the group.
+    pub(super) fn while_waiting(&mut self, missing: &[Rank]) -> Result<(), Stop> {
+        let now = Instant::now();
+        self.poll(now);
+        self.advance();
+        self.messages.expire(now, &mut *self.wire);
+        self.settle_messages();
+        if let Some((_, verdict, until)) = &self.heard
+            && now >= *until
+        {
+            return Err(Stop::Verdict(verdict.clone()));
+        }
+        if let Some(verdict) = &self.over {
+            return Err(Stop::Verdict(verdict.clone()));
+        }
+        // Who has left will not come any more. It may have taken this step just before, so it must still be missing when we
+        // look anew, after its goodbye.
+        let left = missing.iter().copied().find(|rank| self.lost[rank.index()].is_some());
+        match (left, self.absent) {
+            (Some(rank), Some(before)) if rank == before => {
+                let cause = LossCause::Goodbye.to_string();
+                Err(Stop::Verdict(Verdict::Failed { ranks: vec![rank], cause }))
+            }
+            _ => {
+                self.absent = left;
+                Ok(())
+            }
+        }
+    }
+
+    /// Asks all ranks how far they are.
+    fn inquire(&mut self, at: usize, waited: Duration, now: Instant) {
+        if self.inquiry.is_some() {
+            return;
+        }
+        self.running[at].stopped = true;
+        let sequence = self.running[at].job.sequence;
+        let own = (self.rank, self.answer(sequence));
+        self.inquiry = Some(Inquiry::new(sequence, waited, own, self.world_size, now));
+        self.tell_all(&Control::Inquiry { sequence });
+    }
+
+    fn answer(&self, sequence: u64) -> Answer {
+        let fingerprint = self.remembered.iter().find(|(number, _)| *number == sequence).map(|(_, call)| *call);
+        Answer { begun: self.begun, fingerprint }
+    }
+
+    fn tell(&mut self, peer: PeerId, message: &Control) {
+        let region = Region::from_vec(message.encode());
+        let slice = region.read(0..region.len()).expect("nobody else has this region");
+        let note = u64::from(matches!(message, Control::Verdict { .. }));
+        // A refusal means that the peer is lost: there is nobody to tell.
+        let _ = self.wire.post_send(Envelope { peer, tag: CONTROL, note }, slice);
+    }
+
+    fn tell_all(&mut self, message: &Control) {
+        let there: Vec<PeerId> = self.others().into_iter().filter(|peer| self.lost[peer.index()].is_none()).collect();
+        there.iter().for_each(|&peer| self.tell(peer, message));
+        if !matches!(message, Control::Verdict { .. }) {
+            return;
+        }
+        let (until, mut left, mut done) = (Instant::now() + FAREWELL, there.len(), Vec::new());
+        while left > 0 && Instant::now() < until {
+            self.wire.poll(Instant::now(), &mut done);
+            for completion in done.drain(..) {
+                left -= match completion {
+                    Completion::Sent { to, .. } | Completion::SendFailed { to, .. }
+                        if to.tag == CONTROL && to.note == 1 =>
+                    {
+                        1
+                    }
+                    _ => 0,
+                };
+            }
+            if left > 0 {
+                self.wire.park(until);
+            }
+        }
+    }
+
+    pub(super) fn operation(&self, job: &Job) -> Operation {
+        Operation { call: job.fingerprint.to_string(), sequence: job.sequence, group: self.group.clone() }
+    }
+
+    pub(crate) fn group_operation(&self) -> Operation {
+        match self.running.first().map(|running| &running.job).or(self.queue.front()) {
+            Some(job) => self.operation(job),
+            None => Operation { call: "no collective".to_owned(), sequence: self.begun, group: self.group.clone() },
+        }
+    }
+
+    fn fail_job(&mut self, job: &Job, verdict: &Verdict) {
+        let error = verdict.error(self.operation(job), &self.members);
+        self.finish(&job.ticket, Err(error));
+    }
+
+    pub(super) fn on_failed(&mut self, peer: PeerId, tag: Tag, error: TransportError, now: Instant) {
+        let Some(at) = self.running.iter().position(|running| running.execution.tag() == tag && !running.stopped)
+        else {
+            return;
+        };
+        if matches!(error, TransportError::MessageTooLong { .. }) {
+            self.odd_length = Some(Rank(peer.0));
+            self.halt(at, Halt::Differs, now);
+        } else {
+            self.lost[peer.index()].get_or_insert_with(|| cause_of(error.clone()));
+            self.halt(at, Halt::Wire(error), now);
+        }
+    }
+
+    /// An execution cannot go on.
+    pub(super) fn halt(&mut self, at: usize, halt: Halt, now: Instant) {
+        self.running[at].stopped = true;
+        if let Some((_, verdict, _)) = &self.heard {
+            let verdict = verdict.clone();
+            return self.end_group(verdict, true);
+        }
+        match halt {
+            Halt::Differs => self.inquire(at, Duration::ZERO, now),
+            Halt::Wire(TransportError::PeerLost { peer, cause }) => match (peer.rank, cause) {
+                (Some(rank), cause) if !matches!(cause, LossCause::Aborted(_)) => {
+                    self.lost[rank.index()].get_or_insert(cause);
+                    self.judge_losses(now);
+                    if self.over.is_none() {
+                        let cause = LossCause::Goodbye.to_string();
+                        self.end_group(Verdict::Failed { ranks: vec![rank], cause }, true);
+                    }
+                }
+                (_, cause) => self.end_group(Verdict::Aborted { reason: format!("{peer}: {cause}") }, true),
+            },
+            Halt::Wire(error) => self.end_group(Verdict::Aborted { reason: error.to_string() }, true),
+            Halt::Call(error) => {
+                let ticket = Arc::clone(&self.running[at].job.ticket);
+                self.finish(&ticket, Err(error.clone()));
+                self.end_group(Verdict::Aborted { reason: format!("{} could not go on: {error}", self.rank) }, true);
+            }
+        }
+    }
+
+    /// Decides what lost peers mean, after a second look for what the others say of it.
+    pub(super) fn judge_losses(&mut self, now: Instant) {
+        if self.over.is_some() || self.heard.is_some() || (self.running.is_empty() && self.at_segment.is_none()) {
+            return; // the next collective finds it in the table
+        }
+        let mut more = Vec::new();
+        self.wire.poll(now, &mut more);
+        for completion in more {
+            self.dispatch(completion, now);
+        }
+        if self.over.is_some() || self.heard.is_some() {
+            return;
+        }
+        let died = |cause: &Option<LossCause>| {
+            cause.as_ref().is_some_and(|cause| !matches!(cause, LossCause::Goodbye | LossCause::Aborted(_)))
+        };
+        let ranks: Vec<Rank> = self.world_size.ranks().filter(|rank| died(&self.lost[rank.index()])).collect();
+        let aborted = self.world_size.ranks().find_map(|rank| match &self.lost[rank.index()] {
+            Some(LossCause::Aborted(reason)) => Some(format!("{rank} gave up: {reason}")),
+            _ => None,
+        });
+        if let Some(first) = ranks.first()
+            && let Some(cause) = &self.lost[first.index()]
+        {
+            let cause = cause.to_string();
+            self.end_group(Verdict::Failed { ranks, cause }, true);
+        } else if let Some(reason) = aborted {
+            self.end_group(Verdict::Aborted { reason }, true);
+        }
+    }
+}
+
+pub(super) fn cause_of(error: TransportError) -> LossCause {
+    match error {
+        TransportError::PeerLost { cause, .. } => cause,
+        other => LossCause::Protocol(other.to_string()),
+    }
+}

@@ -1,0 +1,336 @@
+//! Does: owns the wire of a group and moves everything that is under way, one turn at a time. Whoever drives it (the
+//! caller of a blocking operation, or the progress thread) holds it alone.
+
+use crate::call::{Buffers, Call, Shape};
+use crate::control::{CONTROL, Control};
+use crate::execution::{Came, Execution, Halt, Order};
+use crate::inquiry::Inquiry;
+use crate::local::Local;
+use crate::messages::{Message, Messages};
+use crate::pending::{Done, Outcome, Ticket};
+use crate::plans::Plans;
+use crate::verdict::Verdict;
+use crate::{Fingerprint, Reduction};
+use gradwire_transport::{
+    Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WorldSize,
+};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+mod failure;
+
+pub(crate) use failure::Stop;
+
+/// Collectives of one group that may be under way at once; more wait their turn. Four hide the latency of small ones.
+const CONCURRENT: usize = 4;
+/// How many past calls a rank can still tell of when it is asked.
+const REMEMBERED: usize = 64;
+
+/// A collective, checked and numbered.
+pub(crate) struct Job {
+    pub(crate) ticket: Arc<Ticket>,
+    pub(crate) call: Call,
+    pub(crate) shape: Shape,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) sequence: u64,
+    pub(crate) deadline: Instant,
+    pub(crate) timeout: Duration,
+}
+
+struct Running {
+    job: Job,
+    execution: Execution,
+    stopped: bool,
+}
+
+/// Everything that belongs to a group.
+pub(crate) struct Engine {
+    pub(crate) wire: Box<dyn Wire>,
+    pub(crate) rank: Rank,
+    pub(crate) world_size: WorldSize,
+    pub(crate) group: String,
+    pub(crate) members: Vec<PeerName>,
+    pub(crate) plans: Plans,
+    pub(crate) local: Option<Local>,
+    pub(crate) unfinished: Arc<AtomicUsize>,
+    pub(crate) ended: usize,
+    queue: VecDeque<Job>,
+    running: Vec<Running>,
+    messages: Messages,
+    begun: u64,
+    remembered: VecDeque<(u64, u64)>,
+    inquiry: Option<Inquiry>,
+    odd_length: Option<Rank>,
+    lost: Vec<Option<LossCause>>,
+    at_segment: Option<u64>,
+    heard: Option<(u64, Verdict, Instant)>,
+    absent: Option<Rank>,
+    over: Option<Verdict>,
+    scratch: Vec<Arc<Region>>,
+    done: Vec<Completion>,
+}
+
+impl Engine {
+    /// An engine over `wire`, on which peer i is rank i.
+    pub(crate) fn new(
+        wire: Box<dyn Wire>,
+        (rank, world_size): (Rank, WorldSize),
+        (group, members): (String, Vec<PeerName>),
+        plans: Plans,
+        local: Option<Local>,
+    ) -> Self {
+        let mut engine = Self {
+            messages: Messages::new(group.clone(), members.clone()),
+            wire,
+            rank,
+            world_size,
+            group,
+            members,
+            plans,
+            local,
+            unfinished: Arc::new(AtomicUsize::new(0)),
+            ended: 0,
+            queue: VecDeque::new(),
+            running: Vec::new(),
+            begun: 0,
+            remembered: VecDeque::with_capacity(REMEMBERED),
+            inquiry: None,
+            odd_length: None,
+            lost: vec![None; world_size.get() as usize],
+            at_segment: None,
+            heard: None,
+            absent: None,
+            over: None,
+            scratch: Vec::new(),
+            done: Vec::new(),
+        };
+        for peer in engine.others() {
+            engine.listen(peer);
+        }
+        engine
+    }
+
+    /// Takes a collective; they begin in order.
+    pub(crate) fn submit(&mut self, job: Job) {
+        self.begun = self.begun.max(job.sequence + 1);
+        if self.remembered.len() == REMEMBERED {
+            self.remembered.pop_front();
+        }
+        self.remembered.push_back((job.sequence, job.fingerprint.0));
+        match &self.over {
+            Some(verdict) => {
+                let error = verdict.error(self.operation(&job), &self.members);
+                self.finish(&job.ticket, Err(error));
+            }
+            None => self.queue.push_back(job),
+        }
+    }
+
+    /// Takes a user's message.
+    pub(crate) fn submit_message(&mut self, message: Message) {
+        self.messages.begin(message, &mut *self.wire);
+        if let Some(verdict) = &self.over {
+            self.messages.end_all(verdict);
+        }
+        self.settle_messages();
+    }
+
+    /// Moves everything that can be moved now; whether anything did.
+    pub(crate) fn turn(&mut self, now: Instant) -> bool {
+        if self.over.is_some() {
+            return false;
+        }
+        let mut moved = self.begin_queued(now);
+        moved |= self.poll(now);
+        self.advance();
+        self.look_at_clock(now);
+        moved
+    }
+
+    /// When the clock must be looked at again though nothing moves.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        let collectives = self.running.iter().filter(|running| !running.stopped).map(|running| running.job.deadline);
+        let inquiry = self.inquiry.as_ref().map(Inquiry::until);
+        let heard = self.heard.as_ref().map(|(.., until)| *until);
+        collectives.chain(self.messages.deadline()).chain(inquiry).chain(heard).min()
+    }
+
+    /// Whether something must be looked for again and again, so that a long sleep is not possible.
+    pub(crate) fn probes(&self) -> bool {
+        self.messages.probes()
+    }
+
+    /// What was exchanged with `peer` over the wire.
+    pub(crate) fn traffic(&self, peer: Rank) -> Traffic {
+        self.wire.traffic(peer.into())
+    }
+
+    /// The verdict that ended the group.
+    pub(crate) fn verdict(&self) -> Option<&Verdict> {
+        self.over.as_ref()
+    }
+
+    fn begin_queued(&mut self, now: Instant) -> bool {
+        let mut moved = false;
+        while self.running.len() < CONCURRENT {
+            let Some(job) = self.queue.pop_front() else { break };
+            moved = true;
+            if let Some(mut local) = self.local.take() {
+                self.at_segment = Some(job.sequence);
+                self.absent = None;
+                let outcome = local.run(&job, &mut |missing| self.while_waiting(missing));
+                self.at_segment = None;
+                self.local = Some(local);
+                match outcome {
+                    Ok(()) => self.finish(&job.ticket, Ok(Done::default())),
+                    Err(Stop::Call(error)) => self.finish(&job.ticket, Err(error)),
+                    Err(Stop::Verdict(verdict)) => self.end_at_segment(job, Some(verdict)),
+                    Err(Stop::Poisoned) => self.end_at_segment(job, None),
+                }
+            } else {
+                self.begin(job, now);
+            }
+        }
+        moved
+    }
+
+    fn begin(&mut self, job: Job, now: Instant) {
+        let plan = self.plans.plan(&job.call, &job.shape, self.rank, self.world_size);
+        let scratch_bytes = plan.schedule.scratch_len * job.call.dtype.bytes();
+        let scratch = (scratch_bytes > 0).then(|| self.take_scratch(scratch_bytes));
+        let order = Order {
+            plan,
+            buffers: Buffers::new(&job.call, scratch),
+            tag: Tag(job.sequence),
+            fingerprint: job.fingerprint.0,
+            dtype: job.call.dtype,
+            op: job.call.collective.reduction().unwrap_or(Reduction::Sum),
+        };
+        let execution = Execution::new(order, self.rank, self.world_size);
+        let needed: Vec<Rank> = execution.peers().map(|peer| Rank(peer.0)).collect();
+        self.running.push(Running { job, execution, stopped: false });
+        // Who left in good order may have sent all that it had to send before.
+        let died = |rank: Rank| self.lost[rank.index()].clone().filter(|cause| !matches!(cause, LossCause::Goodbye));
+        let lost = needed.into_iter().find_map(|rank| Some((rank, died(rank)?)));
+        if let Some((rank, cause)) = lost {
+            let cause = cause.to_string();
+            return self.end_group(Verdict::Failed { ranks: vec![rank], cause }, true);
+        }
+        let at = self.running.len() - 1;
+        if let Err(halt) = self.running[at].execution.advance(&mut *self.wire) {
+            self.halt(at, halt, now);
+        }
+    }
+
+    fn take_scratch(&mut self, bytes: usize) -> Arc<Region> {
+        match self.scratch.iter().position(|region| region.len() >= bytes) {
+            Some(at) => self.scratch.swap_remove(at),
+            None => Region::zeroed(bytes.next_power_of_two()),
+        }
+    }
+
+    fn poll(&mut self, now: Instant) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        self.wire.poll(now, &mut done);
+        let moved = !done.is_empty();
+        let mut fallen = false;
+        for completion in done.drain(..) {
+            fallen |= matches!(completion, Completion::PeerDown { .. });
+            self.dispatch(completion, now);
+        }
+        self.done = done;
+        if fallen {
+            self.judge_losses(now);
+        }
+        self.settle_messages();
+        moved
+    }
+
+    fn dispatch(&mut self, completion: Completion, now: Instant) {
+        match completion {
+            Completion::Sent { to, slice } if Messages::owns(to.tag) => self.messages.on_sent(to, slice),
+            Completion::Received { from, slice, bytes } if Messages::owns(from.tag) => {
+                self.messages.on_received(from, bytes, slice);
+            }
+            Completion::SendFailed { to, slice, error } if Messages::owns(to.tag) => {
+                drop(slice);
+                self.messages.on_failed(to.peer, to.tag, true, &error);
+            }
+            Completion::RecvFailed { peer, tag, slice, error } if Messages::owns(tag) => {
+                drop(slice);
+                self.messages.on_failed(peer, tag, false, &error);
+            }
+            Completion::Arrived(Arrival { from, loan }) if from.tag == CONTROL => {
+                let message = Control::decode(&loan);
+                drop(loan);
+                self.listen(from.peer);
+                self.on_control(Rank(from.peer.0), message);
+            }
+            Completion::Sent { to, slice } => {
+                drop(slice);
+                self.on_message(to.peer, to.tag, Came::Sent, now);
+            }
+            Completion::Received { from, slice, bytes } => {
+                self.on_message(from.peer, from.tag, Came::Received { note: from.note, bytes, slice }, now);
+            }
+            Completion::Arrived(Arrival { from, loan }) => {
+                self.on_message(from.peer, from.tag, Came::Arrived { note: from.note, loan }, now);
+            }
+            Completion::SendFailed { to, error, .. } => self.on_failed(to.peer, to.tag, error, now),
+            Completion::RecvFailed { peer, tag, error, .. } => self.on_failed(peer, tag, error, now),
+            Completion::PeerDown { peer, error } => self.lost[peer.index()] = Some(failure::cause_of(error)),
+            _ => {}
+        }
+    }
+
+    fn on_message(&mut self, peer: PeerId, tag: Tag, came: Came, now: Instant) {
+        let Some(at) = self.running.iter().position(|running| running.execution.tag() == tag && !running.stopped)
+        else {
+            return;
+        };
+        if let Err(halt) = self.running[at].execution.on_message(peer, came) {
+            if matches!(halt, Halt::Differs) {
+                self.odd_length = Some(Rank(peer.0));
+            }
+            self.halt(at, halt, now);
+        }
+    }
+
+    fn advance(&mut self) {
+        let now = Instant::now();
+        for at in (0..self.running.len()).rev() {
+            let Some(running) = self.running.get_mut(at) else { continue };
+            if running.stopped {
+                continue;
+            }
+            if let Err(halt) = running.execution.advance(&mut *self.wire) {
+                self.halt(at, halt, now);
+            } else if self.running[at].execution.is_done() {
+                let Running { job, execution, .. } = self.running.remove(at);
+                self.scratch.extend(execution.into_buffers().take_scratch());
+                self.finish(&job.ticket, Ok(Done::default()));
+            }
+        }
+        self.messages.advance(&mut *self.wire);
+    }
+
+    fn settle_messages(&mut self) {
+        for (ticket, outcome) in std::mem::take(&mut self.messages.ended) {
+            self.finish(&ticket, outcome);
+        }
+    }
+
+    fn finish(&mut self, ticket: &Ticket, outcome: Outcome) {
+        if !ticket.is_done() {
+            self.ended += 1;
+            ticket.finish(outcome);
+            self.unfinished.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    fn others(&self) -> Vec<PeerId> {
+        self.world_size.ranks().filter(|rank| *rank != self.rank).map(PeerId::from).collect()
+    }
+}

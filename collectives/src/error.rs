@@ -1,0 +1,102 @@
+//! Pure: what can go wrong in a collective, told the same way on every rank.
+
+use crate::verdict::{Member, list_members};
+use gradwire_transport::{Rank, TransportError};
+use std::fmt;
+use std::time::Duration;
+
+/// Which operation an error is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// What was called, in words: "all_reduce sum of 8 float32".
+    pub call: String,
+    /// How many collectives the group had begun before it; for sends and receives, the user's tag.
+    pub sequence: u64,
+    /// Name of the group.
+    pub group: String,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (number {} of group {})", self.call, self.sequence, self.group)
+    }
+}
+
+/// Why a collective, send or receive did not complete.
+///
+/// After `RankFailed`, `Timeout`, `Mismatch` and `Aborted` of a collective the group is over: every later call fails with
+/// the same verdict, on every rank. Close it and form a new one.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CollectiveError {
+    /// Ranks died, or left the group while they were needed.
+    #[error("{operation}: {} failed: {cause}. Form a new group without it, or restart it", list_members(ranks))]
+    RankFailed {
+        /// What was under way.
+        operation: Box<Operation>,
+        /// Who.
+        ranks: Vec<Member>,
+        /// What was seen of it.
+        cause: String,
+    },
+    /// Ranks did not come within the deadline.
+    #[error(
+        "{operation}: waited {:.1} s: {}. See what those ranks are doing (a stopped process, an exception, another branch of \
+         the program), or raise the timeout", waited.as_secs_f64(),
+        if missing.is_empty() { "no rank is missing, but the data did not come".to_owned() }
+        else { format!("{} did not come", list_members(missing)) }
+    )]
+    Timeout {
+        /// What was under way.
+        operation: Box<Operation>,
+        /// Who has not come; nobody where all have but no data moves.
+        missing: Vec<Member>,
+        /// The deadline that passed.
+        waited: Duration,
+    },
+    /// Ranks called different things.
+    #[error(
+        "{operation}: {rank} called {got} where the others called {expected}: every rank must make the same calls in the same order"
+    )]
+    Mismatch {
+        /// What was under way here.
+        operation: Box<Operation>,
+        /// Who differs.
+        rank: Member,
+        /// What the others called.
+        expected: String,
+        /// What it called.
+        got: String,
+    },
+    /// The call cannot be carried out; nothing was sent.
+    #[error("{call}: {reason}")]
+    Invalid {
+        /// What was called.
+        call: String,
+        /// What is wrong with it and what to do.
+        reason: String,
+    },
+    /// A message from a peer has another length than the receive that was posted for it. The group goes on.
+    #[error(
+        "recv of {expected_bytes} bytes with tag {tag} from {from}: {got_bytes} bytes came: both ends must agree on the size"
+    )]
+    WrongLength {
+        /// Who sent it.
+        from: Rank,
+        /// The user's tag.
+        tag: u32,
+        /// Length of the receive.
+        expected_bytes: usize,
+        /// Length of the message.
+        got_bytes: usize,
+    },
+    /// The group was aborted by a rank, or closed here.
+    #[error("the group is over: {reason}")]
+    Aborted {
+        /// Who, and why.
+        reason: String,
+    },
+    /// The transport failed.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+}

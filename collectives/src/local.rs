@@ -1,0 +1,78 @@
+//! Does: carries out collectives of a group whose ranks are all on one host, by the segment that they share.
+
+use crate::CollectiveError;
+use crate::call::Piece;
+use crate::engine::{Job, Stop};
+use crate::same_host::{SameHost, Stopped, Turn};
+use crate::verdict::Verdict;
+use gradwire_transport::shm::WaitError;
+use gradwire_transport::{GroupSegment, Rank, RegionSlice, RegionSliceMut, WorldSize};
+
+/// What a rank that waits does meanwhile; it is told who is missing.
+pub(crate) type Meanwhile<'a> = &'a mut dyn FnMut(&[Rank]) -> Result<(), Stop>;
+
+/// The group's segment, and how much has gone through it.
+pub(crate) struct Local {
+    host: SameHost,
+    bytes: u64,
+}
+
+impl Local {
+    pub(crate) fn new(segment: GroupSegment, rank: Rank, world_size: WorldSize) -> Self {
+        Self { host: SameHost::new(segment, rank, world_size), bytes: 0 }
+    }
+
+    /// Bytes of this rank's buffers that went through the segment.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Carries out `job`, calling `meanwhile` while it waits for other ranks.
+    pub(crate) fn run(&mut self, job: &Job, meanwhile: Meanwhile<'_>) -> Result<(), Stop> {
+        let call = &job.call;
+        let input: Vec<RegionSlice> = lend(&call.input, |piece| piece.region.read(piece.range.clone()), job)?;
+        let mut output: Vec<RegionSliceMut> = lend(&call.output, |piece| piece.region.write(piece.range.clone()), job)?;
+        let given: Vec<&[u8]> = input.iter().map(|slice| &**slice).collect();
+        let mut taken: Vec<&mut [u8]> = output.iter_mut().map(|slice| &mut **slice).collect();
+        let bytes = given.iter().map(|slice| slice.len()).chain(taken.iter().map(|slice| slice.len())).max();
+        let turn = Turn {
+            dtype: call.dtype,
+            fingerprint: job.fingerprint.0,
+            sequence: job.sequence,
+            deadline: job.deadline,
+            idle: meanwhile,
+            greeted: false,
+        };
+        self.host.run(&call.collective, &given, &mut taken, turn).map_err(|stopped| stop(stopped, job))?;
+        self.bytes += bytes.unwrap_or(0) as u64;
+        Ok(())
+    }
+
+    /// Releases everybody who waits at the segment.
+    pub(crate) fn abort(&mut self) {
+        self.host.segment.poison();
+    }
+}
+
+fn lend<T>(
+    pieces: &[Piece],
+    take: impl Fn(&Piece) -> Result<T, gradwire_transport::Overlap>,
+    job: &Job,
+) -> Result<Vec<T>, Stop> {
+    pieces.iter().map(take).collect::<Result<_, _>>().map_err(|overlap| {
+        let reason = format!("{overlap}: give each operation under way memory of its own");
+        Stop::Call(CollectiveError::Invalid { call: job.call.words(), reason })
+    })
+}
+
+fn stop(stopped: Stopped<Stop>, job: &Job) -> Stop {
+    match stopped {
+        Stopped::Wait(WaitError::Idle(stop)) => stop,
+        Stopped::Wait(WaitError::Timeout(missing)) => Stop::Verdict(Verdict::Late { missing, waited: job.timeout }),
+        Stopped::Wait(WaitError::Poisoned) => Stop::Poisoned,
+        Stopped::Differs { rank, expected, got } => Stop::Verdict(Verdict::Differs { rank, expected, got }),
+        Stopped::Unsupported(error) => {
+            Stop::Call(CollectiveError::Invalid { call: job.call.words(), reason: error.to_string() })
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Does: point-to-point messages of the group's users, beside the collectives: send, recv, recv from any rank.
+
+use crate::call::Piece;
+use crate::error::Operation;
+use crate::pending::{Done, Ticket};
+use crate::verdict::Member;
+use crate::{CollectiveError, Verdict};
+use gradwire_transport::{
+    Envelope, Overlap, PeerId, PeerName, PostError, Rank, RegionSlice, RegionSliceMut, Tag, TransportError, Wire,
+};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Marks the conversations of users' messages; the user's tag is in the low 32 bits.
+const USER: u64 = 1 << 62;
+
+/// A send or receive that a user asked for.
+pub(crate) struct Message {
+    pub(crate) ticket: Arc<Ticket>,
+    pub(crate) kind: Kind,
+    pub(crate) tag: u32,
+    pub(crate) piece: Piece,
+    pub(crate) deadline: Instant,
+    pub(crate) timeout: Duration,
+}
+
+/// What to do with a message, and with whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Send(Rank),
+    Recv(Rank),
+    RecvAny,
+}
+
+/// The users' messages under way.
+pub(crate) struct Messages {
+    group: String,
+    members: Vec<PeerName>,
+    posted: HashMap<(PeerId, Tag, bool), VecDeque<Message>>,
+    any: VecDeque<Message>,
+    waiting: VecDeque<Message>,
+    /// Operations that ended since the last look.
+    pub(crate) ended: Vec<(Arc<Ticket>, Result<Done, CollectiveError>)>,
+}
+
+impl Messages {
+    pub(crate) fn new(group: String, members: Vec<PeerName>) -> Self {
+        Self {
+            group,
+            members,
+            posted: HashMap::new(),
+            any: VecDeque::new(),
+            waiting: VecDeque::new(),
+            ended: Vec::new(),
+        }
+    }
+
+    /// Whether a completion with this tag belongs here.
+    pub(crate) fn owns(tag: Tag) -> bool {
+        tag.0 & USER != 0
+    }
+
+    /// Starts `message`, or keeps it until the wire's queue has room.
+    pub(crate) fn begin(&mut self, message: Message, wire: &mut dyn Wire) {
+        let tag = Tag(USER | u64::from(message.tag));
+        let range = message.piece.range.clone();
+        let posted = match message.kind {
+            Kind::RecvAny => return self.any.push_back(message),
+            Kind::Send(to) => match message.piece.region.read(range) {
+                Ok(slice) => {
+                    let note = slice.len() as u64;
+                    told(wire.post_send(Envelope { peer: to.into(), tag, note }, slice))
+                }
+                Err(overlap) => Err(invalid("send", overlap)),
+            },
+            Kind::Recv(from) => match message.piece.region.write(range) {
+                Ok(slice) => told(wire.post_recv(from.into(), tag, slice)),
+                Err(overlap) => Err(invalid("recv", overlap)),
+            },
+        };
+        let (peer, sends) = match message.kind {
+            Kind::Send(to) => (PeerId::from(to), true),
+            Kind::Recv(from) => (PeerId::from(from), false),
+            Kind::RecvAny => unreachable!("returned above"),
+        };
+        match posted {
+            Ok(true) => self.posted.entry((peer, tag, sends)).or_default().push_back(message),
+            Ok(false) => self.waiting.push_back(message),
+            Err(Failure::Wire(error)) => self.fail(message, Rank(peer.0), &error),
+            Err(Failure::Call(error)) => self.ended.push((message.ticket, Err(error))),
+        }
+    }
+
+    /// Looks for messages that receives from any rank wait for, and posts what the wire had no room for.
+    pub(crate) fn advance(&mut self, wire: &mut dyn Wire) {
+        for _ in 0..self.any.len() {
+            let Some(mut message) = self.any.pop_front() else { break };
+            match wire.probe(Tag(USER | u64::from(message.tag))) {
+                Some(found) => {
+                    message.kind = Kind::Recv(Rank(found.from.peer.0));
+                    self.begin(message, wire);
+                }
+                None => self.any.push_back(message),
+            }
+        }
+        for _ in 0..self.waiting.len() {
+            if let Some(message) = self.waiting.pop_front() {
+                self.begin(message, wire);
+            }
+        }
+    }
+
+    /// A send ended well.
+    pub(crate) fn on_sent(&mut self, to: Envelope, slice: RegionSlice) {
+        drop(slice);
+        if let Some(message) = self.next(to.peer, to.tag, true) {
+            self.ended.push((message.ticket, Ok(Done::default())));
+        }
+    }
+
+    /// A receive was met.
+    pub(crate) fn on_received(&mut self, from: Envelope, bytes: usize, slice: RegionSliceMut) {
+        let expected_bytes = slice.len();
+        drop(slice);
+        let Some(message) = self.next(from.peer, from.tag, false) else { return };
+        let source = Rank(from.peer.0);
+        let outcome = if bytes == expected_bytes {
+            Ok(Done { source: Some(source), bytes })
+        } else {
+            Err(CollectiveError::WrongLength { from: source, tag: message.tag, expected_bytes, got_bytes: bytes })
+        };
+        self.ended.push((message.ticket, outcome));
+    }
+
+    /// A send (`sends`) or a receive failed.
+    pub(crate) fn on_failed(&mut self, peer: PeerId, tag: Tag, sends: bool, error: &TransportError) {
+        if let Some(message) = self.next(peer, tag, sends) {
+            self.fail(message, Rank(peer.0), error);
+        }
+    }
+
+    /// Ends what is past its deadline.
+    pub(crate) fn expire(&mut self, now: Instant, wire: &mut dyn Wire) {
+        let (posted, any) = (&self.posted, &self.any);
+        if posted.values().flatten().chain(any).all(|message| now < message.deadline) {
+            return;
+        }
+        let late: Vec<(PeerId, Tag, bool)> = self
+            .posted
+            .iter()
+            .filter(|(_, queue)| queue.front().is_some_and(|message| now >= message.deadline))
+            .map(|(key, _)| *key)
+            .collect();
+        for (peer, tag, sends) in late {
+            if !sends {
+                wire.cancel_recvs(peer, tag);
+            }
+            for message in &self.posted[&(peer, tag, sends)] {
+                let error = self.timeout(message, vec![Rank(peer.0)]);
+                self.ended.push((Arc::clone(&message.ticket), Err(error)));
+            }
+        }
+        for message in std::mem::take(&mut self.any) {
+            if now < message.deadline {
+                self.any.push_back(message);
+            } else {
+                let error = self.timeout(&message, Vec::new());
+                self.ended.push((message.ticket, Err(error)));
+            }
+        }
+    }
+
+    /// The next deadline.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.posted.values().flatten().chain(&self.any).map(|message| message.deadline).min()
+    }
+
+    /// Whether something must be looked for again and again.
+    pub(crate) fn probes(&self) -> bool {
+        !self.any.is_empty()
+    }
+
+    /// Ends everything with the group's verdict.
+    pub(crate) fn end_all(&mut self, verdict: &Verdict) {
+        let queues: Vec<_> = self.posted.drain().flat_map(|(_, queue)| queue).collect();
+        let rest = self.any.drain(..).chain(self.waiting.drain(..)).collect::<Vec<_>>();
+        for message in queues.into_iter().chain(rest) {
+            let error = verdict.error(self.operation(&message), &self.members);
+            self.ended.push((message.ticket, Err(error)));
+        }
+    }
+
+    fn next(&mut self, peer: PeerId, tag: Tag, sends: bool) -> Option<Message> {
+        self.posted.get_mut(&(peer, tag, sends))?.pop_front()
+    }
+
+    fn fail(&mut self, message: Message, peer: Rank, error: &TransportError) {
+        let error = match error {
+            TransportError::MessageTooLong { bytes, capacity, .. } => CollectiveError::WrongLength {
+                from: peer,
+                tag: message.tag,
+                expected_bytes: *capacity,
+                got_bytes: *bytes,
+            },
+            TransportError::PeerLost { cause, .. } => CollectiveError::RankFailed {
+                operation: Box::new(self.operation(&message)),
+                ranks: vec![Member::of(peer, &self.members)],
+                cause: cause.to_string(),
+            },
+            other => CollectiveError::Transport(other.clone()),
+        };
+        self.ended.push((message.ticket, Err(error)));
+    }
+
+    fn timeout(&self, message: &Message, missing: Vec<Rank>) -> CollectiveError {
+        Verdict::Late { missing, waited: message.timeout }.error(self.operation(message), &self.members)
+    }
+
+    fn operation(&self, message: &Message) -> Operation {
+        let bytes = message.piece.range.len();
+        let call = match message.kind {
+            Kind::Send(to) => format!("send of {bytes} bytes to {to}"),
+            Kind::Recv(from) => format!("recv of {bytes} bytes from {from}"),
+            Kind::RecvAny => format!("recv of {bytes} bytes from any rank"),
+        };
+        Operation { call, sequence: u64::from(message.tag), group: self.group.clone() }
+    }
+}
+
+enum Failure {
+    Wire(TransportError),
+    Call(CollectiveError),
+}
+
+/// `Ok(false)` for a full queue.
+fn told<T>(posted: Result<(), PostError<T>>) -> Result<bool, Failure> {
+    match posted {
+        Ok(()) => Ok(true),
+        Err(PostError { error: TransportError::QueueFull { .. }, .. }) => Ok(false),
+        Err(PostError { error, .. }) => Err(Failure::Wire(error)),
+    }
+}
+
+fn invalid(call: &str, overlap: Overlap) -> Failure {
+    let reason = format!("{overlap}: give each operation under way memory of its own");
+    Failure::Call(CollectiveError::Invalid { call: call.to_owned(), reason })
+}

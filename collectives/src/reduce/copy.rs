@@ -1,0 +1,29 @@
+//! Does: copies past the cache, for results that nobody reads soon.
+
+#![allow(unsafe_code)]
+
+/// Copies `src` to `dst` (of the same length) with stores that do not read the destination's lines first: a third less
+/// memory traffic for buffers larger than the cache.
+pub fn copy_streaming(dst: &mut [u8], src: &[u8]) {
+    assert_eq!(dst.len(), src.len(), "a copy keeps the length");
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+        // SAFETY: every bit pattern is a value of both types.
+        let (head, body, tail) = unsafe { dst.align_to_mut::<__m128i>() };
+        let (first, rest) = src.split_at(head.len());
+        head.copy_from_slice(first);
+        let (middle, last) = rest.split_at(size_of_val(body));
+        for (slot, bytes) in body.iter_mut().zip(middle.as_chunks::<16>().0) {
+            // SAFETY: `bytes` are 16 readable bytes; SSE2 is part of x86-64.
+            let value = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+            // SAFETY: `slot` is 16 writable, aligned bytes; SSE2 is part of x86-64.
+            unsafe { _mm_stream_si128(slot, value) };
+        }
+        tail.copy_from_slice(last);
+        // SAFETY: SSE is part of x86-64.
+        unsafe { _mm_sfence() };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    dst.copy_from_slice(src);
+}

@@ -1,0 +1,160 @@
+//! Pure: how elements are combined. Every kernel gives the same bits on every processor, for every cut of the data.
+
+mod copy;
+mod float16;
+mod kernel;
+mod level;
+
+pub use copy::copy_streaming;
+
+use crate::DType;
+use kernel::{And, Max, Min, Or, Plain, Product, Sum, Xor};
+
+/// How elements are combined.
+///
+/// Integers wrap; an average of integers is cut towards zero; a minimum or maximum with a NaN is NaN; 16-bit floats are
+/// computed in `f32`. Booleans: sum, maximum and or are "any", product, minimum and and are "all".
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)] // The names say it all.
+pub enum Reduction {
+    Sum,
+    Avg,
+    Min,
+    Max,
+    Product,
+    BitAnd,
+    BitOr,
+    BitXor,
+}
+
+/// Every reduction, in the order of their codes.
+const ALL: [(Reduction, &str); 8] = [
+    (Reduction::Sum, "sum"),
+    (Reduction::Avg, "avg"),
+    (Reduction::Min, "min"),
+    (Reduction::Max, "max"),
+    (Reduction::Product, "product"),
+    (Reduction::BitAnd, "bit-and"),
+    (Reduction::BitOr, "bit-or"),
+    (Reduction::BitXor, "bit-xor"),
+];
+
+impl Reduction {
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        ALL[self as usize].1
+    }
+
+    /// A small number for it.
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// The reduction of a code.
+    pub fn from_code(code: u8) -> Option<Self> {
+        ALL.get(usize::from(code)).map(|(op, _)| *op)
+    }
+}
+
+/// A reduction that means nothing for a type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{} of {dtype} is not defined", op.name())]
+pub struct UnsupportedReduction {
+    /// The type.
+    pub dtype: DType,
+    /// The reduction.
+    pub op: Reduction,
+}
+
+/// Whether `op` means something for `dtype`.
+///
+/// # Errors
+/// `UnsupportedReduction`: bitwise operations on floats, anything on 8-bit floats and complex numbers, averages of bools.
+pub fn check(dtype: DType, op: Reduction) -> Result<(), UnsupportedReduction> {
+    reduce_into(dtype, op, &mut [], &[])
+}
+
+/// `dst = dst ∘ src`, element by element. Both have the same length, a whole number of elements.
+///
+/// # Errors
+/// As [`check`]; `dst` is as it was.
+pub fn reduce_into(dtype: DType, op: Reduction, dst: &mut [u8], src: &[u8]) -> Result<(), UnsupportedReduction> {
+    fold(dtype, op, dst, 0, &[src], None, 1)
+}
+
+/// `own = inputs[0] ∘ inputs[1] ∘ …`, where `inputs[at]` is `own` itself and `others` are the rest, in rank order.
+///
+/// 16-bit floats are combined in `f32` and rounded once. With `Reduction::Avg`, the sum is divided by `divisor` at the end
+/// (1: not at all). `copy` gets the result too, in the same pass.
+///
+/// # Errors
+/// As [`check`]; nothing has been written.
+pub fn fold(
+    dtype: DType,
+    op: Reduction,
+    own: &mut [u8],
+    at: usize,
+    others: &[&[u8]],
+    copy: Option<&mut [u8]>,
+    divisor: usize,
+) -> Result<(), UnsupportedReduction> {
+    debug_assert!(others.iter().all(|other| other.len() == own.len()) && own.len().is_multiple_of(dtype.bytes()));
+    let job = kernel::Job { own, at, others, copy, divisor: if op == Reduction::Avg { divisor } else { 1 } };
+    macro_rules! floats {
+        ($kind:ty) => {
+            match op {
+                Reduction::Sum | Reduction::Avg => kernel::run::<$kind, Sum>(job),
+                Reduction::Min => kernel::run::<$kind, Min>(job),
+                Reduction::Max => kernel::run::<$kind, Max>(job),
+                Reduction::Product => kernel::run::<$kind, Product>(job),
+                _ => return Err(UnsupportedReduction { dtype, op }),
+            }
+        };
+    }
+    macro_rules! integers {
+        ($kind:ty) => {
+            match op {
+                Reduction::Sum | Reduction::Avg => kernel::run::<$kind, Sum>(job),
+                Reduction::Min => kernel::run::<$kind, Min>(job),
+                Reduction::Max => kernel::run::<$kind, Max>(job),
+                Reduction::Product => kernel::run::<$kind, Product>(job),
+                Reduction::BitAnd => kernel::run::<$kind, And>(job),
+                Reduction::BitOr => kernel::run::<$kind, Or>(job),
+                Reduction::BitXor => kernel::run::<$kind, Xor>(job),
+            }
+        };
+    }
+    match dtype {
+        DType::F32 => floats!(Plain<f32>),
+        DType::F64 => floats!(Plain<f64>),
+        DType::F16 => floats!(half::f16),
+        DType::BF16 => floats!(half::bf16),
+        DType::I8 => integers!(Plain<i8>),
+        DType::U8 => integers!(Plain<u8>),
+        DType::I16 => integers!(Plain<i16>),
+        DType::U16 => integers!(Plain<u16>),
+        DType::I32 => integers!(Plain<i32>),
+        DType::U32 => integers!(Plain<u32>),
+        DType::I64 => integers!(Plain<i64>),
+        DType::U64 => integers!(Plain<u64>),
+        DType::Bool => match op {
+            Reduction::Sum | Reduction::Max | Reduction::BitOr => kernel::run::<kernel::Truth, Or>(job),
+            Reduction::Product | Reduction::Min | Reduction::BitAnd => kernel::run::<kernel::Truth, And>(job),
+            Reduction::BitXor => kernel::run::<kernel::Truth, Xor>(job),
+            Reduction::Avg => return Err(UnsupportedReduction { dtype, op }),
+        },
+        DType::F8 | DType::C64 | DType::C128 => return Err(UnsupportedReduction { dtype, op }),
+    }
+    Ok(())
+}
+
+/// The division of an average, in place; nothing for other reductions.
+///
+/// # Errors
+/// As [`check`].
+pub fn finish(dtype: DType, op: Reduction, dst: &mut [u8], divisor: usize) -> Result<(), UnsupportedReduction> {
+    if op == Reduction::Avg { fold(dtype, op, dst, 0, &[], None, divisor) } else { check(dtype, op) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,151 @@
+//! Kernels against the plainest possible loop, and against each other.
+
+use super::*;
+use half::{bf16, f16};
+
+const LENGTHS: [usize; 14] = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 70, 1023, 1025, 5000];
+
+/// Small, exact values of either sign, and no zero: a product of floats would have to tell one zero from the other.
+fn value(rank: usize, i: usize) -> i64 {
+    match ((i * 7 + rank * 13) % 11) as i64 - 5 {
+        0 => 6,
+        value => value,
+    }
+}
+
+fn encode(dtype: DType, value: i64) -> Vec<u8> {
+    match dtype {
+        DType::F32 => (value as f32).to_le_bytes().to_vec(),
+        DType::F64 => (value as f64).to_le_bytes().to_vec(),
+        DType::F16 => f16::from_f64(value as f64).to_le_bytes().to_vec(),
+        DType::BF16 => bf16::from_f64(value as f64).to_le_bytes().to_vec(),
+        DType::Bool => vec![u8::from(value > 0)],
+        _ => value.to_le_bytes()[..dtype.bytes()].to_vec(),
+    }
+}
+
+fn combine(dtype: DType, op: Reduction, a: i64, b: i64) -> i64 {
+    let unsigned = matches!(dtype, DType::U8 | DType::U16 | DType::U32 | DType::U64);
+    let truth = dtype == DType::Bool;
+    let (a, b) = if truth { (i64::from(a > 0), i64::from(b > 0)) } else { (a, b) };
+    match op {
+        Reduction::Sum | Reduction::Avg if truth => a | b,
+        Reduction::Sum | Reduction::Avg => a.wrapping_add(b),
+        Reduction::Product => a.wrapping_mul(b),
+        Reduction::Min if unsigned => (a as u64).min(b as u64) as i64,
+        Reduction::Max if unsigned => (a as u64).max(b as u64) as i64,
+        Reduction::Min => a.min(b),
+        Reduction::Max => a.max(b),
+        Reduction::BitAnd => a & b,
+        Reduction::BitOr => a | b,
+        Reduction::BitXor => a ^ b,
+    }
+}
+
+fn every(mut body: impl FnMut(DType, Reduction)) {
+    for code in 0..16 {
+        for op in 0..8 {
+            let (dtype, op) = (DType::from_code(code).unwrap(), Reduction::from_code(op).unwrap());
+            if check(dtype, op).is_ok() && op != Reduction::Avg {
+                body(dtype, op);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_fold_gives_what_the_plainest_loop_gives() {
+    every(|dtype, op| {
+        for ranks in 1..=5 {
+            for len in LENGTHS {
+                let input = |rank| (0..len).flat_map(|i| encode(dtype, value(rank, i))).collect::<Vec<u8>>();
+                let expected: Vec<u8> = (0..len)
+                    .flat_map(|i| {
+                        let all = (1..ranks).fold(value(0, i), |sum, rank| combine(dtype, op, sum, value(rank, i)));
+                        encode(dtype, all)
+                    })
+                    .collect();
+                for at in 0..ranks {
+                    let mut own = input(at);
+                    let others: Vec<Vec<u8>> = (0..ranks).filter(|&rank| rank != at).map(input).collect();
+                    let others: Vec<&[u8]> = others.iter().map(Vec::as_slice).collect();
+                    let mut copy = vec![9; own.len()];
+                    fold(dtype, op, &mut own, at, &others, (ranks % 2 == 0).then_some(&mut copy), ranks).unwrap();
+                    assert_eq!(own, expected, "{dtype} {op:?} {ranks} ranks, {len} elements, at {at}");
+                    assert!(ranks % 2 == 1 || copy == expected);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn bytes_of_any_alignment_will_do() {
+    every(|dtype, op| {
+        let len = 37 * dtype.bytes();
+        let mut aligned: Vec<u8> = (0..37).flat_map(|i| encode(dtype, value(0, i))).collect();
+        let other: Vec<u8> = (0..37).flat_map(|i| encode(dtype, value(1, i))).collect();
+        let mut shifted = [vec![0], aligned.clone()].concat();
+        reduce_into(dtype, op, &mut aligned, &other).unwrap();
+        reduce_into(dtype, op, &mut shifted[1..=len], &other).unwrap();
+        assert_eq!(aligned, shifted[1..=len]);
+    });
+}
+
+#[test]
+fn averages_divide_once_at_the_end() {
+    let (a, b, c) = (7i32.to_le_bytes(), (-2i32).to_le_bytes(), (-9i32).to_le_bytes());
+    let mut own = a;
+    fold(DType::I32, Reduction::Avg, &mut own, 0, &[&b, &c], None, 3).unwrap();
+    assert_eq!(i32::from_le_bytes(own), -1, "-4 / 3, cut towards zero");
+    let mut own = 5f32.to_le_bytes();
+    finish(DType::F32, Reduction::Avg, &mut own, 2).unwrap();
+    assert_eq!(f32::from_le_bytes(own), 2.5);
+    finish(DType::F32, Reduction::Sum, &mut own, 2).unwrap();
+    assert_eq!(f32::from_le_bytes(own), 2.5);
+}
+
+#[test]
+fn sixteen_bit_floats_are_rounded_once() {
+    // 256 + 1 + 1: in bfloat16, 256 + 1 rounds back to 256, so rounding each time would lose both ones.
+    let [big, one] = [256.0, 1.0].map(|value| bf16::from_f32(value).to_le_bytes());
+    let mut own = big;
+    fold(DType::BF16, Reduction::Sum, &mut own, 0, &[&one, &one], None, 3).unwrap();
+    assert_eq!(bf16::from_le_bytes(own).to_f32(), 258.0);
+    for bits in 0..=u16::MAX {
+        for dtype in [DType::BF16, DType::F16] {
+            let mut own = bits.to_le_bytes();
+            fold(dtype, Reduction::Sum, &mut own, 0, &[], None, 1).unwrap();
+            let nan = if dtype == DType::BF16 { bf16::from_bits(bits).is_nan() } else { f16::from_bits(bits).is_nan() };
+            assert!(nan || own == bits.to_le_bytes(), "{bits:#x} of {dtype} changed by a trip through f32");
+        }
+    }
+}
+
+#[test]
+fn a_nan_spreads_through_min_and_max() {
+    for op in [Reduction::Min, Reduction::Max] {
+        for (a, b) in [(f32::NAN, 1.0), (1.0, f32::NAN)] {
+            let mut own = a.to_le_bytes();
+            reduce_into(DType::F32, op, &mut own, &b.to_le_bytes()).unwrap();
+            assert!(f32::from_le_bytes(own).is_nan());
+        }
+    }
+}
+
+#[test]
+fn what_has_no_meaning_is_refused() {
+    for (dtype, op) in [(DType::F32, Reduction::BitXor), (DType::C64, Reduction::Sum), (DType::Bool, Reduction::Avg)] {
+        assert_eq!(check(dtype, op), Err(UnsupportedReduction { dtype, op }));
+    }
+}
+
+#[test]
+fn a_streaming_copy_copies_whatever_the_alignment() {
+    let source: Vec<u8> = (0..1000u32).map(|i| i as u8).collect();
+    for (from, to, len) in [(0, 0, 1000), (1, 3, 900), (5, 0, 0), (7, 9, 17), (0, 15, 1)] {
+        let mut target = vec![0; 1100];
+        copy_streaming(&mut target[to..to + len], &source[from..from + len]);
+        assert_eq!(target[to..to + len], source[from..from + len]);
+    }
+}

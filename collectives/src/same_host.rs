@@ -1,0 +1,412 @@
+//! Does: collectives of ranks on one host by the segment that they share: no messages, rounds that stay in cache.
+//!
+//! Every reduction adds in rank order, whatever the length and the round, and only its owner computes it: the same bits on
+//! every rank, for every cut of the data.
+
+use crate::chunk::chunk;
+use crate::reduce::{UnsupportedReduction, copy_streaming, finish, fold};
+use crate::{Collective, DType, Reduction};
+use gradwire_transport::GroupSegment;
+use gradwire_transport::shm::WaitError;
+use gradwire_transport::{Rank, WorldSize};
+use std::ops::Range;
+use std::time::Instant;
+
+/// Up to here everybody folds everything: one step instead of two.
+const SHORT_BYTES: usize = 8 << 10;
+/// From here on results go past the cache: they do not fit it, and an ordinary store would first read what it overwrites.
+const STREAM_BYTES: usize = 512 << 10;
+
+/// Why a collective stopped.
+#[derive(Debug)]
+pub(crate) enum Stopped<E> {
+    /// While waiting.
+    Wait(WaitError<E>),
+    /// A rank called something else.
+    Differs { rank: Rank, expected: u64, got: u64 },
+    /// The reduction means nothing for the type.
+    Unsupported(UnsupportedReduction),
+}
+
+impl<E> From<WaitError<E>> for Stopped<E> {
+    fn from(error: WaitError<E>) -> Self {
+        Self::Wait(error)
+    }
+}
+
+impl<E> From<UnsupportedReduction> for Stopped<E> {
+    fn from(error: UnsupportedReduction) -> Self {
+        Self::Unsupported(error)
+    }
+}
+
+/// What one collective is run with.
+pub(crate) struct Turn<'a, E> {
+    pub(crate) dtype: DType,
+    pub(crate) fingerprint: u64,
+    pub(crate) sequence: u64,
+    pub(crate) deadline: Instant,
+    pub(crate) idle: &'a mut dyn FnMut(&[Rank]) -> Result<(), E>,
+    pub(crate) greeted: bool,
+}
+
+/// This rank's end of the group's segment.
+pub(crate) struct SameHost {
+    pub(crate) segment: GroupSegment,
+    rank: Rank,
+    world_size: WorldSize,
+}
+
+type Done<E> = Result<(), Stopped<E>>;
+
+impl SameHost {
+    pub(crate) fn new(segment: GroupSegment, rank: Rank, world_size: WorldSize) -> Self {
+        Self { segment, rank, world_size }
+    }
+
+    /// Carries out `collective`. `input` and `output` are as in `Call`: one piece, one a rank, or none.
+    pub(crate) fn run<E>(
+        &mut self,
+        collective: &Collective,
+        input: &[&[u8]],
+        output: &mut [&mut [u8]],
+        mut turn: Turn<'_, E>,
+    ) -> Done<E> {
+        self.segment.arrive(turn.sequence, turn.fingerprint);
+        let turn = &mut turn;
+        match *collective {
+            Collective::AllReduce { op } => self.all_reduce(op, output[0], turn),
+            Collective::Reduce { op, root } => self.reduce(op, root, output[0], turn),
+            Collective::Broadcast { root } => self.broadcast(root, output[0], turn),
+            Collective::AllGather => self.gather(None, input[0], output, turn),
+            Collective::Gather { root } => self.gather(Some(root), input[0], output, turn),
+            Collective::ReduceScatter { op } => self.reduce_scatter(op, input, output[0], turn),
+            Collective::AllToAll => self.all_to_all(input, output, turn),
+            Collective::Scatter { root } => self.scatter(root, input, output[0], turn),
+            Collective::Barrier => self.step(turn),
+        }?;
+        // A collective of no elements takes its step too: that is how all learn that all called the same.
+        if turn.greeted { Ok(()) } else { self.step(turn).map(|()| self.segment.next_round()) }
+    }
+
+    /// A step of all; the first of a collective also tells whether all called the same.
+    fn step<E>(&mut self, turn: &mut Turn<'_, E>) -> Done<E> {
+        self.segment.step(turn.deadline, turn.idle)?;
+        if std::mem::replace(&mut turn.greeted, true) {
+            return Ok(());
+        }
+        let said = |rank: Rank| self.segment.arrived(rank, turn.sequence).unwrap_or(turn.fingerprint);
+        if self.world_size.ranks().all(|rank| said(rank) == turn.fingerprint) {
+            return Ok(());
+        }
+        let count = |call: u64| self.world_size.ranks().filter(|&rank| said(rank) == call).count();
+        // Most are taken to be right; at a tie, the lowest rank.
+        let expected = self
+            .world_size
+            .ranks()
+            .map(said)
+            .fold(said(Rank(0)), |best, call| if count(call) > count(best) { call } else { best });
+        let rank = self.world_size.ranks().find(|&rank| said(rank) != expected).unwrap_or(self.rank);
+        Err(Stopped::Differs { rank, expected, got: said(rank) })
+    }
+
+    /// The pieces of `len` bytes that fit a slot, in whole elements.
+    fn rounds(&self, len: usize, dtype: DType, share: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let most = (self.segment.slot_bytes() / share / 64 * 64).max(dtype.bytes()) / dtype.bytes() * dtype.bytes();
+        (0..len).step_by(most).map(move |start| start..len.min(start + most))
+    }
+
+    /// Bytes of `rank`'s part of a round of `len` bytes.
+    fn part(&self, len: usize, dtype: DType, rank: Rank) -> Range<usize> {
+        let part = chunk(len / dtype.bytes(), self.world_size.get() as usize, rank.index());
+        part.start * dtype.bytes()..part.end * dtype.bytes()
+    }
+
+    fn others(&self) -> impl Iterator<Item = Rank> + Clone + use<> {
+        let me = self.rank;
+        self.world_size.ranks().filter(move |rank| *rank != me)
+    }
+
+    fn all_reduce<E>(&mut self, op: Reduction, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
+        let (n, dtype) = (self.world_size.get() as usize, turn.dtype);
+        if n == 1 {
+            return Ok(finish(dtype, op, buffer, 1)?);
+        }
+        crate::reduce::check(dtype, op)?;
+        if buffer.len() <= SHORT_BYTES {
+            if buffer.is_empty() {
+                return Ok(());
+            }
+            self.segment.mine(0..buffer.len()).copy_from_slice(buffer);
+            self.step(turn)?;
+            let all = 0..buffer.len();
+            self.fold_others(op, dtype, &all, buffer, None)?;
+            self.segment.next_round();
+            return Ok(());
+        }
+        let stream = buffer.len() >= STREAM_BYTES;
+        for range in self.rounds(buffer.len(), dtype, 1) {
+            let round = &mut buffer[range];
+            let own = self.part(round.len(), dtype, self.rank);
+            for part in [0..own.start, own.end..round.len()] {
+                self.segment.mine(part.clone()).copy_from_slice(&round[part]);
+            }
+            self.step(turn)?;
+            self.fold_into_slot(op, dtype, &own, &mut round[own.clone()])?;
+            self.step(turn)?;
+            let others = self.segment.others();
+            for rank in self.others() {
+                let part = self.part(round.len(), dtype, rank);
+                copy(&mut round[part.clone()], others.of(rank, part), stream);
+            }
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
+    /// Folds everybody's `range` with `own`, this rank's, in rank order into `own` (and `copy`).
+    fn fold_others(
+        &self,
+        op: Reduction,
+        dtype: DType,
+        range: &Range<usize>,
+        own: &mut [u8],
+        copy: Option<&mut [u8]>,
+    ) -> Result<(), UnsupportedReduction> {
+        let (n, at) = (self.world_size.get() as usize, self.rank.index());
+        let others = self.segment.others();
+        let mut few: [&[u8]; 8] = [&[]; 8];
+        if n <= few.len() {
+            self.others().zip(&mut few).for_each(|(rank, slot)| *slot = others.of(rank, range.clone()));
+            return fold(dtype, op, own, at, &few[..n - 1], copy, n);
+        }
+        let many: Vec<&[u8]> = self.others().map(|rank| others.of(rank, range.clone())).collect();
+        fold(dtype, op, own, at, &many, copy, n)
+    }
+
+    /// The same, where this rank's own result also goes to its slot, for the others to copy.
+    fn fold_into_slot(
+        &mut self,
+        op: Reduction,
+        dtype: DType,
+        range: &Range<usize>,
+        own: &mut [u8],
+    ) -> Result<(), UnsupportedReduction> {
+        self.fold_others(op, dtype, range, own, None)?;
+        self.segment.mine(range.clone()).copy_from_slice(own);
+        Ok(())
+    }
+
+    fn reduce<E>(&mut self, op: Reduction, root: Rank, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
+        let dtype = turn.dtype;
+        crate::reduce::check(dtype, op)?;
+        if self.world_size.get() == 1 {
+            return Ok(finish(dtype, op, buffer, 1)?);
+        }
+        for range in self.rounds(buffer.len(), dtype, 1) {
+            let round = &mut buffer[range];
+            let own = self.part(round.len(), dtype, self.rank);
+            self.segment.mine(0..round.len()).copy_from_slice(round);
+            self.step(turn)?;
+            if self.rank == root {
+                self.fold_others(op, dtype, &own, &mut round[own.clone()], None)?;
+            } else {
+                // The others' own buffers stay as they are: the sum is made in a buffer of its own, then shown.
+                let mut sum = round[own.clone()].to_vec();
+                self.fold_into_slot(op, dtype, &own, &mut sum)?;
+            }
+            self.step(turn)?;
+            if self.rank == root {
+                let others = self.segment.others();
+                for rank in self.others() {
+                    let part = self.part(round.len(), dtype, rank);
+                    round[part.clone()].copy_from_slice(others.of(rank, part));
+                }
+            }
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
+    fn broadcast<E>(&mut self, root: Rank, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
+        let stream = buffer.len() >= STREAM_BYTES;
+        for range in self.rounds(buffer.len(), turn.dtype, 1) {
+            let round = &mut buffer[range];
+            if self.rank == root {
+                self.segment.mine(0..round.len()).copy_from_slice(round);
+            }
+            self.step(turn)?;
+            if self.rank != root {
+                copy(round, self.segment.others().of(root, 0..round.len()), stream);
+            }
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
+    /// All-gather, or gather to `root`.
+    fn gather<E>(
+        &mut self,
+        root: Option<Rank>,
+        input: &[u8],
+        output: &mut [&mut [u8]],
+        turn: &mut Turn<'_, E>,
+    ) -> Done<E> {
+        let takes = root.is_none_or(|root| root == self.rank);
+        if takes {
+            part_mut(output, self.rank, self.world_size).copy_from_slice(input);
+        }
+        let longest = match root {
+            None => {
+                self.world_size.ranks().map(|rank| part_mut(output, rank, self.world_size).len()).max().unwrap_or(0)
+            }
+            Some(_) => self.longest(input.len(), turn)?,
+        };
+        let stream = longest >= STREAM_BYTES;
+        for range in self.rounds(longest, turn.dtype, 1) {
+            let mine = within(&range, input.len());
+            self.segment.mine(0..mine.len()).copy_from_slice(&input[mine]);
+            self.step(turn)?;
+            if takes {
+                let others = self.segment.others();
+                for rank in self.others() {
+                    let part = part_mut(output, rank, self.world_size);
+                    let theirs = within(&range, part.len());
+                    let bytes = theirs.len();
+                    copy(&mut part[theirs], others.of(rank, 0..bytes), stream);
+                }
+            }
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
+    fn reduce_scatter<E>(
+        &mut self,
+        op: Reduction,
+        input: &[&[u8]],
+        output: &mut [u8],
+        turn: &mut Turn<'_, E>,
+    ) -> Done<E> {
+        let (n, dtype, size) = (self.world_size.get() as usize, turn.dtype, self.world_size);
+        crate::reduce::check(dtype, op)?;
+        output.copy_from_slice(part(input, self.rank, size));
+        if n == 1 {
+            return Ok(finish(dtype, op, output, 1)?);
+        }
+        // Parts of different lengths are possible: all take the rounds of the longest.
+        let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
+        for range in self.rounds(longest, dtype, n) {
+            let width = range.len();
+            for rank in self.others() {
+                let theirs = within(&range, part(input, rank, size).len());
+                let at = rank.index() * width;
+                self.segment.mine(at..at + theirs.len()).copy_from_slice(&part(input, rank, size)[theirs]);
+            }
+            self.step(turn)?;
+            let mine = within(&range, output.len());
+            let at = self.rank.index() * width;
+            let slot = at..at + mine.len();
+            self.fold_others(op, dtype, &slot, &mut output[mine], None)?;
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
+    fn all_to_all<E>(&mut self, input: &[&[u8]], output: &mut [&mut [u8]], turn: &mut Turn<'_, E>) -> Done<E> {
+        let (n, size, me) = (self.world_size.get() as usize, self.world_size, self.rank);
+        part_mut(output, me, size).copy_from_slice(part(input, me, size));
+        let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
+        let longest = self.longest(longest, turn)?;
+        for range in self.rounds(longest, turn.dtype, n) {
+            let width = range.len();
+            for rank in self.others() {
+                let theirs = within(&range, part(input, rank, size).len());
+                let at = rank.index() * width;
+                self.segment.mine(at..at + theirs.len()).copy_from_slice(&part(input, rank, size)[theirs]);
+            }
+            self.step(turn)?;
+            let others = self.segment.others();
+            for rank in self.others() {
+                let part = part_mut(output, rank, size);
+                let mine = within(&range, part.len());
+                let at = me.index() * width;
+                let slot = at..at + mine.len();
+                part[mine].copy_from_slice(others.of(rank, slot));
+            }
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
+    fn scatter<E>(&mut self, root: Rank, input: &[&[u8]], output: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
+        let (n, size) = (self.world_size.get() as usize, self.world_size);
+        let longest = match self.rank == root {
+            true => size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0),
+            false => output.len(),
+        };
+        let longest = self.longest(longest, turn)?;
+        for range in self.rounds(longest, turn.dtype, n) {
+            let width = range.len();
+            if self.rank == root {
+                for rank in self.others() {
+                    let theirs = within(&range, part(input, rank, size).len());
+                    let at = rank.index() * width;
+                    self.segment.mine(at..at + theirs.len()).copy_from_slice(&part(input, rank, size)[theirs]);
+                }
+            }
+            self.step(turn)?;
+            let mine = within(&range, output.len());
+            if self.rank == root {
+                output[mine.clone()].copy_from_slice(&part(input, root, size)[mine]);
+            } else {
+                let at = self.rank.index() * width;
+                let slot = at..at + mine.len();
+                output[mine].copy_from_slice(self.segment.others().of(root, slot));
+            }
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
+    /// The longest that any rank says: where a rank knows only its own parts, all must still take as many rounds.
+    fn longest<E>(&mut self, own: usize, turn: &mut Turn<'_, E>) -> Result<usize, Stopped<E>> {
+        self.segment.mine(0..8).copy_from_slice(&(own as u64).to_le_bytes());
+        self.step(turn)?;
+        let others = self.segment.others();
+        let said = |rank| {
+            let bytes = others.of(rank, 0..8).first_chunk().copied().unwrap_or_default();
+            usize::try_from(u64::from_le_bytes(bytes)).unwrap_or(usize::MAX)
+        };
+        let longest = self.others().map(said).fold(own, usize::max);
+        self.segment.next_round();
+        Ok(longest)
+    }
+}
+
+fn copy(into: &mut [u8], from: &[u8], stream: bool) {
+    if stream { copy_streaming(into, from) } else { into.copy_from_slice(from) }
+}
+
+/// As much of `range` as lies within `len`.
+fn within(range: &Range<usize>, len: usize) -> Range<usize> {
+    range.start.min(len)..range.end.min(len)
+}
+
+/// `rank`'s part: a piece of its own, or its share of the one piece.
+fn part<'a>(pieces: &[&'a [u8]], rank: Rank, world_size: WorldSize) -> &'a [u8] {
+    let n = world_size.get() as usize;
+    match pieces {
+        [all] if n > 1 => &all[all.len() / n * rank.index()..][..all.len() / n],
+        pieces => pieces[rank.index()],
+    }
+}
+
+fn part_mut<'a>(pieces: &'a mut [&mut [u8]], rank: Rank, world_size: WorldSize) -> &'a mut [u8] {
+    let n = world_size.get() as usize;
+    if pieces.len() == 1 && n > 1 {
+        let len = pieces[0].len() / n;
+        return &mut pieces[0][len * rank.index()..][..len];
+    }
+    &mut *pieces[rank.index()]
+}

@@ -1,0 +1,40 @@
+//! Pure: the settings of a communicator.
+
+use crate::CollectiveError;
+use crate::choose::Chooser;
+use gradwire_transport::{PeerName, Rank};
+use std::time::Duration;
+
+/// Settings of a communicator.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// How long an operation may take that is given no time-out of its own. Default 300 s.
+    pub timeout: Duration,
+    /// Which algorithms to use (`GRADWIRE_ALGO`), in NCCL's grammar: `all_reduce:ring;broadcast:tree`. Default: by size.
+    pub algorithms: Option<String>,
+    /// Whether ranks that are all on one host use their shared segment instead of messages. Default: yes.
+    pub same_host: bool,
+    /// Cores that this process may use, to tell how long spinning pays; binaries and bindings fill it in.
+    pub cores: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(300), algorithms: None, same_host: true, cores: 1 }
+    }
+}
+
+impl Settings {
+    /// Turns without any movement before a driver sleeps: some 20 µs where each rank has a core, next to none where ranks
+    /// outnumber cores and spinning keeps the others from their work.
+    pub(crate) fn spin_turns(&self, members: &[PeerName], rank: Rank) -> u32 {
+        let host = members.get(rank.index()).map(|name| &name.host);
+        let here = members.iter().filter(|name| Some(&name.host) == host).count();
+        if here <= self.cores { 2000 } else { 20 }
+    }
+
+    pub(crate) fn chooser(&self) -> Result<Chooser, CollectiveError> {
+        Chooser::new(self.algorithms.as_deref())
+            .map_err(|reason| CollectiveError::Invalid { call: "GRADWIRE_ALGO".to_owned(), reason: reason.to_string() })
+    }
+}

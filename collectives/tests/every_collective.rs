@@ -1,0 +1,212 @@
+//! Every collective, on every way that bytes can go, against what it should give.
+#![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
+
+mod common;
+
+use common::{Way, call, floats, group, values};
+use gradwire_collectives::{Collective, Reduction, Settings};
+use gradwire_transport::Rank;
+
+const WAYS: [Way; 3] = [Way::Tcp, Way::Shm, Way::Segment];
+const LENGTHS: [usize; 7] = [0, 1, 2, 3, 1000, 40_000, 300_001];
+
+/// Element `i` of rank `rank`'s buffer: tells both, and is exact in every sum below.
+fn mark(rank: u32, i: usize) -> f32 {
+    (rank as usize * 1000 + i % 997) as f32
+}
+
+fn everywhere(body: impl Fn(Way, u32)) {
+    for way in WAYS {
+        for size in [1, 2, 3, 4] {
+            body(way, size);
+        }
+    }
+}
+
+#[test]
+fn all_reduce_sums_and_averages() {
+    everywhere(|way, size| {
+        group(size, way, Settings::default(), |c| {
+            for len in LENGTHS {
+                for op in [Reduction::Sum, Reduction::Max, Reduction::Avg] {
+                    let buffer = floats((0..len).map(|i| mark(c.rank().0, i)));
+                    c.run(call(Collective::AllReduce { op }, &[], &[&buffer])).unwrap();
+                    let sum = |i| (0..size).map(|rank| mark(rank, i)).sum::<f32>();
+                    for (i, value) in values(&buffer).into_iter().enumerate() {
+                        let expected = match op {
+                            Reduction::Sum => sum(i),
+                            Reduction::Max => mark(size - 1, i),
+                            _ => sum(i) / size as f32,
+                        };
+                        assert_eq!(value, expected, "{way:?}, {size} ranks, {op:?}, element {i} of {len}");
+                    }
+                }
+            }
+        });
+    });
+}
+
+#[test]
+fn broadcast_and_reduce_know_their_root() {
+    everywhere(|way, size| {
+        group(size, way, Settings::default(), |c| {
+            for len in LENGTHS {
+                for root in (0..size).map(Rank) {
+                    let buffer = floats((0..len).map(|i| mark(c.rank().0, i)));
+                    c.run(call(Collective::Broadcast { root }, &[], &[&buffer])).unwrap();
+                    let expected: Vec<f32> = (0..len).map(|i| mark(root.0, i)).collect();
+                    assert_eq!(values(&buffer), expected, "{way:?}, broadcast from {root} of {size}, {len}");
+
+                    let buffer = floats((0..len).map(|i| mark(c.rank().0, i)));
+                    c.run(call(Collective::Reduce { op: Reduction::Sum, root }, &[], &[&buffer])).unwrap();
+                    if c.rank() == root {
+                        let expected: Vec<f32> = (0..len).map(|i| (0..size).map(|r| mark(r, i)).sum()).collect();
+                        assert_eq!(values(&buffer), expected, "{way:?}, reduce to {root} of {size}, {len}");
+                    }
+                }
+            }
+        });
+    });
+}
+
+#[test]
+fn all_gather_and_gather_keep_every_rank_s_part_in_its_place() {
+    everywhere(|way, size| {
+        group(size, way, Settings::default(), |c| {
+            for len in LENGTHS {
+                // Parts of different lengths: rank r has len + r elements.
+                let mine = floats((0..len + c.rank().index()).map(|i| mark(c.rank().0, i)));
+                let all: Vec<_> = (0..size as usize).map(|rank| floats(vec![0.0; len + rank])).collect();
+                c.run(call(Collective::AllGather, &[&mine], &all.iter().collect::<Vec<_>>())).unwrap();
+                for (rank, part) in (0..size).zip(&all) {
+                    let expected: Vec<f32> = (0..len + rank as usize).map(|i| mark(rank, i)).collect();
+                    assert_eq!(values(part), expected, "{way:?}, part of {rank} of {size}");
+                }
+                let root = Rank(size - 1);
+                let all: Vec<_> = (0..size as usize).map(|rank| floats(vec![0.0; len + rank])).collect();
+                let output: Vec<_> = if c.rank() == root { all.iter().collect() } else { vec![] };
+                c.run(call(Collective::Gather { root }, &[&mine], &output)).unwrap();
+                for (rank, part) in (0..size).zip(&all).filter(|_| c.rank() == root) {
+                    let expected: Vec<f32> = (0..len + rank as usize).map(|i| mark(rank, i)).collect();
+                    assert_eq!(values(part), expected, "{way:?}, gathered part of {rank} of {size}");
+                }
+            }
+        });
+    });
+}
+
+#[test]
+fn reduce_scatter_and_scatter_give_every_rank_its_part() {
+    everywhere(|way, size| {
+        group(size, way, Settings::default(), |c| {
+            for len in LENGTHS {
+                let (me, n) = (c.rank().index(), size as usize);
+                let input = floats((0..len * n).map(|i| mark(c.rank().0, i)));
+                let mine = floats(vec![0.0; len]);
+                c.run(call(Collective::ReduceScatter { op: Reduction::Sum }, &[&input], &[&mine])).unwrap();
+                let sum = |i: usize| (0..size).map(|rank| mark(rank, i)).sum::<f32>();
+                let expected: Vec<f32> = (0..len).map(|i| sum(me * len + i)).collect();
+                assert_eq!(values(&mine), expected, "{way:?}, {size} ranks, {len}");
+
+                let mine = floats(vec![0.0; len]);
+                let given: Vec<_> = if me == 0 { vec![&input] } else { vec![] };
+                c.run(call(Collective::Scatter { root: Rank(0) }, &given, &[&mine])).unwrap();
+                let expected: Vec<f32> = (0..len).map(|i| mark(0, me * len + i)).collect();
+                assert_eq!(values(&mine), expected, "{way:?}, scattered to {me} of {size}, {len}");
+            }
+        });
+    });
+}
+
+#[test]
+fn all_to_all_exchanges_parts_of_any_length() {
+    everywhere(|way, size| {
+        group(size, way, Settings::default(), |c| {
+            for len in [0, 1, 1000, 100_000] {
+                // Rank a gives rank b len + a + 2b elements, all saying from whom to whom.
+                let count = |from: usize, to: usize| len + from + 2 * to;
+                let (me, n) = (c.rank().index(), size as usize);
+                let given: Vec<_> = (0..n).map(|to| floats(vec![(me * 100 + to) as f32; count(me, to)])).collect();
+                let got: Vec<_> = (0..n).map(|from| floats(vec![0.0; count(from, me)])).collect();
+                c.run(call(Collective::AllToAll, &given.iter().collect::<Vec<_>>(), &got.iter().collect::<Vec<_>>()))
+                    .unwrap();
+                for (from, part) in got.iter().enumerate() {
+                    assert_eq!(
+                        values(part),
+                        vec![(from * 100 + me) as f32; count(from, me)],
+                        "{way:?}, {from} to {me}"
+                    );
+                }
+            }
+        });
+    });
+}
+
+#[test]
+fn a_barrier_lets_nobody_pass_before_all_have_come() {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    everywhere(|way, size| {
+        let come = AtomicU32::new(0);
+        group(size, way, Settings::default(), |c| {
+            for round in 1..=50 {
+                come.fetch_add(1, Ordering::SeqCst);
+                c.run(call(Collective::Barrier, &[], &[])).unwrap();
+                assert!(come.load(Ordering::SeqCst) >= round * size, "{way:?}");
+            }
+        });
+    });
+}
+
+#[test]
+fn many_under_way_at_once_end_in_any_order_of_waiting() {
+    everywhere(|way, size| {
+        group(size, way, Settings::default(), |c| {
+            let buffers: Vec<_> = (0..40).map(|k| floats(vec![mark(c.rank().0, k); 1 + 7000 * (k % 5)])).collect();
+            let sum = Collective::AllReduce { op: Reduction::Sum };
+            let pending: Vec<_> = buffers.iter().map(|buffer| c.start(call(sum, &[], &[buffer])).unwrap()).collect();
+            for (k, pending) in pending.iter().enumerate().rev() {
+                pending.wait(None).unwrap().unwrap();
+                let expected: f32 = (0..size).map(|rank| mark(rank, k)).sum();
+                assert!(values(&buffers[k]).into_iter().all(|value| value == expected), "{way:?}, number {k}");
+            }
+        });
+    });
+}
+
+#[test]
+fn messages_find_their_receives_by_rank_and_tag() {
+    for way in WAYS {
+        group(3, way, Settings::default(), |c| {
+            let (right, left) = (c.rank().right(c.world_size()), c.rank().left(c.world_size()));
+            let all = |region: &std::sync::Arc<gradwire_transport::Region>| {
+                gradwire_collectives::Piece::whole(std::sync::Arc::clone(region))
+            };
+            for len in [1, 100_000] {
+                let (one, two) = (floats(vec![1.0; len]), floats(vec![2.0; len]));
+                let (a, b) = (floats(vec![0.0; len]), floats(vec![0.0; len]));
+                // Received in the other order than sent, and receives first: nobody may block.
+                let receives =
+                    [c.recv(Some(left), 2, all(&b), None).unwrap(), c.recv(Some(left), 1, all(&a), None).unwrap()];
+                let sends = [c.send(right, 1, all(&one), None).unwrap(), c.send(right, 2, all(&two), None).unwrap()];
+                for pending in receives.iter().chain(&sends) {
+                    pending.wait(None).unwrap().unwrap();
+                }
+                assert_eq!((values(&a), values(&b)), (vec![1.0; len], vec![2.0; len]), "{way:?}");
+            }
+            // Everybody sends to rank 0, which takes them as they come.
+            let buffer = floats(vec![c.rank().0 as f32; 10]);
+            if c.rank() == Rank(0) {
+                let mut seen = vec![];
+                for _ in 0..2 {
+                    let done = c.recv(None, 9, all(&buffer), None).unwrap().wait(None).unwrap().unwrap();
+                    assert_eq!(values(&buffer), vec![done.source.unwrap().0 as f32; 10]);
+                    seen.push(done.source.unwrap());
+                }
+                seen.sort();
+                assert_eq!(seen, [Rank(1), Rank(2)]);
+            } else {
+                c.send(Rank(0), 9, all(&buffer), None).unwrap().wait(None).unwrap().unwrap();
+            }
+        });
+    }
+}
