@@ -1,0 +1,414 @@
+//! Pure: one shard of the parameter server. A request and its payload go in, what is to be sent comes out.
+
+use crate::body::{Reader, Writer};
+use crate::dense::{Answer, Init, Memory, Table, Wait};
+use crate::header::{FLAG_CHECKED, FLAG_INLINE, Header, Kind};
+use crate::members::Members;
+use crate::refusal::{Reason, Refusal};
+use crate::shard_map::{Epoch, MAX_PART_BYTES};
+use crate::status::{PAGE, ShardStatus, TableStatus};
+use crate::{Mode, TableId, TableSpec};
+use gradwire_transport::{PeerId, RegionSlice};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// What one shard may hold.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bytes in tables and waiting contributions. Default 8 GiB.
+    pub memory_bytes: u64,
+    /// Tables. Default 65,536.
+    pub tables: usize,
+    /// Clients known at once; those long gone make room. Default 4,096.
+    pub clients: usize,
+    /// Requests of all clients that may wait on one part of a table, so that nobody fills the memory by asking. Default 65,536.
+    pub waiting: usize,
+    /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
+    pub patience: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 8 << 30,
+            tables: 1 << 16,
+            clients: 4096,
+            waiting: 1 << 16,
+            patience: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// Something to be done by whoever drives the shard.
+#[derive(Debug)]
+pub enum Action {
+    /// Send this header, with the body behind it.
+    Reply {
+        /// To whom.
+        to: PeerId,
+        /// The header; it says the body's length.
+        header: Header,
+        /// A refusal, a status; mostly empty, which takes no memory.
+        body: Vec<u8>,
+    },
+    /// Send these elements to the tag of `header.slot`, with `header.clock` as the note.
+    Value {
+        /// To whom.
+        to: PeerId,
+        /// The reply.
+        header: Header,
+        /// The value, in place.
+        slice: RegionSlice,
+    },
+    /// Close this connection.
+    Close {
+        /// Whose.
+        peer: PeerId,
+        /// Why.
+        reason: String,
+    },
+    /// Send what [`Shard::status`] tells, with the traffic of the connections.
+    Status {
+        /// To whom.
+        to: PeerId,
+        /// The reply, without a body.
+        header: Header,
+    },
+}
+
+/// One shard: its tables and clients.
+pub struct Shard {
+    limits: Limits,
+    epoch: Epoch,
+    instance: u64,
+    tables: BTreeMap<TableId, Table>,
+    members: Members,
+    memory: Memory,
+    answers: Vec<Answer>,
+}
+
+impl Shard {
+    /// A shard without tables. `instance` tells this process from others at the same address.
+    pub fn new(limits: Limits, instance: u64) -> Self {
+        Self {
+            members: Members::new(limits.clients),
+            memory: Memory::new(limits.memory_bytes),
+            epoch: Epoch(1),
+            instance,
+            tables: BTreeMap::new(),
+            answers: Vec::new(),
+            limits,
+        }
+    }
+
+    /// Takes one request. What is to be done is appended to `out`.
+    pub fn handle(&mut self, from: PeerId, header: &Header, payload: &[u8], now: Instant, out: &mut Vec<Action>) {
+        let patience = match header.wait_ms {
+            0 => self.limits.patience,
+            ms => self.limits.patience.min(Duration::from_millis(ms.into())),
+        };
+        let wait = Wait { to: from, header: *header, until: now + patience };
+        if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, out)) {
+            refuse(from, header, &refusal, out);
+        }
+        for answer in self.answers.drain(..) {
+            out.push(match answer {
+                Answer::Counted(to, header) => Action::Reply { to, header, body: Vec::new() },
+                Answer::Value(to, header, slice) => Action::Value { to, header, slice },
+            });
+        }
+    }
+
+    fn check(&self, from: PeerId, header: &Header, payload: &[u8]) -> Result<(), Refusal> {
+        let malformed = |what: &str, expected: String, got: String| {
+            Err(Refusal::new(Reason::Malformed, "request", what, expected, got))
+        };
+        if header.kind.is_reply() {
+            return malformed("kind", "a request".to_owned(), format!("{:?}", header.kind));
+        }
+        if header.payload_bytes != payload.len() as u64 {
+            return malformed("payload", format!("{} bytes", header.payload_bytes), format!("{} bytes", payload.len()));
+        }
+        if header.flags & FLAG_CHECKED != 0 && crc32c::crc32c(payload) != header.payload_crc {
+            let sum = crc32c::crc32c(payload);
+            return malformed("payload checksum", format!("{:#010x}", header.payload_crc), format!("{sum:#010x}"));
+        }
+        if header.kind == Kind::Hello {
+            return Ok(());
+        }
+        self.members.check(from, header)?;
+        if header.epoch != self.epoch && header.kind != Kind::Status {
+            return Err(Refusal::new(Reason::WrongEpoch, "request", "epoch", self.epoch.0, header.epoch.0));
+        }
+        Ok(())
+    }
+
+    fn dispatch(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = &wait.header;
+        match header.kind {
+            Kind::Hello => self.hello(wait, out),
+            Kind::Open => self.open(wait, payload, out),
+            Kind::ClaimInit => self.claim_init(wait, out),
+            Kind::Init => self.init(wait, payload, out),
+            Kind::EndInit => self.end_init(wait, out),
+            Kind::Push | Kind::PushPull => self.push(wait, payload, out),
+            Kind::Pull => self.pull(wait),
+            Kind::SetRate => {
+                let rate = payload.try_into().map(f64::from_le_bytes);
+                let rate =
+                    rate.map_err(|_| Refusal::new(Reason::Malformed, "request", "learning rate", "8 bytes", "others"))?;
+                self.table(header)?.set_rate(header, rate)?;
+                done(wait, header.clock, out);
+                Ok(())
+            }
+            Kind::Barrier => {
+                self.members.barrier(*wait)?.iter().for_each(|wait| done(wait, 0, out));
+                Ok(())
+            }
+            Kind::Status => {
+                out.push(Action::Status { to: wait.to, header: header.reply(Kind::Done) });
+                Ok(())
+            }
+            Kind::Done | Kind::Refused | Kind::Later => unreachable!("replies were refused before"),
+        }
+    }
+
+    fn hello(&mut self, wait: &Wait, out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = &wait.header;
+        if let Some(before) = self.members.hello(wait.to, header)? {
+            self.gone(before, out);
+            let reason = format!("client {} has connected anew", header.client);
+            out.push(Action::Close { peer: before, reason });
+        }
+        let mut reply = header.reply(Kind::Done);
+        reply.epoch = self.epoch;
+        reply.clock = self.instance;
+        reply.keys.end = reply.keys.start.saturating_add(MAX_PART_BYTES as u64);
+        out.push(Action::Reply { to: wait.to, header: reply, body: Vec::new() });
+        Ok(())
+    }
+
+    fn open(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = &wait.header;
+        let mut from = Reader(payload);
+        let spec = TableSpec::decode(&mut from).and_then(|spec| from.end().map(|()| spec));
+        let spec =
+            spec.map_err(|bad| Refusal::new(Reason::Malformed, "request to open a table", "body", "a table", bad))?;
+        spec.check()?;
+        if spec.id() != header.table {
+            let subject = spec.subject();
+            return Err(Refusal::new(
+                Reason::Malformed,
+                subject,
+                "id",
+                format!("{:#x}", spec.id().0),
+                format!("{:#x}", header.table.0),
+            ));
+        }
+        if let Some(table) = self.tables.get(&header.table) {
+            if let Some(refusal) = table.spec.disagreement(&spec) {
+                return Err(refusal);
+            }
+        } else {
+            if self.tables.len() >= self.limits.tables {
+                let expected = format!("at most {}", self.limits.tables);
+                return Err(Refusal::new(Reason::Limit, spec.subject(), "tables", expected, self.limits.tables + 1));
+            }
+            self.tables.insert(header.table, Table::new(spec, &mut self.memory)?);
+        }
+        let pushed = self.table(header)?.pushed_by(header.client);
+        done(wait, pushed, out);
+        Ok(())
+    }
+
+    fn table(&mut self, header: &Header) -> Result<&mut Table, Refusal> {
+        self.tables.get_mut(&header.table).ok_or_else(|| {
+            let subject = format!("table {:#x}", header.table.0);
+            Refusal::new(
+                Reason::UnknownTable,
+                subject,
+                "table",
+                "one that was opened here",
+                "another (was the server started anew?)",
+            )
+        })
+    }
+
+    /// Answers with the claim's number, or 0 when first values are there already; waits while another client writes them.
+    fn claim_init(&mut self, wait: &Wait, out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = wait.header;
+        let table = self.table(&header)?;
+        let mine = (header.client, header.incarnation);
+        let untouched = table.is_untouched();
+        match table.init.holder {
+            Some((client, incarnation, _)) if (client, incarnation) == mine => {
+                table.init.holder = Some((client, incarnation, wait.to));
+                done(wait, table.init.claim, out);
+            }
+            _ if table.init.done || !untouched => done(wait, 0, out),
+            None => grant_init(&mut table.init, wait, out),
+            Some(_) => {
+                table.init.waits.retain(|other| other.header.client != header.client);
+                table.init.waits.push(*wait);
+            }
+        }
+        Ok(())
+    }
+
+    fn init(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = wait.header;
+        let table = self.table(&header)?;
+        let part = table.part(header.keys)?;
+        expect_elements(table, &header, header.dtype == Some(table.spec.dtype))?;
+        table.write_initial(part, header.sequence, payload);
+        done(wait, 0, out);
+        Ok(())
+    }
+
+    /// Answers with the claim's number, or 0 when it was given to somebody else meanwhile.
+    fn end_init(&mut self, wait: &Wait, out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = wait.header;
+        let init = &mut self.table(&header)?.init;
+        let current = header.sequence == init.claim;
+        if current {
+            init.done = true;
+            init.holder = None;
+            init.waits.drain(..).for_each(|wait| done(&wait, 0, out));
+        }
+        done(wait, if current { init.claim } else { 0 }, out);
+        Ok(())
+    }
+
+    fn push(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = &wait.header;
+        let Some(table) = self.tables.get_mut(&header.table) else { return self.table(header).map(|_| ()) };
+        let part = table.part(header.keys)?;
+        let fits = header.dtype.is_some_and(|dtype| dtype.pushes_to(table.spec.dtype));
+        expect_elements(table, header, fits)?;
+        if let Mode::Sync { workers } = table.spec.mode
+            && (header.client >= workers.into() || header.clock == 0)
+        {
+            let expected = format!("a worker from 0 to {}, and a clock from 1", workers - 1);
+            let got = format!("client {} at clock {}", header.client, header.clock);
+            return Err(Refusal::new(Reason::Mismatch, table.spec.subject(), "who pushes", expected, got));
+        }
+        if header.sequence == 0 {
+            return Err(Refusal::new(Reason::Malformed, table.spec.subject(), "sequence", "from 1", 0));
+        }
+        check_waiting(table, part, &self.limits)?;
+        if !table.push(part, wait, payload, &mut self.memory, &mut self.answers)? {
+            out.push(Action::Reply { to: wait.to, header: header.reply(Kind::Later), body: Vec::new() });
+        }
+        Ok(())
+    }
+
+    fn pull(&mut self, wait: &Wait) -> Result<(), Refusal> {
+        let header = &wait.header;
+        let Some(table) = self.tables.get_mut(&header.table) else { return self.table(header).map(|_| ()) };
+        let part = table.part(header.keys)?;
+        if header.dtype != Some(table.spec.dtype) {
+            let got = header.dtype.map_or("none", |dtype| dtype.name());
+            return Err(Refusal::new(Reason::Mismatch, table.spec.subject(), "dtype", table.spec.dtype, got));
+        }
+        check_waiting(table, part, &self.limits)?;
+        table.pull(part, *wait, &mut self.answers);
+        Ok(())
+    }
+
+    /// A connection is closed: nothing waits for it any more.
+    pub fn gone(&mut self, peer: PeerId, out: &mut Vec<Action>) {
+        self.members.gone(peer);
+        for table in self.tables.values_mut() {
+            table.forget(peer);
+            let init = &mut table.init;
+            if init.holder.is_some_and(|(.., holder)| holder == peer) && !init.waits.is_empty() {
+                let next = init.waits.remove(0);
+                grant_init(init, &next, out);
+            }
+        }
+    }
+
+    /// Refuses what has waited too long. Cheap while nothing waits; to be called some times a second.
+    pub fn expire(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let mut late = |wait: Wait, refusal: Refusal| refuse(wait.to, &wait.header, &refusal, out);
+        self.members.expire(now, &mut late);
+        self.tables.values_mut().filter(|table| table.waiting() > 0).for_each(|table| table.expire(now, &mut late));
+    }
+
+    /// The clients that are connected, with their connections.
+    pub fn clients(&self) -> impl Iterator<Item = (u64, PeerId)> + '_ {
+        self.members.connected()
+    }
+
+    /// Memory, and one page of tables from the `first`-th on. Clients are for the driver to add, who knows their addresses.
+    pub fn status(&self, first: usize) -> ShardStatus {
+        let tables = self.tables.values().skip(first).take(PAGE).map(|table| TableStatus {
+            spec: table.spec.clone(),
+            elements: table.keys.len(),
+            bytes: table.memory_bytes,
+            clock: table.completed(),
+            pushes: table.counts.pushes,
+            pulls: table.counts.pulls,
+            duplicates: table.counts.duplicates,
+            waiting: table.waiting() as u64,
+        });
+        ShardStatus {
+            memory_bytes: self.memory.used,
+            memory_limit_bytes: self.memory.limit,
+            tables: tables.collect(),
+            clients: Vec::new(),
+        }
+    }
+}
+
+fn grant_init(init: &mut Init, wait: &Wait, out: &mut Vec<Action>) {
+    init.claim += 1;
+    init.holder = Some((wait.header.client, wait.header.incarnation, wait.to));
+    done(wait, init.claim, out);
+}
+
+fn done(wait: &Wait, clock: u64, out: &mut Vec<Action>) {
+    let header = Header { clock, ..wait.header.reply(Kind::Done) };
+    out.push(Action::Reply { to: wait.to, header, body: Vec::new() });
+}
+
+fn refuse(to: PeerId, header: &Header, refusal: &Refusal, out: &mut Vec<Action>) {
+    let body = refusal.encode();
+    let mut header = header.reply(Kind::Refused);
+    header.flags = FLAG_INLINE;
+    header.status = refusal.reason as u16;
+    header.payload_bytes = body.len() as u64;
+    out.push(Action::Reply { to, header, body });
+}
+
+/// Checks that the payload holds the elements that the header speaks of, of a type that may come here.
+fn expect_elements(table: &Table, header: &Header, dtype_fits: bool) -> Result<(), Refusal> {
+    let subject = || table.spec.subject();
+    let got = header.dtype.map_or("none", |dtype| dtype.name());
+    if !dtype_fits {
+        return Err(Refusal::new(Reason::Mismatch, subject(), "dtype", table.spec.dtype, got));
+    }
+    let each = header.dtype.map_or(0, |dtype| dtype.bytes() as u64);
+    if header.keys.len().checked_mul(each) != Some(header.payload_bytes) {
+        let expected = format!("{} elements of {got}", header.keys.len());
+        let got = format!("{} bytes", header.payload_bytes);
+        return Err(Refusal::new(Reason::Malformed, subject(), "payload", expected, got));
+    }
+    Ok(())
+}
+
+fn check_waiting(table: &Table, part: usize, limits: &Limits) -> Result<(), Refusal> {
+    let waiting = table.waiting_at(part);
+    if waiting < limits.waiting {
+        return Ok(());
+    }
+    let expected = format!("at most {}", limits.waiting);
+    Err(Refusal::new(Reason::Limit, table.spec.subject(), "requests that wait", expected, waiting + 1))
+}
+
+/// The body that opens `spec`.
+pub fn open_body(spec: &TableSpec) -> Vec<u8> {
+    let mut out = Writer::default();
+    spec.encode(&mut out);
+    out.0
+}

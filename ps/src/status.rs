@@ -1,0 +1,155 @@
+//! Pure: what a server tells of itself, and how it travels.
+
+use crate::TableSpec;
+use crate::body::{BadBody, Reader, Writer};
+
+/// One shard as it is now.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ShardStatus {
+    /// Bytes taken by tables and waiting contributions.
+    pub memory_bytes: u64,
+    /// The most that may be taken.
+    pub memory_limit_bytes: u64,
+    /// The tables it holds a share of, by name.
+    pub tables: Vec<TableStatus>,
+    /// The clients that are connected.
+    pub clients: Vec<ClientStatus>,
+}
+
+/// A table's share of a shard.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TableStatus {
+    /// What it is.
+    pub spec: TableSpec,
+    /// Elements held by this shard.
+    pub elements: u64,
+    /// Memory taken for them.
+    pub bytes: u64,
+    /// The last clock that is complete; in asynchronous mode, pushes applied.
+    pub clock: u64,
+    /// Parts of pushes that were counted.
+    pub pushes: u64,
+    /// Parts of pulls that were asked for.
+    pub pulls: u64,
+    /// Parts of pushes that came again, and were not counted.
+    pub duplicates: u64,
+    /// Requests that wait for other workers.
+    pub waiting: u64,
+}
+
+/// A connected client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientStatus {
+    /// Its number: the worker's rank, or one drawn at random.
+    pub client: u64,
+    /// Its host, as it says.
+    pub host: String,
+    /// Its process id there.
+    pub pid: u32,
+    /// The address that it came from.
+    pub address: String,
+    /// Payload bytes that came from it.
+    pub received_bytes: u64,
+    /// Payload bytes that went to it.
+    pub sent_bytes: u64,
+}
+
+/// Tables, and clients, told in one message.
+pub(crate) const PAGE: usize = 256;
+
+impl ShardStatus {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.number(self.memory_bytes);
+        out.number(self.memory_limit_bytes);
+        out.number(self.tables.len() as u64);
+        for table in &self.tables {
+            table.spec.encode(&mut out);
+            let TableStatus { elements, bytes, clock, pushes, pulls, duplicates, waiting, .. } = *table;
+            [elements, bytes, clock, pushes, pulls, duplicates, waiting]
+                .into_iter()
+                .for_each(|number| out.number(number));
+        }
+        out.number(self.clients.len() as u64);
+        for client in &self.clients {
+            out.number(client.client);
+            out.text(&client.host);
+            out.number(client.pid.into());
+            out.text(&client.address);
+            out.number(client.received_bytes);
+            out.number(client.sent_bytes);
+        }
+        out.0
+    }
+
+    pub(crate) fn decode(body: &[u8]) -> Result<Self, BadBody> {
+        let mut from = Reader(body);
+        let (memory_bytes, memory_limit_bytes) = (from.number()?, from.number()?);
+        let tables = (0..from.count(64)?)
+            .map(|_| {
+                Ok(TableStatus {
+                    spec: TableSpec::decode(&mut from)?,
+                    elements: from.number()?,
+                    bytes: from.number()?,
+                    clock: from.number()?,
+                    pushes: from.number()?,
+                    pulls: from.number()?,
+                    duplicates: from.number()?,
+                    waiting: from.number()?,
+                })
+            })
+            .collect::<Result<_, BadBody>>()?;
+        let clients = (0..from.count(32)?)
+            .map(|_| {
+                Ok(ClientStatus {
+                    client: from.number()?,
+                    host: from.text()?.to_owned(),
+                    pid: u32::try_from(from.number()?).map_err(|_| BadBody("no such process id"))?,
+                    address: from.text()?.to_owned(),
+                    received_bytes: from.number()?,
+                    sent_bytes: from.number()?,
+                })
+            })
+            .collect::<Result<_, BadBody>>()?;
+        from.end()?;
+        Ok(Self { memory_bytes, memory_limit_bytes, tables, clients })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Combine, DType, Mode, UpdateRule};
+
+    #[test]
+    fn a_status_comes_back_as_it_was_and_no_piece_of_it_does() {
+        let spec = TableSpec {
+            name: "w".into(),
+            shape: vec![7],
+            dtype: DType::F64,
+            rule: UpdateRule::Sum,
+            mode: Mode::Async,
+            combine: Combine::Sum,
+            shards: 1,
+            shard: 0,
+            part_elements: 7,
+        };
+        let table =
+            TableStatus { spec, elements: 7, bytes: 56, clock: 1, pushes: 2, pulls: 3, duplicates: 4, waiting: 5 };
+        let client = ClientStatus {
+            client: 9,
+            host: "h".into(),
+            pid: 1,
+            address: "127.0.0.1:9".into(),
+            received_bytes: 8,
+            sent_bytes: 9,
+        };
+        let status =
+            ShardStatus { memory_bytes: 1, memory_limit_bytes: 2, tables: vec![table; 2], clients: vec![client; 3] };
+        let body = status.encode();
+        assert_eq!(ShardStatus::decode(&body), Ok(status));
+        for cut in 0..body.len() {
+            assert!(ShardStatus::decode(&body[..cut]).is_err());
+        }
+    }
+}

@@ -1,0 +1,225 @@
+//! Pure: the numbers of one part of a dense table: value, optimizer state, and the sum that is being made.
+
+use crate::kernel::{self, BLOCK, Real, Step};
+use crate::{DType, UpdateRule};
+use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
+use std::sync::Arc;
+
+/// A gradient as it arrived.
+pub(crate) type Gradient<'a> = (DType, &'a [u8]);
+
+/// What an update takes as the gradient.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Source<'a> {
+    /// The sum made so far and the last contribution, added in the same pass.
+    SumAnd(Gradient<'a>),
+    /// One contribution alone.
+    Only(Gradient<'a>),
+}
+
+/// The numbers of a part, whatever they are computed in.
+pub(crate) trait Values: Send {
+    /// `sum = gradient`.
+    fn begin(&mut self, gradient: Gradient<'_>);
+    /// `sum += gradient`.
+    fn add(&mut self, gradient: Gradient<'_>);
+    /// Applies `rule` for the `n`-th time, from 1, to the gradient divided by `divisor`.
+    fn apply(&mut self, rule: &UpdateRule, n: u64, divisor: f64, source: Source<'_>);
+    /// Makes `bytes`, in the table's type, the value.
+    fn write(&mut self, bytes: &[u8]);
+    /// The value, in the table's type, as it is now: later updates leave these bytes alone.
+    fn read(&self) -> RegionSlice;
+}
+
+/// The numbers of a part of `elements` elements of type `dtype`, all 0.
+pub(crate) fn new(dtype: DType, rule: &UpdateRule, elements: usize) -> Box<dyn Values> {
+    match dtype {
+        DType::F64 => Box::new(Dense::<f64>::new(dtype, rule, elements)),
+        _ => Box::new(Dense::<f32>::new(dtype, rule, elements)),
+    }
+}
+
+/// Bytes that a part takes for each element at most: the value and its copy while it is read, state and sum.
+pub(crate) fn bytes_per_element(dtype: DType, rule: &UpdateRule, sums: bool) -> u64 {
+    let computed = if dtype == DType::F64 { 8 } else { 4 };
+    let wide = usize::from(dtype.bytes() != computed);
+    (2 * dtype.bytes() + computed * (wide + rule.state_per_element() + usize::from(sums))) as u64
+}
+
+struct Dense<C> {
+    dtype: DType,
+    elements: usize,
+    value: Arc<Region>,
+    /// Earlier values that were being sent when the next one was written.
+    spare: Vec<Arc<Region>>,
+    /// The value in full where it is stored in fewer bits.
+    wide: Vec<C>,
+    state: [Vec<C>; 2],
+    sum: Vec<C>,
+}
+
+impl<C: Real> Dense<C> {
+    fn new(dtype: DType, rule: &UpdateRule, elements: usize) -> Self {
+        let zeros = |wanted: bool| vec![C::default(); if wanted { elements } else { 0 }];
+        let state = rule.state_per_element();
+        Self {
+            dtype,
+            elements,
+            value: Region::zeroed(elements * dtype.bytes()),
+            spare: Vec::new(),
+            wide: zeros(dtype != C::DTYPE),
+            state: [zeros(state > 0), zeros(state > 1)],
+            sum: Vec::new(),
+        }
+    }
+
+    /// The value, to write. Where it is being sent, a copy takes its place, so that neither waits for the other.
+    fn writable(&mut self) -> RegionSliceMut {
+        let all = 0..self.value.len();
+        if let Ok(slice) = self.value.write(all.clone()) {
+            return slice;
+        }
+        let free = self.spare.iter().position(|region| region.write(all.clone()).is_ok());
+        let fresh = match free {
+            Some(at) => self.spare.swap_remove(at),
+            None => Region::zeroed(all.end),
+        };
+        let before = std::mem::replace(&mut self.value, fresh);
+        let mut slice = self.value.write(all.clone()).expect("nobody else knows this region");
+        slice.copy_from_slice(&before.read(all).expect("it is only being read"));
+        // Two are enough for a table whose readers keep up; slower readers keep theirs alive by themselves.
+        if self.spare.len() < 2 {
+            self.spare.push(before);
+        }
+        slice
+    }
+}
+
+impl<C: Real> Values for Dense<C> {
+    fn begin(&mut self, (dtype, gradient): Gradient<'_>) {
+        self.sum.resize(self.elements, C::default());
+        kernel::begin(&mut self.sum, dtype, gradient);
+    }
+
+    fn add(&mut self, (dtype, gradient): Gradient<'_>) {
+        kernel::add(&mut self.sum, dtype, gradient);
+    }
+
+    fn apply(&mut self, rule: &UpdateRule, n: u64, divisor: f64, source: Source<'_>) {
+        let step = Step::<C>::new(rule, n);
+        let mut bytes = self.writable();
+        let (mut value, mut gradient) = ([C::default(); BLOCK], [C::default(); BLOCK]);
+        let [first, second] = &mut self.state;
+        for start in (0..self.elements).step_by(BLOCK) {
+            let end = self.elements.min(start + BLOCK);
+            let (value, gradient) = (&mut value[..end - start], &mut gradient[..end - start]);
+            gather(&self.sum, source, start..end, gradient);
+            if divisor != 1.0 {
+                let divisor = C::of(divisor);
+                gradient.iter_mut().for_each(|gradient| *gradient = *gradient / divisor);
+            }
+            let stored = &mut bytes[start * self.dtype.bytes()..end * self.dtype.bytes()];
+            match self.wide.get(start..end) {
+                Some(wide) => value.copy_from_slice(wide),
+                None => C::load(self.dtype, stored, value),
+            }
+            let block = |state: &mut Vec<C>| if state.is_empty() { 0..0 } else { start..end };
+            let (of_first, of_second) = (block(first), block(second));
+            step.run(value, gradient, &mut first[of_first], &mut second[of_second]);
+            if let Some(wide) = self.wide.get_mut(start..end) {
+                wide.copy_from_slice(value);
+            }
+            C::store(self.dtype, value, stored);
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.writable().copy_from_slice(bytes);
+        if !self.wide.is_empty() {
+            C::load(self.dtype, bytes, &mut self.wide);
+        }
+    }
+
+    fn read(&self) -> RegionSlice {
+        self.value.read(0..self.value.len()).expect("a value is written within one call")
+    }
+}
+
+/// The gradient of elements `range`, out of its source.
+fn gather<C: Real>(sum: &[C], source: Source<'_>, range: std::ops::Range<usize>, to: &mut [C]) {
+    let of = |(dtype, bytes): Gradient<'_>, to: &mut [C]| {
+        C::load(dtype, &bytes[range.start * dtype.bytes()..range.end * dtype.bytes()], to);
+    };
+    match source {
+        Source::Only(gradient) => of(gradient, to),
+        Source::SumAnd(gradient) => {
+            of(gradient, to);
+            to.iter_mut().zip(&sum[range.clone()]).for_each(|(to, sum)| *to = *sum + *to);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+
+    fn floats(bytes: &[u8]) -> Vec<f32> {
+        bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+    }
+
+    fn bytes(floats: &[f32]) -> Vec<u8> {
+        floats.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn every_source_and_block_gives_the_same_sum() {
+        for elements in [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7] {
+            let part = |n: usize| bytes(&(0..elements).map(|e| (e * n) as f32).collect::<Vec<_>>());
+            let (one, two) = (part(1), part(2));
+            let expected: Vec<f32> = (0..elements).map(|e| (3 * e) as f32 / 2.0).collect();
+            let mut values = new(DType::F32, &UpdateRule::Replace, elements);
+            values.begin((DType::F32, &one));
+            values.apply(&UpdateRule::Replace, 1, 2.0, Source::SumAnd((DType::F32, &two)));
+            assert_eq!(floats(&values.read()), expected);
+            values.begin((DType::F32, &two));
+            values.add((DType::F32, &two));
+            values.add((DType::F32, &one));
+            values.apply(&UpdateRule::Replace, 1, 4.0, Source::SumAnd((DType::F32, &one)));
+            assert_eq!(floats(&values.read()), expected);
+            values.apply(&UpdateRule::Sum, 2, 1.0, Source::Only((DType::F32, &one)));
+            assert_eq!(floats(&values.read())[elements - 1], 2.5 * (elements - 1) as f32);
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_being_read_stays_as_it_was() {
+        let mut values = new(DType::F32, &UpdateRule::Sum, 3);
+        let ones = bytes(&[1.0; 3]);
+        let held: Vec<_> = (0..5)
+            .map(|_| {
+                let before = values.read();
+                values.apply(&UpdateRule::Sum, 1, 1.0, Source::Only((DType::F32, &ones)));
+                before
+            })
+            .collect();
+        for (n, before) in held.iter().enumerate() {
+            assert_eq!(floats(before), [n as f32; 3]);
+        }
+        assert_eq!(floats(&values.read()), [5.0; 3]);
+    }
+
+    #[test]
+    fn a_short_type_loses_nothing_between_updates() {
+        let mut values = new(DType::BF16, &UpdateRule::Sum, 1);
+        let one = bf16::ONE.to_le_bytes();
+        for _ in 0..1000 {
+            values.apply(&UpdateRule::Sum, 1, 1.0, Source::Only((DType::BF16, &one)));
+        }
+        // Summed in eight bits it would stand still at 256.
+        assert_eq!(values.read()[..], bf16::from_f32(1000.0).to_le_bytes());
+        values.write(&bf16::from_f32(2.0).to_le_bytes());
+        values.apply(&UpdateRule::Sum, 1, 1.0, Source::Only((DType::F32, &0.5f32.to_le_bytes())));
+        assert_eq!(values.read()[..], bf16::from_f32(2.5).to_le_bytes());
+    }
+}
