@@ -98,6 +98,14 @@ impl Communicator {
         Ok(Pending { shared: Arc::clone(&self.shared), ticket })
     }
 
+    /// Begins a collective that the caller will wait for at once: it moves when somebody waits, without a hand-over.
+    ///
+    /// # Errors
+    /// As [`Communicator::start`].
+    pub fn begin(&self, call: Call) -> Result<Pending, CollectiveError> {
+        Ok(Pending { shared: Arc::clone(&self.shared), ticket: self.submit(call)? })
+    }
+
     /// Carries out a collective from the caller's own thread.
     ///
     /// # Errors
