@@ -1,0 +1,235 @@
+//! Does: a client of a parameter server: connects to its shards and makes calls on tables.
+
+mod driver;
+mod ending;
+mod engine;
+mod lane;
+mod pending;
+mod posting;
+mod reach;
+mod table;
+
+pub use pending::{Done, OnDone, Pending};
+pub use table::{DenseTable, TableOptions};
+
+use crate::dial::{self, Dialer};
+use crate::header::{Header, Kind};
+use crate::key::TableId;
+use crate::shard_map::{Epoch, MAX_PART_BYTES, ShardMap};
+use crate::status::{PAGE, ShardStatus};
+use crate::{DType, KeyRange, PsError};
+use driver::Driver;
+use engine::{Cargo, Engine, NewRequest};
+use gradwire_transport::{Acceptance, Config, TcpWire};
+use pending::{Call, What};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Settings of a client.
+#[derive(Clone, Debug)]
+pub struct ClientSettings {
+    /// The secret of the servers.
+    pub token: Option<String>,
+    /// This process's number among the workers of synchronous tables, from 0. Without one it may read, and push to
+    /// asynchronous tables.
+    pub worker: Option<u32>,
+    /// The longest that a request may wait, for a server or for other workers. Default 300 s.
+    pub timeout: Duration,
+    /// How long a server is dialled, at first and after its connection was lost, before it counts as lost. Default 5 s.
+    pub reconnect: Duration,
+    /// Settings of the wire; its token is set from `token`.
+    pub transport: Config,
+}
+
+impl Default for ClientSettings {
+    fn default() -> Self {
+        Self {
+            token: None,
+            worker: None,
+            timeout: Duration::from_secs(300),
+            reconnect: Duration::from_secs(5),
+            transport: Config { spin_turns: 200, ..Config::default() },
+        }
+    }
+}
+
+/// A connection to all shards of a parameter server. All methods may be called from any thread.
+pub struct Client {
+    core: Arc<Core>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What a client and its tables share.
+struct Core {
+    driver: Arc<Driver>,
+    map: ShardMap,
+    worker: Option<u32>,
+    most_bytes: usize,
+    sequence: AtomicU64,
+    tables: Mutex<HashMap<String, Arc<table::Table>>>,
+}
+
+impl Core {
+    fn next_sequence(&self) -> u64 {
+        self.sequence.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Starts a call.
+    fn start(&self, verb: &'static str, subject: &Arc<str>, requests: Vec<NewRequest>) -> Result<Pending, PsError> {
+        let call = Call::new(What { verb, subject: Arc::clone(subject) }, requests.len());
+        if !requests.is_empty() && !self.driver.submit(&call, requests) {
+            return Err(PsError::Closed);
+        }
+        Ok(Pending { call, driver: Arc::clone(&self.driver) })
+    }
+
+    /// A request without elements.
+    fn request(&self, shard: u32, header: Header, body: Vec<u8>) -> NewRequest {
+        let cargo = if body.is_empty() { Cargo::Nothing } else { Cargo::Body(body) };
+        let header = Header { epoch: self.map.epoch, sequence: self.next_sequence(), ..header };
+        NewRequest { shard, header, cargo, target: None, lane: None, keep_body: header.kind == Kind::Status }
+    }
+}
+
+impl Client {
+    /// Connects to the servers at `addresses` (`host:port`), one a shard, in the order that all clients give them.
+    ///
+    /// # Errors
+    /// `Authentication` where the token differs; `ServerLost` where nobody answers within `settings.reconnect`;
+    /// `Refused` where a later process has taken this worker's place.
+    pub fn connect(addresses: &[String], settings: ClientSettings) -> Result<Self, PsError> {
+        let token = settings.token.clone().filter(|token| !token.is_empty());
+        let config = Config { token, ..settings.transport.clone() };
+        let wire = TcpWire::new(&config, dial::identity(dial::random()?), Acceptance::Nobody)?;
+        Self::over(Box::new(wire), addresses, settings)
+    }
+
+    /// Connects over a given wire.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub fn over(wire: Box<dyn Dialer>, addresses: &[String], settings: ClientSettings) -> Result<Self, PsError> {
+        let shards = u32::try_from(addresses.len()).unwrap_or(0);
+        let map = ShardMap::new(Epoch(1), shards);
+        let map = map.ok_or_else(|| PsError::invalid("connecting", "give the address of at least one server"))?;
+        let client = match settings.worker {
+            Some(worker) => worker.into(),
+            // Far from the numbers of workers.
+            None => dial::random()? | 1 << 63,
+        };
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let incarnation = u64::try_from(started.as_nanos()).unwrap_or(u64::MAX);
+        let me = Header { client, incarnation, epoch: map.epoch, ..Header::new(Kind::Hello) };
+        let waker = wire.waker();
+        let mut engine = Engine::new(wire, addresses, me, settings.timeout, settings.reconnect);
+        engine.reach_all(Instant::now() + settings.reconnect)?;
+        let most_bytes = engine.shards.iter().map(|shard| shard.most_bytes).min().unwrap_or(0);
+        let most_bytes = usize::try_from(most_bytes).unwrap_or(usize::MAX).min(MAX_PART_BYTES);
+        let driver = Arc::new(Driver::new(engine, waker, settings.transport.spin_turns));
+        let thread = driver
+            .start()
+            .map_err(|error| gradwire_transport::TransportError::io("start the client's thread", error))?;
+        let core = Core {
+            driver,
+            map,
+            worker: settings.worker,
+            most_bytes,
+            sequence: AtomicU64::new(1),
+            tables: Mutex::new(HashMap::new()),
+        };
+        Ok(Self { core: Arc::new(core), thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Makes the dense table `name`, or finds it where somebody has made it. All clients must describe it alike. Blocks.
+    ///
+    /// The elements of a new table are 0 until [`DenseTable::init`].
+    ///
+    /// # Errors
+    /// `Refused` with `Reason::Mismatch` where another client has described it otherwise, and with `Reason::Limit` where a
+    /// server has no room for it; `Invalid` for a description that makes no sense.
+    pub fn dense(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        options: TableOptions,
+    ) -> Result<DenseTable, PsError> {
+        table::open(&self.core, name, shape, dtype, options)
+    }
+
+    /// Waits until `clients` clients have come to the barrier `name`, each as often as this one. Blocks.
+    ///
+    /// # Errors
+    /// `Timeout` with who had come; `Refused` where others expect another number.
+    pub fn barrier(&self, name: &str, clients: u32, timeout: Option<Duration>) -> Result<(), PsError> {
+        let keys = KeyRange { start: 0, end: clients.into() };
+        let wait_ms = timeout.map_or(0, |timeout| u32::try_from(timeout.as_millis().max(1)).unwrap_or(u32::MAX));
+        let header = Header { table: TableId::of(name), keys, wait_ms, ..Header::new(Kind::Barrier) };
+        let request = self.core.request(0, header, Vec::new());
+        let pending = self.core.start("waiting at", &format!("barrier {name:?}").into(), vec![request])?;
+        pending.wait(None).map(|_| ())
+    }
+
+    /// What each server holds, in the order of the shards. Blocks.
+    ///
+    /// # Errors
+    /// `ServerLost`; `Protocol` for an answer that cannot be read.
+    pub fn status(&self) -> Result<Vec<ShardStatus>, PsError> {
+        let mut all = vec![ShardStatus::default(); self.core.map.shards() as usize];
+        let mut first = 0;
+        loop {
+            let requests = (0..self.core.map.shards()).map(|shard| {
+                let keys = KeyRange { start: first, end: first + PAGE as u64 };
+                self.core.request(shard, Header { keys, ..Header::new(Kind::Status) }, Vec::new())
+            });
+            let pending = self.core.start("asking for", &"the servers' status".into(), requests.collect())?;
+            pending.wait(None)?;
+            let mut more = false;
+            for (shard, body) in pending.call.bodies() {
+                let mut page = ShardStatus::decode(&body).map_err(|bad| PsError::Protocol {
+                    shard,
+                    address: String::new(),
+                    reason: bad.to_string(),
+                })?;
+                more |= page.tables.len() == PAGE || page.clients.len() == PAGE;
+                let whole = &mut all[shard as usize];
+                (whole.memory_bytes, whole.memory_limit_bytes) = (page.memory_bytes, page.memory_limit_bytes);
+                whole.tables.append(&mut page.tables);
+                whole.clients.append(&mut page.clients);
+            }
+            if !more {
+                return Ok(all);
+            }
+            first += PAGE as u64;
+        }
+    }
+
+    /// Number of shards.
+    pub fn shards(&self) -> u32 {
+        self.core.map.shards()
+    }
+
+    /// This client's number among the workers.
+    pub fn worker(&self) -> Option<u32> {
+        self.core.worker
+    }
+
+    /// Ends every call under way with `Closed` and says goodbye to the servers. Calling it again does nothing.
+    pub fn close(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(thread) = thread else { return };
+        self.core.driver.close();
+        if thread.join().is_err() {
+            tracing::error!("the client's thread panicked");
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

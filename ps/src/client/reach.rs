@@ -1,0 +1,276 @@
+//! Does: the connection to each shard: dialled, greeted, lost, dialled again, given up.
+
+use super::engine::{Engine, Phase};
+use crate::PsError;
+use crate::header::{HEADER_BYTES, Header, Kind};
+use crate::protocol::{POSTED_REPLIES, REPLY, REPLY_BYTES, REQUEST};
+use crate::refusal::Refusal;
+use gradwire_transport::{Envelope, LossCause, PeerId, TransportError};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// The longest that dialling one server anew may keep the others waiting.
+const DIAL: Duration = Duration::from_millis(250);
+/// Pause between two attempts.
+const AGAIN: Duration = Duration::from_millis(20);
+/// How long a server has to answer a hello.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// How the connection stands.
+#[derive(Clone, Debug)]
+enum State {
+    /// There is none. `since`: from when on somebody has needed it.
+    Down { since: Option<Instant>, next: Instant, cause: String },
+    /// The hello is on its way.
+    Greeting { until: Instant },
+    /// Requests may go.
+    Up,
+}
+
+/// One shard as a client reaches it.
+pub(super) struct Reach {
+    pub(super) address: String,
+    /// Requests that may go, in their order.
+    pub(super) queue: VecDeque<u32>,
+    /// Requests that the server had no room for, and when they go again.
+    pub(super) resting: VecDeque<(Instant, u32)>,
+    /// Payloads posted and not yet sent.
+    pub(super) sending: usize,
+    /// Whether another process answers at its address than the one we began with.
+    pub(super) restarted: bool,
+    /// The longest payload that it takes.
+    pub(super) most_bytes: u64,
+    state: State,
+    attempts: u64,
+    instance: Option<u64>,
+}
+
+impl Reach {
+    pub(super) fn new(address: &str) -> Self {
+        Self {
+            address: address.to_owned(),
+            queue: VecDeque::new(),
+            resting: VecDeque::new(),
+            sending: 0,
+            restarted: false,
+            most_bytes: 0,
+            state: State::Down { since: None, next: Instant::now(), cause: "it was never reached".to_owned() },
+            attempts: 0,
+            instance: None,
+        }
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        matches!(self.state, State::Up)
+    }
+
+    /// When this connection wants attention by itself.
+    pub(super) fn next_try(&self) -> Option<Instant> {
+        match self.state {
+            State::Down { since: Some(_), next, .. } => Some(next),
+            State::Greeting { until } => Some(until),
+            State::Down { since: None, .. } | State::Up => None,
+        }
+    }
+
+    /// A request goes again at `until`.
+    pub(super) fn rest(&mut self, until: Instant, slot: u32) {
+        let at = self.resting.partition_point(|&(when, _)| when <= until);
+        self.resting.insert(at, (until, slot));
+    }
+}
+
+impl Engine {
+    /// Reaches every shard for the first time.
+    pub(super) fn reach_all(&mut self, deadline: Instant) -> Result<(), PsError> {
+        for shard in 0..self.shards.len() {
+            let address = self.shards[shard].address.clone();
+            let peer = PeerId(shard as u32);
+            self.wire
+                .call(peer, &address, deadline)
+                .map_err(|error| lost_error(shard as u32, &address, error, None))?;
+            self.greet(shard);
+        }
+        while !self.shards.iter().all(Reach::is_up) {
+            let now = Instant::now();
+            self.turn(now);
+            let down = self.shards.iter().zip(0..).find_map(|(shard, at)| match &shard.state {
+                State::Down { cause, .. } => Some((at, shard.address.clone(), cause.clone())),
+                _ => None,
+            });
+            if let Some((shard, address, cause)) = down {
+                return Err(self.refused_hello.take().unwrap_or(PsError::ServerLost { shard, address, cause }));
+            }
+            self.park(deadline.min(now + DIAL));
+        }
+        Ok(())
+    }
+
+    /// Sees to connections that are down, greetings without an answer, and requests that have rested.
+    pub(super) fn reach_shards(&mut self, now: Instant) -> bool {
+        let mut moved = false;
+        for at in 0..self.shards.len() {
+            let shard = &mut self.shards[at];
+            while let Some(&(until, slot)) = shard.resting.front()
+                && until <= now
+            {
+                shard.resting.pop_front();
+                shard.queue.push_back(slot);
+                if let Some(Some(entry)) = self.entries.get_mut(slot as usize) {
+                    entry.phase = Phase::Queued;
+                }
+            }
+            match &self.shards[at].state {
+                State::Up => {}
+                State::Greeting { until } if *until > now => {}
+                State::Greeting { .. } => {
+                    let peer = PeerId(at as u32);
+                    let error = self.silence(peer, GREETING);
+                    self.wire.disconnect(peer, error);
+                    self.shards[at].state = State::Greeting { until: now + GREETING };
+                }
+                State::Down { .. } => moved |= self.dial_again(at, now),
+            }
+        }
+        moved
+    }
+
+    fn silence(&self, peer: PeerId, how_long: Duration) -> TransportError {
+        TransportError::PeerLost { peer: Box::new(self.wire.name(peer)), cause: LossCause::Silent(how_long) }
+    }
+
+    /// Dials a server that is needed, once what was posted to it before has come back.
+    fn dial_again(&mut self, at: usize, now: Instant) -> bool {
+        let of_shard = || self.entries.iter().flatten().filter(|entry| entry.request.shard as usize == at);
+        let needed = of_shard().any(|entry| entry.outcome.is_none());
+        let posted = of_shard().any(|entry| entry.receiving || entry.sending > 0);
+        let State::Down { since, next, cause } = &mut self.shards[at].state else { return false };
+        if !needed {
+            *since = None;
+            return false;
+        }
+        let since = *since.get_or_insert(now);
+        if posted || now < *next {
+            return false;
+        }
+        let (cause, address, peer) = (cause.clone(), self.shards[at].address.clone(), PeerId(at as u32));
+        match self.wire.call(peer, &address, now + DIAL) {
+            Ok(()) => {
+                tracing::info!(shard = at, address, "reached the server again");
+                self.greet(at);
+            }
+            Err(error) => {
+                let again = now < since + self.reconnect && !matches!(error, TransportError::Authentication { .. });
+                if let State::Down { since, next, .. } = &mut self.shards[at].state {
+                    *next = Instant::now() + AGAIN;
+                    *since = since.filter(|_| again);
+                }
+                if !again {
+                    self.fail_shard(at as u32, lost_error(at as u32, &address, error, Some(cause)));
+                }
+            }
+        }
+        true
+    }
+
+    /// Says hello on a connection that has just been made.
+    fn greet(&mut self, at: usize) {
+        let peer = PeerId(at as u32);
+        let shard = &mut self.shards[at];
+        shard.attempts += 1;
+        shard.sending = 0;
+        shard.state = State::Greeting { until: Instant::now() + GREETING };
+        let hello = Header { kind: Kind::Hello, sequence: shard.attempts, slot: u32::MAX, ..self.me };
+        for _ in 0..POSTED_REPLIES {
+            // A peer that is lost meanwhile is reported by its own completion.
+            let _ = self.wire.post_recv_loan(peer, REPLY, REPLY_BYTES);
+        }
+        let Some(mut loan) = self.wire.lend(peer, HEADER_BYTES) else {
+            unreachable!("a connection that has just been made has lent nothing yet")
+        };
+        loan.copy_from_slice(&hello.encode());
+        let _ = self.wire.post_loan(Envelope { peer, tag: REQUEST, note: 0 }, loan);
+    }
+
+    /// A server has answered our hello.
+    pub(super) fn greeted(&mut self, peer: PeerId, header: &Header, body: &[u8]) {
+        if header.kind == Kind::Refused {
+            let (shard, address) = (peer.0, self.shards[peer.index()].address.clone());
+            let error = match Refusal::decode(header.status, body) {
+                Ok(refusal) => PsError::Refused { shard, address, refusal },
+                Err(bad) => PsError::Protocol { shard, address, reason: bad.to_string() },
+            };
+            self.refused_hello = Some(error.clone());
+            self.fail_shard(shard, error);
+            let error = self.silence(peer, Duration::ZERO);
+            self.wire.disconnect(peer, error);
+            return;
+        }
+        let shard = &mut self.shards[peer.index()];
+        shard.restarted |= shard.instance.is_some_and(|instance| instance != header.clock);
+        shard.instance.get_or_insert(header.clock);
+        shard.most_bytes = header.keys.len();
+        shard.state = State::Up;
+    }
+
+    /// A connection is gone. What the server had of us goes again over the next one.
+    pub(super) fn lost(&mut self, peer: PeerId, error: &TransportError, now: Instant) {
+        let cause = match error {
+            TransportError::PeerLost { cause: LossCause::Goodbye, .. } => "the server was stopped".to_owned(),
+            TransportError::PeerLost { cause, .. } => cause.to_string(),
+            other => other.to_string(),
+        };
+        let at = peer.index();
+        tracing::info!(shard = at, address = self.shards[at].address, cause, "lost the connection to a server");
+        let mut again: Vec<(u64, u32)> = Vec::new();
+        let mut settled = Vec::new();
+        for (slot, entry) in (0..).zip(&mut self.entries) {
+            let Some(entry) = entry.as_mut().filter(|entry| entry.request.shard == peer.0) else { continue };
+            entry.owed = false;
+            if entry.outcome.is_some() {
+                settled.push(slot);
+            } else if entry.phase != Phase::Laned {
+                entry.phase = Phase::Queued;
+                again.push((entry.order, slot));
+            }
+        }
+        again.sort_unstable();
+        let shard = &mut self.shards[at];
+        shard.resting.clear();
+        shard.queue.clear();
+        shard.queue.extend(again.into_iter().map(|(_, slot)| slot));
+        shard.state = State::Down { since: None, next: now, cause };
+        settled.into_iter().for_each(|slot| self.settle(slot));
+    }
+
+    /// Gives up every request to a shard.
+    pub(super) fn fail_shard(&mut self, shard: u32, error: PsError) {
+        for slot in 0..self.entries.len() {
+            if self.entries[slot].as_ref().is_some_and(|entry| entry.request.shard == shard) {
+                self.give_up(slot as u32, error.clone());
+            }
+        }
+    }
+
+    /// A server does what it must not: it is not spoken to any more.
+    pub(super) fn broken(&mut self, peer: PeerId, reason: &str) {
+        let (shard, address) = (peer.0, self.shards[peer.index()].address.clone());
+        self.fail_shard(shard, PsError::Protocol { shard, address, reason: reason.to_owned() });
+        let name = Box::new(self.wire.name(peer));
+        self.wire
+            .disconnect(peer, TransportError::PeerLost { peer: name, cause: LossCause::Protocol(reason.to_owned()) });
+    }
+}
+
+/// What a failed dial means: no shard without its cause.
+fn lost_error(shard: u32, address: &str, error: TransportError, before: Option<String>) -> PsError {
+    let address = address.to_owned();
+    match error {
+        TransportError::Authentication { reason, .. } => PsError::Authentication { address, reason },
+        TransportError::Unreachable { reason, .. } => {
+            let cause = before.map_or_else(String::new, |cause| format!("{cause}, and then "));
+            PsError::ServerLost { shard, address, cause: format!("{cause}nobody answered: {reason}") }
+        }
+        other => PsError::ServerLost { shard, address, cause: other.to_string() },
+    }
+}

@@ -1,0 +1,341 @@
+//! Does: calls on a dense table, cut into a request for each part of each shard.
+
+use super::engine::{Cargo, NewRequest};
+use super::{Core, Pending};
+use crate::header::{Header, Kind};
+use crate::shard::open_body;
+use crate::shard_map::{part_elements, parts};
+use crate::{Combine, DType, KeyRange, Mode, PsError, TableSpec, UpdateRule};
+use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// How a table treats what is pushed to it; the same for all its clients.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TableOptions {
+    /// What is done with gradients. Default: they are added.
+    pub rule: UpdateRule,
+    /// How pushes of several clients meet. Default: asynchronous.
+    pub mode: Mode,
+    /// How the contributions to a clock become one gradient. Default: their sum.
+    pub combine: Combine,
+}
+
+impl Default for TableOptions {
+    fn default() -> Self {
+        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum }
+    }
+}
+
+/// A table that is cut over all shards. Copies are the same table.
+#[derive(Clone)]
+pub struct DenseTable {
+    core: Arc<Core>,
+    table: Arc<Table>,
+}
+
+pub(super) struct Table {
+    spec: TableSpec,
+    options: TableOptions,
+    shape: Vec<usize>,
+    elements: usize,
+    subject: Arc<str>,
+    /// Which shard holds which part.
+    parts: Vec<(u32, KeyRange)>,
+    /// Pushes made by this client. Held while a call is submitted, so that clocks are submitted in their order.
+    pushed: Mutex<u64>,
+}
+
+/// Opens a table on every shard, once a client.
+pub(super) fn open(
+    core: &Arc<Core>,
+    name: &str,
+    shape: &[usize],
+    dtype: DType,
+    options: TableOptions,
+) -> Result<DenseTable, PsError> {
+    let mut tables = core.tables.lock().unwrap_or_else(PoisonError::into_inner);
+    let shards = core.map.shards();
+    let mut spec = TableSpec {
+        name: name.to_owned(),
+        shape: shape.iter().map(|&size| size as u64).collect(),
+        dtype,
+        rule: options.rule,
+        mode: options.mode,
+        combine: options.combine,
+        shards,
+        shard: 0,
+        part_elements: 1,
+    };
+    let invalid = |refusal: crate::Refusal| PsError::invalid(refusal.subject.clone(), refusal.to_string());
+    spec.check().map_err(invalid)?;
+    let elements = spec.elements().expect("the spec was checked");
+    spec.part_elements = part_elements(elements, shards, dtype, core.most_bytes);
+    if let Some(known) = tables.get(name) {
+        return match known.spec.disagreement(&spec) {
+            Some(refusal) => Err(invalid(refusal)),
+            None => Ok(DenseTable { core: Arc::clone(core), table: Arc::clone(known) }),
+        };
+    }
+    let subject: Arc<str> = spec.subject().into();
+    let requests = (0..shards).map(|shard| {
+        let header = Header { table: spec.id(), ..Header::new(Kind::Open) };
+        core.request(shard, header, open_body(&TableSpec { shard, ..spec.clone() }))
+    });
+    let pushed = core.start("opening", &subject, requests.collect())?.wait(None)?.clock;
+    let of_shard =
+        |shard: u32| parts(core.map.range(elements, shard), spec.part_elements).map(move |keys| (shard, keys));
+    let per_shard: Vec<Vec<_>> = (0..shards).map(|shard| of_shard(shard).collect()).collect();
+    let longest = per_shard.iter().map(Vec::len).max().unwrap_or(0);
+    // In turn from each shard, so that all of them work from the start.
+    let parts = (0..longest).flat_map(|n| per_shard.iter().filter_map(move |parts| parts.get(n).copied())).collect();
+    let table = Table {
+        options,
+        shape: shape.to_vec(),
+        elements: usize::try_from(elements).map_err(|_| PsError::invalid(&*subject, "it does not fit this machine"))?,
+        subject,
+        parts,
+        pushed: Mutex::new(pushed),
+        spec,
+    };
+    let table = Arc::new(table);
+    tables.insert(name.to_owned(), Arc::clone(&table));
+    Ok(DenseTable { core: Arc::clone(core), table })
+}
+
+/// What a call carries for one part.
+type PartOf<'a> = (Cargo, Option<RegionSliceMut>, &'a (u32, KeyRange));
+
+impl DenseTable {
+    /// Adds a gradient of the table's own type, one element for each of the table.
+    ///
+    /// In synchronous mode this is this worker's contribution to its next clock, and is acknowledged once that clock has
+    /// begun; at most two pushes run ahead of the slowest worker. `gradient` stays in use until the call is done.
+    ///
+    /// # Errors
+    /// `Invalid` for a gradient of another size, or on a synchronous table for a client that is not one of its workers;
+    /// nothing was sent.
+    pub fn push(&self, gradient: RegionSlice) -> Result<Pending, PsError> {
+        self.push_as(gradient, self.dtype())
+    }
+
+    /// Adds a gradient of type `dtype`: a shorter one than the table's travels as it is and is widened by the server.
+    ///
+    /// # Errors
+    /// As [`DenseTable::push`]; `Invalid` for `float64` into a table that has fewer bits.
+    pub fn push_as(&self, gradient: RegionSlice, dtype: DType) -> Result<Pending, PsError> {
+        self.call(Kind::Push, Some((gradient, dtype)), None)
+    }
+
+    /// Reads the table into `into`. In synchronous mode a worker gets the value of its own last clock, and waits for it.
+    ///
+    /// # Errors
+    /// `Invalid` for a buffer of another size, or one that is in use; nothing was sent.
+    pub fn pull(&self, into: RegionSliceMut) -> Result<Pending, PsError> {
+        self.call(Kind::Pull, None, Some(into))
+    }
+
+    /// Adds a gradient and reads what comes of it, with one request for each part: the answer leaves when the clock is done.
+    ///
+    /// # Errors
+    /// As [`DenseTable::push`] and [`DenseTable::pull`].
+    pub fn push_pull(&self, gradient: RegionSlice, into: RegionSliceMut) -> Result<Pending, PsError> {
+        self.push_pull_as(gradient, self.dtype(), into)
+    }
+
+    /// [`DenseTable::push_pull`] with a gradient of type `dtype`.
+    ///
+    /// # Errors
+    /// As [`DenseTable::push_as`] and [`DenseTable::pull`].
+    pub fn push_pull_as(&self, gradient: RegionSlice, dtype: DType, into: RegionSliceMut) -> Result<Pending, PsError> {
+        self.call(Kind::PushPull, Some((gradient, dtype)), Some(into))
+    }
+
+    /// Writes the table's first values, unless another client does or anybody has pushed. Blocks until they are there.
+    ///
+    /// True when they are ours. If the client that writes them dies in the middle, the next one's are taken.
+    ///
+    /// # Errors
+    /// As [`DenseTable::push`]; `Timeout` when the client that writes them does not finish.
+    pub fn init(&self, values: RegionSlice) -> Result<bool, PsError> {
+        self.check_size(values.len(), self.dtype())?;
+        let header = Header { table: self.table.spec.id(), ..Header::new(Kind::ClaimInit) };
+        let ask = |verb, header| {
+            let request = self.core.request(0, header, Vec::new());
+            self.core.start(verb, &self.table.subject, vec![request])?.wait(None)
+        };
+        let claim = ask("claiming the first values of", header)?.clock;
+        if claim == 0 {
+            return Ok(false);
+        }
+        let slices = self.read_parts(&values, self.dtype())?;
+        drop(values);
+        let requests = slices.into_iter().zip(&self.table.parts).map(|(slice, part)| {
+            let header = Header { kind: Kind::Init, sequence: claim, ..header };
+            self.data((Cargo::Slice(slice), None, part), header, None)
+        });
+        self.core.start("writing the first values of", &self.table.subject, requests.collect())?.wait(None)?;
+        // The claim is in place of a sequence, so it is not drawn anew.
+        let end = Header { kind: Kind::EndInit, sequence: claim, epoch: self.core.map.epoch, ..header };
+        let request =
+            NewRequest { shard: 0, header: end, cargo: Cargo::Nothing, target: None, lane: None, keep_body: false };
+        let ended = self.core.start("ending the first values of", &self.table.subject, vec![request])?.wait(None)?;
+        Ok(ended.clock == claim)
+    }
+
+    /// Sets the learning rate: in synchronous mode from this worker's next push on, for which all workers that set one must
+    /// agree; in asynchronous mode at once. Blocks until the servers know.
+    ///
+    /// # Errors
+    /// `Refused` for a rule without a learning rate, or where workers differ; `Invalid` for one who is not a worker.
+    pub fn set_learning_rate(&self, rate: f64) -> Result<(), PsError> {
+        self.check_worker()?;
+        let pushed = self.pushed();
+        let requests = (0..self.core.map.shards()).map(|shard| {
+            let header = Header { table: self.table.spec.id(), clock: *pushed + 1, ..Header::new(Kind::SetRate) };
+            self.core.request(shard, header, rate.to_le_bytes().to_vec())
+        });
+        let pending = self.core.start("setting the learning rate of", &self.table.subject, requests.collect())?;
+        drop(pushed);
+        pending.wait(None).map(|_| ())
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.table.spec.name
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> &[usize] {
+        &self.table.shape
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.table.elements
+    }
+
+    /// Type of its elements.
+    pub fn dtype(&self) -> DType {
+        self.table.spec.dtype
+    }
+
+    /// How it treats what is pushed, as it was opened.
+    pub fn options(&self) -> TableOptions {
+        self.table.options
+    }
+
+    /// Pushes that this worker has made: the clock that its next pull will show.
+    pub fn clock(&self) -> u64 {
+        *self.pushed()
+    }
+
+    fn pushed(&self) -> MutexGuard<'_, u64> {
+        self.table.pushed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_synchronous(&self) -> bool {
+        matches!(self.table.spec.mode, Mode::Sync { .. })
+    }
+
+    fn check_size(&self, bytes: usize, dtype: DType) -> Result<(), PsError> {
+        let expected = self.table.elements * dtype.bytes();
+        if bytes == expected {
+            return Ok(());
+        }
+        let shape = &self.table.shape;
+        let reason =
+            format!("a buffer of {bytes} bytes does not hold shape {shape:?} of {dtype}, which is {expected} bytes");
+        Err(PsError::invalid(&*self.table.subject, reason))
+    }
+
+    fn check_worker(&self) -> Result<(), PsError> {
+        let Mode::Sync { workers } = self.table.spec.mode else { return Ok(()) };
+        if self.core.worker.is_some_and(|worker| worker < workers) {
+            return Ok(());
+        }
+        let who = self.core.worker.map_or("has no number".to_owned(), |worker| format!("is worker {worker}"));
+        let reason =
+            format!("its {workers} workers push to it, and this client {who}: connect with a worker below {workers}");
+        Err(PsError::invalid(&*self.table.subject, reason))
+    }
+
+    fn call(
+        &self,
+        kind: Kind,
+        gradient: Option<(RegionSlice, DType)>,
+        into: Option<RegionSliceMut>,
+    ) -> Result<Pending, PsError> {
+        let dtype = gradient.as_ref().map_or(self.dtype(), |(_, dtype)| *dtype);
+        if let Some((slice, dtype)) = &gradient {
+            self.check_worker()?;
+            self.check_size(slice.len(), *dtype)?;
+            if !dtype.pushes_to(self.dtype()) {
+                let reason =
+                    format!("a gradient of {dtype} loses bits in a table of {}: convert it first", self.dtype());
+                return Err(PsError::invalid(&*self.table.subject, reason));
+            }
+        }
+        if let Some(into) = &into {
+            self.check_size(into.len(), self.dtype())?;
+        }
+        let cargo: Vec<Cargo> = match gradient {
+            Some((slice, dtype)) => self.read_parts(&slice, dtype)?.into_iter().map(Cargo::Slice).collect(),
+            None => self.table.parts.iter().map(|_| Cargo::Nothing).collect(),
+        };
+        let targets: Vec<Option<RegionSliceMut>> = match into {
+            Some(slice) => self.write_parts(slice)?.into_iter().map(Some).collect(),
+            None => self.table.parts.iter().map(|_| None).collect(),
+        };
+        let mut pushed = self.pushed();
+        *pushed += u64::from(kind.pushes());
+        let clock = if self.is_synchronous() { *pushed } else { 0 };
+        let header = Header {
+            kind,
+            table: self.table.spec.id(),
+            clock,
+            // A pull is told from others of its slot by a number of its own.
+            sequence: if kind.pushes() { *pushed } else { self.core.next_sequence() },
+            dtype: Some(dtype),
+            ..Header::new(kind)
+        };
+        let lane = Some(self.is_synchronous());
+        let parts = cargo.into_iter().zip(targets).zip(&self.table.parts);
+        let requests = parts.map(|((cargo, target), part)| self.data((cargo, target, part), header, lane)).collect();
+        let verb = match kind {
+            Kind::Push => "push to",
+            Kind::Pull => "pull of",
+            _ => "push_pull of",
+        };
+        self.core.start(verb, &self.table.subject, requests)
+    }
+
+    fn data(&self, (cargo, target, &(shard, keys)): PartOf<'_>, header: Header, lane: Option<bool>) -> NewRequest {
+        let dtype = header.dtype.or(Some(self.dtype()));
+        let header = Header { keys, epoch: self.core.map.epoch, dtype, ..header };
+        NewRequest { shard, header, cargo, target, lane, keep_body: false }
+    }
+
+    /// The parts of a buffer that holds the whole table, to read.
+    fn read_parts(&self, slice: &RegionSlice, dtype: DType) -> Result<Vec<RegionSlice>, PsError> {
+        let start = slice.range().start;
+        let each = |&(_, keys): &(u32, KeyRange)| {
+            let bytes = keys.bytes(dtype.bytes());
+            slice.region().read(start + bytes.start..start + bytes.end)
+        };
+        let parts: Result<_, _> = self.table.parts.iter().map(each).collect();
+        parts.map_err(|overlap| PsError::invalid(&*self.table.subject, overlap.to_string()))
+    }
+
+    /// The parts of a buffer that holds the whole table, to write.
+    fn write_parts(&self, slice: RegionSliceMut) -> Result<Vec<RegionSliceMut>, PsError> {
+        let (region, start): (Arc<Region>, _) = (Arc::clone(slice.region()), slice.range().start);
+        // The whole must be given back before its parts can be had.
+        drop(slice);
+        let each = |&(_, keys): &(u32, KeyRange)| {
+            let bytes = keys.bytes(self.dtype().bytes());
+            region.write(start + bytes.start..start + bytes.end)
+        };
+        let parts: Result<_, _> = self.table.parts.iter().map(each).collect();
+        parts.map_err(|overlap| PsError::invalid(&*self.table.subject, overlap.to_string()))
+    }
+}
