@@ -7,15 +7,20 @@
 mod completion;
 mod config;
 mod error;
+mod flights;
 mod frame;
 mod group;
 mod hello;
+mod inbox;
 mod peer;
+mod pool;
 mod rank;
 mod region;
 pub mod rendezvous;
 mod select;
 pub mod shm;
+pub mod sim;
+mod slab;
 pub mod tcp;
 mod wire;
 
@@ -29,5 +34,6 @@ pub use rank::{Rank, WorldSize};
 pub use region::{BufferHome, Loan, LoanHome, Overlap, RecvLoan, Region, RegionSlice, RegionSliceMut, SendLoan};
 pub use rendezvous::{FileStore, MemoryStore, Store, TcpStore, open_store};
 pub use shm::GroupSegment;
+pub use sim::{FaultPlan, SimNetwork, SimWire};
 pub use tcp::{Acceptance, TcpWire};
 pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};

@@ -1,7 +1,7 @@
 //! Pure: the messages from one peer: which receive each meets, where its bytes go, in which order they end.
 
-use super::pool::Pool;
 use crate::frame::Header;
+use crate::pool::Pool;
 use crate::region::{BufferHome, Loan};
 use crate::{Arrival, Completion, Envelope, PeerId, PeerName, RecvLoan, RegionSliceMut, Tag, TransportError};
 use std::collections::VecDeque;

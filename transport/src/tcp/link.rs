@@ -3,8 +3,8 @@
 use super::incoming::{Incoming, Reply};
 use super::lane::{Lane, Reading, Writing};
 use super::outgoing::{Outgoing, Payload};
-use super::pool::Pool;
 use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
+use crate::pool::Pool;
 use crate::{Completion, Config, LossCause, PeerId, PeerName, Traffic, TransportError};
 use std::io::{self, ErrorKind};
 use std::net::TcpStream;
@@ -241,7 +241,7 @@ impl Link {
                     self.lanes[at].reading = Some(Reading { landing, offset, left: header.length as usize });
                 }
             }
-            Kind::Grant => self.outgoing.on_grant(header.id).ok_or_else(unknown)?,
+            Kind::Grant => self.sent.1 += u64::from(self.outgoing.on_grant(header.id).ok_or_else(unknown)?),
             Kind::Refuse => {
                 let (serial, to, bytes) = self.outgoing.on_refuse(header.id).ok_or_else(unknown)?;
                 let capacity = usize::try_from(header.total).unwrap_or(usize::MAX);

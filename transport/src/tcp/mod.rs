@@ -7,17 +7,16 @@ mod lane;
 mod link;
 mod options;
 mod outgoing;
-mod pool;
 mod wire;
 
 pub use accept::Acceptance;
 
 use crate::hello::Identity;
+use crate::pool::Pool;
 use crate::{Completion, Config, PeerId, PeerName, Rank, TransportError, WorldSize};
 use accept::Entrance;
 use handshake::{CallError, Me};
 use link::Link;
-use pool::Pool;
 use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
 use std::net::{SocketAddr, TcpStream};

@@ -122,13 +122,17 @@ impl Outgoing {
         self.urgent.push_back((header, if text.is_empty() { Payload::Nothing } else { Payload::Text(text) }));
     }
 
-    /// The peer wants message `id`. `None`: it was never announced.
-    pub(super) fn on_grant(&mut self, id: u32) -> Option<()> {
+    /// The peer wants message `id`; whether that ends it, there being no bytes to send. `None`: it was never announced.
+    pub(super) fn on_grant(&mut self, id: u32) -> Option<bool> {
         let at = self.announced.iter().position(|(other, ..)| *other == id)?;
         let (id, serial, cargo) = self.announced.remove(at);
         let left = cargo.len();
-        self.large.push_back(Large { serial, id, cargo: Arc::new(cargo), next: 0, left });
-        Some(())
+        if left == 0 {
+            self.end(serial, cargo);
+        } else {
+            self.large.push_back(Large { serial, id, cargo: Arc::new(cargo), next: 0, left });
+        }
+        Some(left == 0)
     }
 
     /// The peer's receive is too small for message `id`, which must have been announced; the peer's envelope of it.

@@ -231,10 +231,19 @@ impl Wire for TcpWire {
     }
 
     fn shutdown(&mut self, until: Instant) {
+        let mut done = Vec::new();
+        // Large messages still have to be asked for; a goodbye that overtakes them ends them. It keeps some time for itself.
+        let asked_for = until - LINGER.min(until.saturating_duration_since(Instant::now()) / 2);
+        while Instant::now() < asked_for
+            && self.links.iter().flatten().any(|link| link.lost.is_none() && link.outgoing.len() > 0)
+        {
+            self.poll(Instant::now(), &mut done);
+            done.clear();
+            self.park(asked_for.min(Instant::now() + Duration::from_millis(10)));
+        }
         for link in self.links.iter_mut().flatten() {
             link.say_goodbye();
         }
-        let mut done = Vec::new();
         while Instant::now() < until
             && self.links.iter().flatten().any(|link| link.lost.is_none() && link.wants_to_write())
         {

@@ -11,13 +11,13 @@ const KEPT_BYTES: usize = 8 << 20;
 
 /// Buffers by size class.
 #[derive(Default)]
-pub(super) struct Pool {
+pub(crate) struct Pool {
     free: Mutex<[Vec<Vec<u8>>; CLASSES]>,
 }
 
 impl Pool {
     /// A buffer of at least `bytes`; its contents are whatever was there.
-    pub(super) fn take(&self, bytes: usize) -> Vec<u8> {
+    pub(crate) fn take(&self, bytes: usize) -> Vec<u8> {
         let Some(class) = class_of(bytes) else { return vec![0; bytes] };
         let free = self.free.lock().unwrap_or_else(PoisonError::into_inner)[class].pop();
         free.unwrap_or_else(|| vec![0; SMALLEST << class])

@@ -1,0 +1,290 @@
+//! Pure: one peer's end of a simulated connection: its frames on their way, and what has come from the other end.
+
+use crate::flights::{Cargo, Flights};
+use crate::inbox::{Inbox, Payload, Reply};
+use crate::pool::Pool;
+use crate::slab::Slab;
+use crate::{
+    Completion, Config, Envelope, LossCause, PeerId, PeerName, RegionSliceMut, RemoteSlice, Traffic, TransportError,
+};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What a message takes of the window beside its bytes.
+const MESSAGE_COST: u64 = 64;
+/// Bytes of a frame beside its payload.
+const FRAME_BYTES: usize = 64;
+
+/// What travels.
+pub(super) enum Frame {
+    /// Its message has been given up: only its number still counts.
+    Void,
+    Eager {
+        flight: u64,
+        to: Envelope,
+        cargo: Cargo,
+    },
+    Announce {
+        id: u64,
+        to: Envelope,
+        bytes: usize,
+    },
+    Grant {
+        id: u64,
+        key: u64,
+    },
+    Refuse {
+        id: u64,
+        capacity: usize,
+    },
+    Data {
+        flight: u64,
+        key: u64,
+        cargo: Cargo,
+    },
+    Credit(u64),
+    Put {
+        flight: u64,
+        cargo: Cargo,
+        remote: RemoteSlice,
+    },
+    Get {
+        key: u64,
+        remote: RemoteSlice,
+    },
+    Got {
+        key: u64,
+        bytes: Vec<u8>,
+    },
+    Goodbye,
+    Abort(String),
+}
+
+impl Frame {
+    /// What it takes of a link's bandwidth.
+    pub(super) fn bytes(&self) -> usize {
+        FRAME_BYTES
+            + match self {
+                Self::Eager { cargo, .. } | Self::Data { cargo, .. } | Self::Put { cargo, .. } => cargo.len(),
+                Self::Got { bytes, .. } => bytes.len(),
+                Self::Abort(text) => text.len(),
+                _ => 0,
+            }
+    }
+
+    fn cost(bytes: usize) -> u64 {
+        bytes as u64 + MESSAGE_COST
+    }
+}
+
+/// A frame that the other end has not acknowledged.
+pub(super) struct Sent {
+    pub(super) frame: Frame,
+    pub(super) since: Instant,
+}
+
+/// One end.
+pub(super) struct Link {
+    pub(super) peer: PeerId,
+    pub(super) name: PeerName,
+    pub(super) inbox: Inbox,
+    pub(super) flights: Flights,
+    pub(super) lost: Option<TransportError>,
+    /// Reads of the other end's memory under way.
+    pub(super) gets: Slab<(Envelope, RegionSliceMut)>,
+    /// Frames that are not acknowledged, from number `first` on.
+    pub(super) frames: VecDeque<Sent>,
+    pub(super) first: u64,
+    /// When the frames so far have left.
+    pub(super) busy_until: Instant,
+    /// The next frame to be taken from the other end, and those that came before their turn.
+    pub(super) expected: u64,
+    pub(super) early: BTreeSet<u64>,
+    /// Whether a goodbye follows what was posted.
+    pub(super) closing: bool,
+    announced: BTreeMap<u64, (u64, Cargo)>,
+    max_unmatched: usize,
+    next_id: u64,
+    eager_bytes: usize,
+    window_bytes: u64,
+    window: u64,
+    told: u64,
+    sent: (u64, u64),
+}
+
+impl Link {
+    pub(super) fn new(peer: PeerId, name: PeerName, config: &Config, pool: Arc<Pool>, now: Instant) -> Self {
+        Self {
+            peer,
+            inbox: Inbox::new(peer, name.clone(), pool),
+            name,
+            flights: Flights::default(),
+            lost: None,
+            gets: Slab::default(),
+            frames: VecDeque::new(),
+            first: 0,
+            busy_until: now,
+            expected: 0,
+            early: BTreeSet::new(),
+            closing: false,
+            announced: BTreeMap::new(),
+            max_unmatched: config.queue_depth + config.window_bytes / 64,
+            next_id: 0,
+            eager_bytes: config.eager_bytes,
+            window_bytes: config.window_bytes as u64,
+            window: config.window_bytes as u64,
+            told: 0,
+            sent: (0, 0),
+        }
+    }
+
+    pub(super) fn traffic(&self) -> Traffic {
+        Traffic {
+            sent_bytes: self.sent.0,
+            sent_messages: self.sent.1,
+            received_bytes: self.inbox.received.0,
+            received_messages: self.inbox.received.1,
+        }
+    }
+
+    /// The frame that a message begins with: all of it where the window has room, else word of it.
+    pub(super) fn begin(&mut self, to: Envelope, cargo: Cargo) -> Frame {
+        let flight = self.flights.begin(to);
+        let bytes = cargo.len();
+        if bytes <= self.eager_bytes && Frame::cost(bytes) <= self.window {
+            self.window -= Frame::cost(bytes);
+            return Frame::Eager { flight, to, cargo };
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.announced.insert(id, (flight, cargo));
+        Frame::Announce { id, to, bytes }
+    }
+
+    /// The frame that gives the other end its window back, once it is worth one.
+    pub(super) fn credit(&mut self) -> Option<Frame> {
+        let due = self.inbox.taken - self.told;
+        (due >= self.window_bytes / 4).then(|| {
+            self.told = self.inbox.taken;
+            Frame::Credit(due)
+        })
+    }
+
+    /// The frame that takes leave, once nothing waits to be asked for (`now_or_never`: at once).
+    pub(super) fn goodbye(&mut self, now_or_never: bool) -> Option<Frame> {
+        let due = self.closing && self.lost.is_none() && (now_or_never || self.announced.is_empty());
+        due.then(|| {
+            self.closing = false;
+            Frame::Goodbye
+        })
+    }
+
+    /// Takes a frame of the other end, in its turn; what to answer.
+    ///
+    /// # Errors
+    /// Why the connection ends.
+    pub(super) fn take(
+        &mut self,
+        frame: &Frame,
+        turn: u64,
+        done: &mut Vec<Completion>,
+    ) -> Result<Option<Frame>, LossCause> {
+        let from = |to: &Envelope| Envelope { peer: self.peer, tag: to.tag, note: to.note };
+        let protocol = |what: &str| LossCause::Protocol(what.to_owned());
+        if self.inbox.unmatched() > self.max_unmatched {
+            return Err(LossCause::Protocol(format!(
+                "more than {} messages that nobody waits for",
+                self.max_unmatched
+            )));
+        }
+        match frame {
+            Frame::Eager { to, cargo, .. } => {
+                self.inbox.deliver(from(to), Payload::Bytes(cargo), Frame::cost(cargo.len()), turn, done);
+            }
+            Frame::Announce { id, to, bytes } => {
+                return Ok(self.inbox.announce(from(to), *bytes, *id, turn, done).map(answer));
+            }
+            Frame::Grant { id, key } => {
+                let (flight, cargo) =
+                    self.announced.remove(id).ok_or_else(|| protocol("it granted what was not offered"))?;
+                return Ok(Some(Frame::Data { flight, key: *key, cargo }));
+            }
+            Frame::Refuse { id, capacity } => {
+                let (flight, cargo) =
+                    self.announced.remove(id).ok_or_else(|| protocol("it refused what was not offered"))?;
+                let tag = self.flights.to(flight).map(|to| to.tag).expect("what is offered is under way");
+                let (peer, bytes) = (Box::new(self.name.clone()), cargo.len());
+                let error = TransportError::MessageTooLong { peer, tag, bytes, capacity: *capacity };
+                self.flights.end(flight, cargo.into_slice(), Some(error), done);
+            }
+            Frame::Data { key, cargo, .. } => {
+                self.inbox.fill(*key, 0, Payload::Bytes(cargo), done).map_err(protocol)?;
+            }
+            Frame::Credit(bytes) => self.window += bytes,
+            Frame::Got { key, bytes } => {
+                if let Some((from, mut slice)) = self.gets.remove(*key) {
+                    slice[..bytes.len()].copy_from_slice(bytes);
+                    done.push(Completion::Received { from, slice, bytes: bytes.len() });
+                }
+            }
+            Frame::Goodbye => return Err(LossCause::Goodbye),
+            Frame::Abort(text) => return Err(LossCause::Aborted(text.clone())),
+            Frame::Void | Frame::Put { .. } | Frame::Get { .. } => {}
+        }
+        Ok(None)
+    }
+
+    /// The other end has taken every frame before number `next`.
+    pub(super) fn acknowledged(&mut self, next: u64, done: &mut Vec<Completion>) {
+        while self.first < next
+            && let Some(sent) = self.frames.pop_front()
+        {
+            self.first += 1;
+            match sent.frame {
+                Frame::Eager { flight, cargo, .. } | Frame::Data { flight, cargo, .. } => {
+                    self.sent.0 += cargo.len() as u64;
+                    self.sent.1 += 1;
+                    self.flights.end(flight, cargo.into_slice(), None, done);
+                }
+                Frame::Put { flight, cargo, .. } => self.flights.end(flight, cargo.into_slice(), None, done),
+                _ => {}
+            }
+        }
+    }
+
+    /// Ends everything with `error`. Frames keep their numbers, so that a last word can follow them.
+    pub(super) fn end(&mut self, error: &TransportError, done: &mut Vec<Completion>) {
+        if self.lost.is_some() {
+            return;
+        }
+        self.lost = Some(error.clone());
+        done.push(Completion::PeerDown { peer: self.peer, error: error.clone() });
+        for sent in &mut self.frames {
+            match std::mem::replace(&mut sent.frame, Frame::Void) {
+                Frame::Eager { flight, cargo, .. }
+                | Frame::Data { flight, cargo, .. }
+                | Frame::Put { flight, cargo, .. } => {
+                    self.flights.end(flight, cargo.into_slice(), Some(error.clone()), done);
+                }
+                last @ (Frame::Goodbye | Frame::Abort(_)) => sent.frame = last,
+                _ => {}
+            }
+        }
+        for (flight, cargo) in std::mem::take(&mut self.announced).into_values() {
+            self.flights.end(flight, cargo.into_slice(), Some(error.clone()), done);
+        }
+        for (Envelope { peer, tag, .. }, slice) in self.gets.take_all() {
+            done.push(Completion::RecvFailed { peer, tag, slice: Some(slice), error: error.clone() });
+        }
+        self.inbox.end_all(error, done);
+    }
+}
+
+/// A reply as a frame.
+pub(super) fn answer(reply: Reply) -> Frame {
+    match reply {
+        Reply::Grant { id, key, .. } => Frame::Grant { id, key },
+        Reply::Refuse { id, capacity } => Frame::Refuse { id, capacity },
+    }
+}

@@ -1,0 +1,107 @@
+//! Pure: a table whose keys are never valid twice, so that an old key from a peer finds nothing.
+
+use crate::Tag;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Entries by key.
+pub(crate) struct Slab<T> {
+    entries: Vec<(u32, Option<T>)>,
+    free: Vec<u32>,
+}
+
+impl<T> Default for Slab<T> {
+    fn default() -> Self {
+        Self { entries: Vec::new(), free: Vec::new() }
+    }
+}
+
+impl<T> Slab<T> {
+    /// Keeps `value`; its key.
+    pub(crate) fn insert(&mut self, value: T) -> u64 {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.entries.push((0, None));
+            u32::try_from(self.entries.len() - 1).expect("queues are bounded far below 2^32")
+        });
+        let entry = &mut self.entries[index as usize];
+        entry.1 = Some(value);
+        u64::from(entry.0) << 32 | u64::from(index)
+    }
+
+    /// The entry of `key`.
+    pub(crate) fn get(&self, key: u64) -> Option<&T> {
+        self.entries.get(index(key)).filter(|entry| u64::from(entry.0) == key >> 32)?.1.as_ref()
+    }
+
+    /// The entry of `key`, to be changed.
+    pub(crate) fn get_mut(&mut self, key: u64) -> Option<&mut T> {
+        self.entries.get_mut(index(key)).filter(|entry| u64::from(entry.0) == key >> 32)?.1.as_mut()
+    }
+
+    /// Takes the entry of `key` out; the key is void from now on.
+    pub(crate) fn remove(&mut self, key: u64) -> Option<T> {
+        let entry = self.entries.get_mut(index(key)).filter(|entry| u64::from(entry.0) == key >> 32)?;
+        let value = entry.1.take()?;
+        entry.0 = entry.0.wrapping_add(1);
+        self.free.push(u32::try_from(index(key)).expect("the index came from 32 bits"));
+        Some(value)
+    }
+
+    /// Takes all entries out; their keys are void from now on.
+    pub(crate) fn take_all(&mut self) -> Vec<T> {
+        let keys = (0u32..).zip(&self.entries).map(|(index, entry)| u64::from(entry.0) << 32 | u64::from(index));
+        let keys: Vec<u64> = keys.collect();
+        keys.into_iter().filter_map(|key| self.remove(key)).collect()
+    }
+
+    /// Number of entries.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+}
+
+fn index(key: u64) -> usize {
+    (key & u64::from(u32::MAX)) as usize
+}
+
+/// A table by tag that hashes in a few cycles, always in the same way.
+pub(crate) type TagMap<T> = HashMap<Tag, T, BuildHasherDefault<TagHasher>>;
+
+/// Multiplies and folds: tags are counters and bit fields, and come from peers that are trusted with our data.
+#[derive(Default)]
+pub(crate) struct TagHasher(u64);
+
+impl Hasher for TagHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        let product = u128::from(self.0 ^ word) * 0x9E37_79B9_7F4A_7C15;
+        self.0 = (product as u64) ^ (product >> 64) as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_valid_until_its_entry_is_taken_out() {
+        let mut slab = Slab::default();
+        let (a, b) = (slab.insert('a'), slab.insert('b'));
+        assert_eq!((slab.get(a), slab.len()), (Some(&'a'), 2));
+        *slab.get_mut(b).unwrap() = 'd';
+        assert_eq!(slab.remove(a), Some('a'));
+        let c = slab.insert('c');
+        assert_eq!(slab.remove(a), None);
+        assert_eq!((slab.get(a), slab.get(b), slab.get(c)), (None, Some(&'d'), Some(&'c')));
+        assert_eq!((slab.get(u64::MAX), slab.len()), (None, 2));
+    }
+}

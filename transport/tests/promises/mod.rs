@@ -1,0 +1,177 @@
+//! What the promises are made with: wires of one process that are each other's peers, and a clock that suits them.
+
+pub mod loans;
+pub mod loss;
+pub mod messages;
+pub mod one_sided;
+pub mod order;
+pub mod random;
+pub mod waiting;
+
+use gradwire_transport::{
+    Acceptance, Completion, Config, Envelope, FaultPlan, Identity, PeerId, Rank, Region, RegionSlice, RegionSliceMut,
+    SimNetwork, SimWire, Tag, TcpWire, Wire, WorldSize,
+};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Makes that many wires, each every other's peer: wire i is `PeerId(i)`.
+pub type Make = fn(&Config, u32) -> World;
+
+/// Wires, what they have completed, and the time they live in.
+pub struct World {
+    pub wires: Vec<Option<Box<dyn Wire>>>,
+    pub done: Vec<Vec<Completion>>,
+    /// The simulator's network and clock, where they are simulated.
+    pub simulated: Option<(SimNetwork, Instant)>,
+}
+
+impl World {
+    pub fn new(wires: Vec<Box<dyn Wire>>, simulated: Option<(SimNetwork, Instant)>) -> Self {
+        let done = wires.iter().map(|_| Vec::new()).collect();
+        Self { wires: wires.into_iter().map(Some).collect(), done, simulated }
+    }
+
+    pub fn now(&self) -> Instant {
+        self.simulated.as_ref().map_or_else(Instant::now, |(_, now)| *now)
+    }
+
+    pub fn wire(&mut self, at: usize) -> &mut dyn Wire {
+        &mut **self.wires[at].as_mut().expect("this wire has not been dropped")
+    }
+
+    /// Polls every wire once; simulated time moves to the next event.
+    pub fn turn(&mut self) {
+        if let Some((network, now)) = &mut self.simulated {
+            *now = network.next_event().unwrap_or(*now + Duration::from_millis(1)).max(*now);
+        }
+        let now = self.now();
+        for (wire, done) in self.wires.iter_mut().zip(&mut self.done) {
+            if let Some(wire) = wire {
+                wire.poll(now, done);
+            }
+        }
+    }
+
+    /// Turns until `enough` says so; fails after a while.
+    pub fn until(&mut self, mut enough: impl FnMut(&Self) -> bool) {
+        let until = self.now() + PATIENCE;
+        while !enough(self) {
+            self.turn();
+            assert!(self.now() < until, "nothing more came: {:?}", self.done);
+        }
+    }
+
+    /// Turns until wire `at` has completed `count` operations, and takes them.
+    pub fn take(&mut self, at: usize, count: usize) -> Vec<Completion> {
+        self.until(|world| world.done[at].len() >= count);
+        std::mem::take(&mut self.done[at])
+    }
+
+    /// Turns for long enough that whatever was going to happen has happened.
+    pub fn settle(&mut self) {
+        let until = self.now() + Duration::from_millis(30);
+        while self.now() < until {
+            self.turn();
+        }
+    }
+}
+
+pub fn to(peer: u32, tag: u64, note: u64) -> Envelope {
+    Envelope { peer: PeerId(peer), tag: Tag(tag), note }
+}
+
+/// Bytes that tell their place and their message.
+pub fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
+    (0..bytes as u64).map(|i| (i.wrapping_mul(31).wrapping_add(seed * 7).wrapping_add(i >> 8)) as u8).collect()
+}
+
+pub fn filled(seed: u64, bytes: usize) -> (Arc<Region>, RegionSlice) {
+    let region = Region::from_vec(pattern(seed, bytes));
+    let slice = region.read(0..bytes).unwrap();
+    (region, slice)
+}
+
+pub fn blank(bytes: usize) -> (Arc<Region>, RegionSliceMut) {
+    let region = Region::zeroed(bytes);
+    let slice = region.write(0..bytes).unwrap();
+    (region, slice)
+}
+
+/// Wires over loopback sockets: each calls all before it and is called by all behind it.
+pub fn tcp(config: &Config, count: u32) -> World {
+    let accept = Acceptance::Ranks(WorldSize::new(count).unwrap());
+    let new = |rank| {
+        let identity = Identity {
+            rank: Some(Rank(rank)),
+            host: "localhost".to_owned(),
+            pid: std::process::id(),
+            boot_id: String::new(),
+            nonce: u64::from(rank) + 1,
+        };
+        let mut wire = TcpWire::new(config, identity, accept).unwrap();
+        let address = wire.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        (wire, address)
+    };
+    let (wires, addresses): (Vec<_>, Vec<_>) = (0..count).map(new).unzip();
+    let deadline = Instant::now() + PATIENCE;
+    let connect = |rank: u32, mut wire: TcpWire| -> Box<dyn Wire> {
+        for lower in 0..rank {
+            let address = addresses[lower as usize];
+            wire.dial(PeerId(lower), Some(u64::from(lower) + 1), &[address], deadline).unwrap();
+        }
+        let mut done = Vec::new();
+        while done.len() < (count - 1 - rank) as usize {
+            assert!(Instant::now() < deadline, "{done:?}");
+            wire.park(deadline);
+            wire.poll(Instant::now(), &mut done);
+        }
+        Box::new(wire)
+    };
+    let connect = &connect;
+    let wires = std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            (0..count).zip(wires).map(|(rank, wire)| scope.spawn(move || connect(rank, wire))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    World::new(wires, None)
+}
+
+pub fn tcp_lanes(config: &Config, count: u32) -> World {
+    tcp(&Config { lanes: 3, ..config.clone() }, count)
+}
+
+/// Simulated wires, for what only they can do.
+pub fn simulate(seed: u64, plan: FaultPlan, config: &Config, count: u32) -> (SimNetwork, Vec<SimWire>, Instant) {
+    let start = Instant::now();
+    let network = SimNetwork::new(seed, plan, start);
+    let wires = network.group(WorldSize::new(count).unwrap(), config);
+    (network, wires, start)
+}
+
+fn sim_world(plan: FaultPlan, config: &Config, count: u32) -> World {
+    let (network, wires, start) = simulate(7, plan, config, count);
+    let boxed = wires.into_iter().map(|wire| -> Box<dyn Wire> { Box::new(wire) });
+    World::new(boxed.collect(), Some((network, start)))
+}
+
+/// A quiet network.
+pub fn sim(config: &Config, count: u32) -> World {
+    let mut plan = FaultPlan::default();
+    plan.link.delay = Duration::from_micros(20);
+    plan.link.bytes_per_s = 1_000_000_000;
+    sim_world(plan, config, count)
+}
+
+/// A network that loses, doubles and reorders.
+pub fn bad_sim(config: &Config, count: u32) -> World {
+    let mut plan = FaultPlan::default();
+    plan.link.delay = Duration::from_micros(20);
+    plan.link.jitter = Duration::from_micros(100);
+    plan.link.lost_per_million = 100_000;
+    plan.link.twice_per_million = 100_000;
+    sim_world(plan, config, count)
+}
