@@ -113,19 +113,7 @@ impl Chooser {
                 Algorithm::Ring => ring::all_gather(rank, world_size, &parts(&shape.output), segment),
                 _ => direct::exchange(rank, world_size, &whole(shape.len), &parts(&shape.output), segment),
             },
-            Collective::ReduceScatter { op } if alone => {
-                let mut schedule = finish(shape.len, op);
-                let all = |place| Span { place, start: 0, len: shape.len };
-                if shape.len > 0 {
-                    let copy = Action::Copy { from: all(Place::Input), into: all(Place::Output) };
-                    schedule = Schedule::default();
-                    let copied = schedule.push(copy, [None, None]);
-                    if op == Reduction::Avg {
-                        schedule.push(Action::Finish { span: all(Place::Output) }, [Some(copied), None]);
-                    }
-                }
-                schedule
-            }
+            Collective::ReduceScatter { op } if alone => copy_and_finish(shape.len, op),
             Collective::ReduceScatter { .. } => direct::reduce_scatter(rank, world_size, &parts(&shape.input), segment),
             Collective::AllToAll => {
                 direct::exchange(rank, world_size, &parts(&shape.input), &parts(&shape.output), segment)
@@ -151,6 +139,19 @@ fn finish(len: usize, op: Reduction) -> Schedule {
     let mut schedule = Schedule::default();
     if len > 0 && op == Reduction::Avg {
         schedule.push(Action::Finish { span: Span { place: Place::Output, start: 0, len } }, [None, None]);
+    }
+    schedule
+}
+
+fn copy_and_finish(len: usize, op: Reduction) -> Schedule {
+    let mut schedule = Schedule::default();
+    let all = |place| Span { place, start: 0, len };
+    if len > 0 {
+        let copy = Action::Copy { from: all(Place::Input), into: all(Place::Output) };
+        let copied = schedule.push(copy, [None, None]);
+        if op == Reduction::Avg {
+            schedule.push(Action::Finish { span: all(Place::Output) }, [Some(copied), None]);
+        }
     }
     schedule
 }
