@@ -1,34 +1,57 @@
-"""gradwire moves gradients, parameters and embeddings between machines.
+"""gradwire: collectives and a parameter server over RDMA, TCP and shared memory.
 
-`Communicator` is a group of ranks over arrays; `torch.distributed.init_process_group("gradwire")` needs no import of this
-package at all.
+    import numpy, gradwire
+
+    with gradwire.Communicator() as group:          # rank and world size as torchrun, mpirun or srun set them
+        gradient = numpy.ones(1000, numpy.float32)
+        group.all_reduce(gradient, op="avg")
+
+Needs NumPy alone. With PyTorch there, `torch.distributed.init_process_group("gradwire")` works without any import of ours,
+and `gradwire.torch` holds an optimizer that runs on the parameter server.
 """
 
-from .communicator import Communicator, Work
+import os as _os
+
+from . import _native
+from ._native import __version__
+from .communicator import Communicator, Description, Link, Work
+from .config import Config
 from .errors import (
     AuthenticationError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
     GradwireError,
     GroupAbortedError,
+    MessageLengthError,
     RankFailedError,
+    RegistrationError,
     RendezvousTimeoutError,
+    ServerTimeoutError,
     ServerLostError,
     ServerRefusedError,
-    ServerTimeoutError,
+    TransportError,
 )
+
+_os.register_at_fork(after_in_child=_native.after_fork)
 
 __all__ = [
     "AuthenticationError",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "Communicator",
+    "Config",
+    "Description",
     "GradwireError",
     "GroupAbortedError",
+    "Link",
+    "MessageLengthError",
     "RankFailedError",
+    "RegistrationError",
     "RendezvousTimeoutError",
+    "ServerTimeoutError",
     "ServerLostError",
     "ServerRefusedError",
-    "ServerTimeoutError",
+    "TransportError",
     "Work",
+    "__version__",
 ]

@@ -1,89 +1,205 @@
-"""Everything that gradwire raises. Each class carries the fields of the Rust error that it stands for."""
+"""What can go wrong, one class per cause, each with the fields that its message is made of.
+
+A caller's own mistake is a `ValueError` or `TypeError`; nothing was sent then. All else is a `GradwireError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class GradwireError(RuntimeError):
-    """Base of all errors of gradwire; caller's mistakes are `ValueError` or `TypeError`."""
-
-    def __init__(self, message: str, **fields: object) -> None:
-        super().__init__(message)
-        for name, value in fields.items():
-            setattr(self, name, value)
+    """Any failure of gradwire that is not the caller's mistake."""
 
 
 class RankFailedError(GradwireError):
-    """Ranks died, or left while they were needed.
+    """Ranks died, or left the group while they were needed. The group is over: form a new one without them.
 
     Attributes:
-        ranks: who, a tuple of int.
-        hosts, pids: where they ran.
+        ranks: the ranks at fault.
+        hosts: the host of each.
+        pids: the process id of each, on its host.
         cause: what was seen of it.
+        operation: what was under way here: call, dtype, count, number and group.
     """
 
-    ranks: tuple[int, ...]
-    hosts: tuple[str, ...]
-    pids: tuple[int, ...]
-    cause: str
+    def __init__(
+        self,
+        message: str,
+        *,
+        ranks: Sequence[int],
+        hosts: Sequence[str] = (),
+        pids: Sequence[int] = (),
+        cause: str = "",
+        operation: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.ranks = list(ranks)
+        self.hosts = list(hosts)
+        self.pids = list(pids)
+        self.cause = cause
+        self.operation = operation
 
 
 class CollectiveTimeoutError(GradwireError):
-    """Ranks did not come before the deadline.
+    """Ranks did not come to a collective before its deadline. The group is over.
 
     Attributes:
-        missing: who, a tuple of int; empty where all came but no data moved.
-        waited_s: the deadline, in seconds.
+        missing: the ranks that did not come; empty where all came, but no data moved.
+        waited_s: the deadline that passed, in seconds.
+        operation: what was under way here.
     """
 
-    missing: tuple[int, ...]
-    waited_s: float
+    def __init__(
+        self, message: str, *, missing: Sequence[int] = (), waited_s: float = 0.0, operation: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.missing = list(missing)
+        self.waited_s = waited_s
+        self.operation = operation
 
 
 class CollectiveMismatchError(GradwireError):
-    """A rank called something else, or gave another size.
+    """A rank called something else than the others: another operation, dtype, count, reduction or root. The group is over.
 
     Attributes:
-        rank: who differs.
         expected: what the others called.
-        got: what it called.
+        got: what the rank called.
+        rank: the rank that differs.
+        operation: what was under way here.
     """
 
-    rank: int
-    expected: str
-    got: str
+    def __init__(self, message: str, *, expected: str, got: str, rank: int, operation: str = "") -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.got = got
+        self.rank = rank
+        self.operation = operation
+
+
+class MessageLengthError(GradwireError):
+    """A message has another length than the receive that it met. The group goes on.
+
+    Attributes:
+        source: the rank that sent it.
+        tag: the tag of both.
+        expected_bytes: length of the receive.
+        got_bytes: length of the message.
+    """
+
+    def __init__(self, message: str, *, source: int, tag: int, expected_bytes: int, got_bytes: int) -> None:
+        super().__init__(message)
+        self.source = source
+        self.tag = tag
+        self.expected_bytes = expected_bytes
+        self.got_bytes = got_bytes
 
 
 class GroupAbortedError(GradwireError):
-    """A rank ended the group on purpose, or the group is closed."""
+    """The group was aborted by a rank, or closed here.
+
+    Attributes:
+        reason: who ended it, and why.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class RendezvousTimeoutError(GradwireError):
-    """Ranks, or the store, were not there in time."""
+    """Others could not be found or reached before the deadline.
+
+    Attributes:
+        what: whom or what was waited for, and where it was looked for.
+        waited_s: for how long, in seconds.
+    """
+
+    def __init__(self, message: str, *, what: str, waited_s: float) -> None:
+        super().__init__(message)
+        self.what = what
+        self.waited_s = waited_s
 
 
 class AuthenticationError(GradwireError):
-    """The tokens of two ends differ.
+    """The other end has another token, or none.
 
     Attributes:
         address: the other end.
+        reason: what does not match.
     """
 
-    address: str
+    def __init__(self, message: str, *, address: str, reason: str) -> None:
+        super().__init__(message)
+        self.address = address
+        self.reason = reason
+
+
+class RegistrationError(GradwireError):
+    """Memory could not be made known to a network card, for example because `ulimit -l` is too low.
+
+    Attributes:
+        bytes: how much was asked for.
+    """
+
+    def __init__(self, message: str, *, bytes: int) -> None:
+        super().__init__(message)
+        self.bytes = bytes
+
+
+class TransportError(GradwireError):
+    """The network or the operating system failed in a way that has no class of its own."""
 
 
 class ServerLostError(GradwireError):
-    """A parameter server is gone.
+    """A parameter server is gone, and did not come back in time; its tables are gone with it.
 
     Attributes:
-        shard: its number.
+        shard: its place in the list of addresses.
         address: where it was.
+        cause: what was seen of its end.
     """
 
-    shard: int
-    address: str
+    def __init__(self, message: str, *, shard: int, address: str, cause: str = "") -> None:
+        super().__init__(message)
+        self.shard = shard
+        self.address = address
+        self.cause = cause
 
 
 class ServerRefusedError(GradwireError):
-    """A parameter server does not do what it was asked, and says why."""
+    """A parameter server refused a request.
+
+    Attributes:
+        shard: its place in the list of addresses.
+        address: where it is.
+        subject: the table, barrier or client that it is about.
+        what: what does not agree.
+        expected: what the server expected.
+        got: what it got.
+    """
+
+    def __init__(
+        self, message: str, *, shard: int, address: str, subject: str, what: str, expected: str, got: str
+    ) -> None:
+        super().__init__(message)
+        self.shard = shard
+        self.address = address
+        self.subject = subject
+        self.what = what
+        self.expected = expected
+        self.got = got
 
 
 class ServerTimeoutError(GradwireError):
-    """A parameter server did not answer in time: in synchronous mode it waits for every worker."""
+    """A parameter server did not answer in time.
+
+    Attributes:
+        what: what was waited for.
+        waited_s: for how long, in seconds.
+    """
+
+    def __init__(self, message: str, *, what: str, waited_s: float) -> None:
+        super().__init__(message)
+        self.what = what
+        self.waited_s = waited_s

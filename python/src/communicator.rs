@@ -1,319 +1,325 @@
-//! Does: a group's communicator, for Python.
+//! Does: the group of ranks, as Python holds it: makes it, hands it calls, tells of it.
 
-use crate::buffer::Memory;
-use crate::errors;
+use crate::buffer::{Access, Memory};
+use crate::operation::{Operation, Part};
+use crate::settings::Options;
 use crate::store::PythonStore;
-use gradwire_collectives::{Call, Collective, DType, Done, Reduction, Settings};
-use gradwire_transport::{Config, GroupSpec, Rank, Store, WireChoice, WorldSize, form_group, open_store};
-use pyo3::exceptions::PyValueError;
+use crate::wait::{apart, by_turns, maybe_seconds, seconds};
+use crate::{errors, forked};
+use gradwire_collectives::{
+    Call, Collective, CollectiveError, Communicator, DType, Description, Pending, Piece, Reduction,
+};
+use gradwire_transport::{GroupSpec, Rank, Store, WorldSize, form_group, open_store};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList};
+use pyo3::types::PyDict;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between two looks for Ctrl-C.
-const SIGNALS: Duration = Duration::from_millis(100);
-
-/// What the Python front has read from arguments and environment.
-#[derive(FromPyObject)]
-#[pyo3(from_item_all)]
-struct Options {
-    timeout_s: f64,
-    transport: String,
-    lanes: usize,
-    socket_ifname: Option<String>,
-    port_range: Option<(u16, u16)>,
-    token: Option<String>,
-    algorithms: Option<String>,
-    cores: usize,
+/// A group of ranks, and this process's place in it.
+#[pyclass(frozen, module = "gradwire._native")]
+pub(crate) struct Group {
+    communicator: Arc<Communicator>,
+    generation: u32,
 }
 
-impl Options {
-    fn config(&self) -> PyResult<Config> {
-        let wire = match self.transport.as_str() {
-            "auto" => WireChoice::Auto,
-            "tcp" => WireChoice::Tcp,
-            "shm" => WireChoice::Shm,
-            other => {
-                let message = format!("transport must be 'auto', 'tcp' or 'shm', got {other:?} (GRADWIRE_TRANSPORT)");
-                return Err(PyValueError::new_err(message));
-            }
-        };
-        Ok(Config {
-            wire,
-            lanes: self.lanes,
-            socket_ifname: self.socket_ifname.clone(),
-            port_range: self.port_range,
-            token: self.token.clone(),
-            timeout: seconds(self.timeout_s)?,
-            ..Config::default()
-        })
-    }
-}
-
-fn seconds(value: f64) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(value)
-        .ok()
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| PyValueError::new_err(format!("a timeout must be a positive number of seconds, got {value}")))
-}
-
-/// A group of ranks.
-#[pyclass(module = "gradwire._native", frozen)]
-pub(crate) struct Communicator {
-    inner: gradwire_collectives::Communicator,
-}
-
-/// An operation under way.
-#[pyclass(module = "gradwire._native", frozen)]
-pub(crate) struct Pending {
-    inner: gradwire_collectives::Pending,
+/// The memory of a call.
+struct Buffers {
+    input: Vec<Piece>,
+    output: Vec<Piece>,
+    dtype: DType,
 }
 
 #[pymethods]
-impl Communicator {
-    /// Forms a group: `meeting` is a URL, or an object with `set(key, value)` and `get(key, timeout_s)`.
+impl Group {
+    /// Meets the other ranks and connects to them.
     #[staticmethod]
-    fn connect(
+    #[pyo3(signature = (name, *, init_method=None, store=None, rank=None, world_size=None, timeout_s, options, environment))]
+    #[allow(clippy::too_many_arguments)] // Python's keywords, all of them named at the call.
+    fn form(
         py: Python<'_>,
-        meeting: &Bound<'_, PyAny>,
         name: String,
+        init_method: Option<String>,
+        store: Option<Py<PyAny>>,
         rank: Option<u32>,
         world_size: Option<u32>,
-        env: Bound<'_, PyDict>,
+        timeout_s: f64,
         options: Options,
+        environment: HashMap<String, String>,
     ) -> PyResult<Self> {
-        let config = options.config()?;
-        let timeout = config.timeout;
-        let (store, rank, world_size): (Arc<dyn Store>, Rank, WorldSize) = match meeting.extract::<String>() {
-            Ok(url) => {
-                let read = |name: &str| env.get_item(name).ok().flatten()?.extract::<String>().ok();
-                open_store(&url, rank, world_size, &read).map_err(|error| errors::transport(py, &error))?
-            }
-            Err(_) => {
-                let world_size = world_size.and_then(WorldSize::new);
-                let size = world_size.ok_or_else(|| PyValueError::new_err("world_size must be given with a store"))?;
-                let rank = rank.map(Rank).filter(|rank| size.contains(*rank));
-                let rank =
-                    rank.ok_or_else(|| PyValueError::new_err("rank must be given with a store, below world_size"))?;
-                (Arc::new(PythonStore(meeting.clone().unbind())), rank, size)
-            }
-        };
-        let settings =
-            Settings { timeout, algorithms: options.algorithms.clone(), same_host: true, cores: options.cores };
-        let spec = GroupSpec { name: name.clone(), rank, world_size, store, config };
-        let group = py.detach(|| form_group(spec, Instant::now() + timeout));
-        let group = group.map_err(|error| errors::transport(py, &error))?;
-        let inner = gradwire_collectives::Communicator::new(group, &name, settings);
-        Ok(Self { inner: inner.map_err(|error| errors::collective(py, &error))? })
+        let timeout = seconds(timeout_s, "timeout_s")?;
+        let (config, settings) = options.parse(timeout)?;
+        let label = name.clone();
+        let formed = apart(py, move || {
+            let meeting = match store {
+                Some(store) => known_place(store, rank, world_size),
+                None => {
+                    let url = init_method.as_deref().unwrap_or("env://");
+                    open_store(url, rank, world_size, &|name| environment.get(name).cloned())
+                }
+            };
+            let (store, rank, world_size) = meeting?;
+            let spec = GroupSpec { name: label.clone(), rank, world_size, store, config };
+            let group = form_group(spec, Instant::now() + timeout)?;
+            Communicator::new(group, &label, settings)
+        })?;
+        match formed {
+            Ok(communicator) => Ok(Self { communicator: Arc::new(communicator), generation: forked::generation() }),
+            Err(error) => Err(errors::collective(py, &error)),
+        }
     }
 
     #[getter]
     fn rank(&self) -> u32 {
-        self.inner.rank().0
+        self.communicator.rank().0
     }
 
     #[getter]
     fn world_size(&self) -> u32 {
-        self.inner.world_size().get()
+        self.communicator.world_size().get()
     }
 
     /// Collectives begun so far.
     #[getter]
     fn sequence(&self) -> u64 {
-        self.inner.sequence()
+        self.communicator.sequence()
     }
 
-    /// Begins a collective; the progress thread carries it out.
-    #[pyo3(signature = (collective, dtype, input, output, op=None, root=None, timeout_s=None))]
-    #[expect(clippy::too_many_arguments)] // One call that all collectives share.
-    fn start(
-        &self,
-        py: Python<'_>,
-        collective: &str,
-        dtype: &str,
-        input: Vec<Memory>,
-        output: Vec<Memory>,
-        op: Option<&str>,
-        root: Option<u32>,
-        timeout_s: Option<f64>,
-    ) -> PyResult<Pending> {
-        let call = call(collective, dtype, input, output, op, root, timeout_s)?;
-        let started = py.detach(|| self.inner.start(call));
-        Ok(Pending { inner: started.map_err(|error| errors::collective(py, &error))? })
-    }
-
-    /// Begins a collective that the caller waits for at once: whoever waits moves it, without a hand-over.
-    #[pyo3(signature = (collective, dtype, input, output, op=None, root=None, timeout_s=None))]
-    #[expect(clippy::too_many_arguments)] // One call that all collectives share.
-    fn begin(
-        &self,
-        py: Python<'_>,
-        collective: &str,
-        dtype: &str,
-        input: Vec<Memory>,
-        output: Vec<Memory>,
-        op: Option<&str>,
-        root: Option<u32>,
-        timeout_s: Option<f64>,
-    ) -> PyResult<Pending> {
-        let call = call(collective, dtype, input, output, op, root, timeout_s)?;
-        let begun = self.inner.begin(call);
-        Ok(Pending { inner: begun.map_err(|error| errors::collective(py, &error))? })
-    }
-
-    /// Carries out a collective from the caller's own thread.
-    #[pyo3(signature = (collective, dtype, input, output, op=None, root=None, timeout_s=None))]
-    #[expect(clippy::too_many_arguments)] // As above.
+    /// Begins `collective` and returns its handle; without `background`, carries it out and returns None.
+    #[pyo3(signature = (collective, inputs, outputs, *, op=None, root=0, timeout_s=None, background=false))]
+    #[allow(clippy::too_many_arguments)] // As above.
     fn run(
         &self,
         py: Python<'_>,
         collective: &str,
-        dtype: &str,
-        input: Vec<Memory>,
-        output: Vec<Memory>,
+        inputs: Vec<Bound<'_, PyAny>>,
+        outputs: Vec<Bound<'_, PyAny>>,
         op: Option<&str>,
-        root: Option<u32>,
+        root: u32,
         timeout_s: Option<f64>,
-    ) -> PyResult<()> {
-        let call = call(collective, dtype, input, output, op, root, timeout_s)?;
-        let begun = self.inner.begin(call).map_err(|error| errors::collective(py, &error))?;
-        wait(py, &begun, None).map(drop)
+        background: bool,
+    ) -> PyResult<Option<Operation>> {
+        forked::check(self.generation)?;
+        let collective = collective_of(collective, op, Rank(root))?;
+        let Buffers { input, output, dtype } = buffers(&collective, &inputs, &outputs)?;
+        let timeout = maybe_seconds(timeout_s, "timeout_s")?;
+        let call = Call { collective, dtype, input, output, timeout };
+        if background {
+            let pending = py.detach(|| self.communicator.start(call));
+            return Ok(Some(self.operation(py, pending)?));
+        }
+        let pending = py.detach(|| self.communicator.begin(call)).map_err(|error| errors::collective(py, &error))?;
+        self.see_through(py, &pending)?;
+        Ok(None)
     }
 
-    /// Sends memory to a rank.
-    #[pyo3(signature = (to, tag, memory, timeout_s=None))]
-    fn send(&self, py: Python<'_>, to: u32, tag: u32, memory: Memory, timeout_s: Option<f64>) -> PyResult<Pending> {
-        let piece = memory.piece()?;
-        let timeout = timeout_s.map(seconds).transpose()?;
-        let sent = py.detach(|| self.inner.send(Rank(to), tag, piece, timeout));
-        Ok(Pending { inner: sent.map_err(|error| errors::collective(py, &error))? })
+    /// Begins to send `tensor` to rank `to`, where it meets a receive with the same tag.
+    #[pyo3(signature = (tensor, to, tag, timeout_s=None))]
+    fn send(
+        &self,
+        py: Python<'_>,
+        tensor: Bound<'_, PyAny>,
+        to: u32,
+        tag: u32,
+        timeout_s: Option<f64>,
+    ) -> PyResult<Operation> {
+        forked::check(self.generation)?;
+        let piece = Memory::of(&tensor, "tensor", Access::Read)?.piece();
+        let timeout = maybe_seconds(timeout_s, "timeout_s")?;
+        self.operation(py, py.detach(|| self.communicator.send(Rank(to), tag, piece, timeout)))
     }
 
-    /// Receives from a rank, or from whoever is first.
-    #[pyo3(signature = (source, tag, memory, timeout_s=None))]
+    /// Begins to receive into `tensor` from rank `source`, or from whoever is first.
+    #[pyo3(signature = (tensor, source, tag, timeout_s=None))]
     fn recv(
         &self,
         py: Python<'_>,
+        tensor: Bound<'_, PyAny>,
         source: Option<u32>,
         tag: u32,
-        memory: Memory,
         timeout_s: Option<f64>,
-    ) -> PyResult<Pending> {
-        let piece = memory.piece()?;
-        let timeout = timeout_s.map(seconds).transpose()?;
-        let received = py.detach(|| self.inner.recv(source.map(Rank), tag, piece, timeout));
-        Ok(Pending { inner: received.map_err(|error| errors::collective(py, &error))? })
+    ) -> PyResult<Operation> {
+        forked::check(self.generation)?;
+        let piece = Memory::of(&tensor, "tensor", Access::Write)?.piece();
+        let timeout = maybe_seconds(timeout_s, "timeout_s")?;
+        self.operation(py, py.detach(|| self.communicator.recv(source.map(Rank), tag, piece, timeout)))
     }
 
-    /// The time-out of operations that are given none.
+    /// How long an operation may take that is given no time-out of its own.
     fn set_timeout(&self, timeout_s: f64) -> PyResult<()> {
-        self.inner.set_timeout(seconds(timeout_s)?);
+        self.communicator.set_timeout(seconds(timeout_s, "timeout_s")?);
         Ok(())
     }
 
-    /// Ends the group at once, on every rank.
-    fn abort(&self, py: Python<'_>, reason: String) {
-        py.detach(|| self.inner.abort(&reason));
-    }
-
-    /// Leaves the group in good order.
-    fn close(&self, py: Python<'_>, timeout_s: f64) -> PyResult<()> {
-        let timeout = seconds(timeout_s)?;
-        py.detach(|| self.inner.close(timeout));
-        Ok(())
-    }
-
-    /// The group as it stands, as a dict.
+    /// What `describe()` tells, as plain values.
     fn describe<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let description = py.detach(|| self.inner.describe());
-        let out = PyDict::new(py);
-        out.set_item("text", description.to_string())?;
-        out.set_item("group", &description.group)?;
-        out.set_item("rank", description.rank.0)?;
-        out.set_item("world_size", description.world_size)?;
-        out.set_item("collectives", &description.collectives)?;
-        out.set_item("segment_bytes", description.segment_bytes)?;
-        let links = PyList::empty(py);
-        for link in &description.links {
-            let entry = PyDict::new(py);
-            entry.set_item("rank", link.rank.0)?;
-            entry.set_item("host", &link.host)?;
-            entry.set_item("pid", link.pid)?;
-            entry.set_item("wire", &link.wire)?;
-            entry.set_item("reason", &link.reason)?;
-            entry.set_item("sent_bytes", link.traffic.sent_bytes)?;
-            entry.set_item("received_bytes", link.traffic.received_bytes)?;
-            links.append(entry)?;
+        forked::check(self.generation)?;
+        let description = py.detach(|| self.communicator.describe());
+        tell(py, &description)
+    }
+
+    /// Raises the error that ended the group, if it is over.
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        forked::check(self.generation)?;
+        match py.detach(|| self.communicator.error()) {
+            Some(error) => Err(errors::collective(py, &error)),
+            None => Ok(()),
         }
-        out.set_item("links", links)?;
-        Ok(out)
+    }
+
+    /// Ends the group on every rank, with `reason`.
+    fn abort(&self, py: Python<'_>, reason: &str) {
+        if forked::check(self.generation).is_ok() {
+            py.detach(|| self.communicator.abort(reason));
+        }
+    }
+
+    /// Leaves the group in good order, within `timeout_s`.
+    fn close(&self, py: Python<'_>, timeout_s: f64) -> PyResult<()> {
+        let timeout = seconds(timeout_s, "timeout_s")?;
+        if forked::check(self.generation).is_ok() {
+            py.detach(|| self.communicator.close(timeout));
+        }
+        Ok(())
     }
 }
 
-#[pymethods]
-impl Pending {
-    /// Waits until the operation has ended: (source rank or None, bytes) of a receive. None: the time is up.
-    #[pyo3(signature = (timeout_s=None))]
-    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<Option<(Option<u32>, usize)>> {
-        let timeout = timeout_s.map(seconds).transpose()?;
-        let done = wait(py, &self.inner, timeout)?;
-        Ok(done.map(|done| (done.source.map(|rank| rank.0), done.bytes)))
+impl Group {
+    fn operation(&self, py: Python<'_>, pending: Result<Pending, CollectiveError>) -> PyResult<Operation> {
+        match pending {
+            Ok(pending) => Ok(Operation::new(vec![Part::Collective(pending)])),
+            Err(error) => Err(errors::collective(py, &error)),
+        }
     }
 
-    /// Whether it has ended.
-    fn is_done(&self) -> bool {
-        self.inner.is_done()
-    }
-}
-
-/// Waits in slices, so that Ctrl-C ends the wait.
-fn wait(py: Python<'_>, pending: &gradwire_collectives::Pending, timeout: Option<Duration>) -> PyResult<Option<Done>> {
-    let until = timeout.map(|timeout| Instant::now() + timeout);
-    loop {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let slice = left.map_or(SIGNALS, |left| left.min(SIGNALS));
-        match py.detach(|| pending.wait(Some(slice))) {
-            Some(Ok(done)) => return Ok(Some(done)),
-            Some(Err(error)) => return Err(errors::collective(py, &error)),
-            None if left.is_some_and(|left| left <= slice) => return Ok(None),
-            None => py.check_signals()?,
+    /// Waits for an operation from the caller's own thread; an interruption ends the group, since the other ranks would
+    /// wait for this one in vain.
+    fn see_through(&self, py: Python<'_>, pending: &Pending) -> PyResult<()> {
+        match by_turns(py, None, |slice| pending.wait(Some(slice))) {
+            Ok(Some(Err(error))) => Err(errors::collective(py, &error)),
+            Ok(_) => Ok(()),
+            Err(interruption) => {
+                let reason = format!("interrupted by {}", interruption.get_type(py));
+                py.detach(|| self.communicator.abort(&reason));
+                Err(interruption)
+            }
         }
     }
 }
 
-fn call(
-    collective: &str,
-    dtype: &str,
-    input: Vec<Memory>,
-    output: Vec<Memory>,
-    op: Option<&str>,
-    root: Option<u32>,
-    timeout_s: Option<f64>,
-) -> PyResult<Call> {
-    let dtype = DType::from_name(dtype)
-        .ok_or_else(|| PyValueError::new_err(format!("{collective}: elements of dtype {dtype} are not supported")))?;
-    let op = || {
-        let name = op.unwrap_or("sum");
-        (0..8)
-            .filter_map(Reduction::from_code)
-            .find(|known| known.name() == name)
-            .ok_or_else(|| PyValueError::new_err(format!("{collective}: reduction {name:?} is not known")))
+impl Drop for Group {
+    fn drop(&mut self) {
+        let communicator = Arc::clone(&self.communicator);
+        if forked::check(self.generation).is_err() {
+            // A forked child has the sockets but not the threads: a goodbye from here would end its parent's group.
+            return std::mem::forget(communicator);
+        }
+        // Closing waits for the progress thread. None: the interpreter is going down.
+        let _ = Python::try_attach(|py| py.detach(|| communicator.close(Duration::from_millis(500))));
+    }
+}
+
+type Meeting = (Arc<dyn Store>, Rank, WorldSize);
+
+fn known_place(
+    store: Py<PyAny>,
+    rank: Option<u32>,
+    world_size: Option<u32>,
+) -> Result<Meeting, gradwire_transport::TransportError> {
+    let wrong = |setting: &str, reason: String| gradwire_transport::TransportError::Config {
+        setting: setting.to_owned(),
+        reason,
     };
-    let root = || root.map(Rank).ok_or_else(|| PyValueError::new_err(format!("{collective} needs a root")));
-    let collective = match collective {
+    let rank = rank.ok_or_else(|| wrong("rank", "give it together with `store`".to_owned()))?;
+    let size = world_size.ok_or_else(|| wrong("world_size", "give it together with `store`".to_owned()))?;
+    let world_size = WorldSize::new(size)
+        .filter(|size| size.contains(Rank(rank)))
+        .ok_or_else(|| wrong("rank", format!("rank {rank} is not one of a group of {size}")))?;
+    Ok((Arc::new(PythonStore(store)), Rank(rank), world_size))
+}
+
+fn collective_of(name: &str, op: Option<&str>, root: Rank) -> PyResult<Collective> {
+    let op = || reduction_of(op.unwrap_or("sum"));
+    Ok(match name {
         "all_reduce" => Collective::AllReduce { op: op()? },
-        "reduce" => Collective::Reduce { op: op()?, root: root()? },
-        "broadcast" => Collective::Broadcast { root: root()? },
+        "reduce" => Collective::Reduce { op: op()?, root },
+        "broadcast" => Collective::Broadcast { root },
         "all_gather" => Collective::AllGather,
         "reduce_scatter" => Collective::ReduceScatter { op: op()? },
         "all_to_all" => Collective::AllToAll,
-        "gather" => Collective::Gather { root: root()? },
-        "scatter" => Collective::Scatter { root: root()? },
+        "gather" => Collective::Gather { root },
+        "scatter" => Collective::Scatter { root },
         "barrier" => Collective::Barrier,
-        other => return Err(PyValueError::new_err(format!("no collective {other:?}"))),
+        other => return Err(PyValueError::new_err(format!("`{other}` is not a collective"))),
+    })
+}
+
+fn reduction_of(name: &str) -> PyResult<Reduction> {
+    Ok(match name {
+        "sum" => Reduction::Sum,
+        "avg" => Reduction::Avg,
+        "min" => Reduction::Min,
+        "max" => Reduction::Max,
+        "product" => Reduction::Product,
+        "band" => Reduction::BitAnd,
+        "bor" => Reduction::BitOr,
+        "bxor" => Reduction::BitXor,
+        other => {
+            let known = "sum, avg, min, max, product, band, bor, bxor";
+            return Err(PyValueError::new_err(format!("op: `{other}` is not a reduction; use one of {known}")));
+        }
+    })
+}
+
+fn buffers(collective: &Collective, inputs: &[Bound<'_, PyAny>], outputs: &[Bound<'_, PyAny>]) -> PyResult<Buffers> {
+    let read = |objects: &[Bound<'_, PyAny>], argument: &str, access| {
+        let one = |(place, object): (usize, &Bound<'_, PyAny>)| {
+            let argument = if objects.len() > 1 { format!("{argument}[{place}]") } else { argument.to_owned() };
+            Memory::of(object, &argument, access)
+        };
+        objects.iter().enumerate().map(one).collect::<PyResult<Vec<Memory>>>()
     };
-    let pieces = |memory: Vec<Memory>| memory.into_iter().map(Memory::piece).collect::<PyResult<Vec<_>>>();
-    let timeout = timeout_s.map(seconds).transpose()?;
-    Ok(Call { collective, dtype, input: pieces(input)?, output: pieces(output)?, timeout })
+    let in_place = inputs.is_empty();
+    let input = read(inputs, "input", Access::Read)?;
+    let output = read(outputs, if in_place { "tensor" } else { "output" }, Access::Write)?;
+    let mut dtype = DType::U8;
+    if let Some(first) = input.iter().chain(&output).next() {
+        if let Some(other) = input.iter().chain(&output).find(|other| other.element != first.element) {
+            return Err(PyTypeError::new_err(format!(
+                "{}: all tensors of one call have the same dtype, got {} (shape {:?}) and {} (shape {:?}). Nothing was sent",
+                collective.name(),
+                first.element.name(),
+                first.shape,
+                other.element.name(),
+                other.shape
+            )));
+        }
+        dtype = first.element.for_call(collective).map_err(PyTypeError::new_err)?;
+    }
+    let pieces = |all: &[Memory]| all.iter().map(Memory::piece).collect();
+    Ok(Buffers { input: pieces(&input), output: pieces(&output), dtype })
+}
+
+fn tell<'py>(py: Python<'py>, description: &Description) -> PyResult<Bound<'py, PyDict>> {
+    let told = PyDict::new(py);
+    told.set_item("group", &description.group)?;
+    told.set_item("rank", description.rank.0)?;
+    told.set_item("world_size", description.world_size)?;
+    told.set_item("collectives", &description.collectives)?;
+    told.set_item("segment_bytes", description.segment_bytes)?;
+    told.set_item("text", description.to_string())?;
+    let links = description.links.iter().map(|link| {
+        let one = PyDict::new(py);
+        one.set_item("rank", link.rank.0)?;
+        one.set_item("host", &link.host)?;
+        one.set_item("pid", link.pid)?;
+        one.set_item("wire", &link.wire)?;
+        one.set_item("reason", &link.reason)?;
+        one.set_item("sent_bytes", link.traffic.sent_bytes)?;
+        one.set_item("received_bytes", link.traffic.received_bytes)?;
+        Ok(one)
+    });
+    told.set_item("links", links.collect::<PyResult<Vec<_>>>()?)?;
+    Ok(told)
 }

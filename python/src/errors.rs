@@ -1,81 +1,88 @@
-//! Pure: Rust's errors as Python's, with the same fields. The classes are in `gradwire.errors`.
+//! Does: raises the engine's errors as the package's exception classes, with the same fields.
 
-use gradwire_collectives::{CollectiveError, Member};
+use gradwire_collectives::CollectiveError;
 use gradwire_transport::TransportError;
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::PyDict;
 
-/// `gradwire.errors.<name>(message, **fields)`.
-fn raise(py: Python<'_>, name: &str, message: String, fields: &Bound<'_, PyDict>) -> PyErr {
-    let made = py
-        .import("gradwire.errors")
-        .and_then(|module| module.getattr(name))
-        .and_then(|class| class.call((message,), Some(fields)));
-    match made {
-        Ok(error) => PyErr::from_value(error),
-        Err(error) => error,
-    }
-}
-
-/// The exception for a failed collective.
+/// The exception for an error of a collective.
 pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
-    let fields = PyDict::new(py);
-    match fill(py, error, &fields) {
-        Ok(Some(name)) => raise(py, name, error.to_string(), &fields),
-        Ok(None) => match error {
-            CollectiveError::Transport(error) => transport(py, error),
-            other => PyValueError::new_err(other.to_string()),
-        },
-        Err(error) => error,
+    let text = error.to_string();
+    match error {
+        CollectiveError::RankFailed { operation, ranks, cause } => raise(py, "RankFailedError", &text, |fields| {
+            fields.set_item("ranks", ranks.iter().map(|member| member.rank.0).collect::<Vec<_>>())?;
+            fields.set_item("hosts", ranks.iter().map(|member| member.host.clone()).collect::<Vec<_>>())?;
+            fields.set_item("pids", ranks.iter().map(|member| member.pid).collect::<Vec<_>>())?;
+            fields.set_item("cause", cause)?;
+            fields.set_item("operation", operation.to_string())
+        }),
+        CollectiveError::Timeout { operation, missing, waited } => {
+            raise(py, "CollectiveTimeoutError", &text, |fields| {
+                fields.set_item("missing", missing.iter().map(|member| member.rank.0).collect::<Vec<_>>())?;
+                fields.set_item("waited_s", waited.as_secs_f64())?;
+                fields.set_item("operation", operation.to_string())
+            })
+        }
+        CollectiveError::Mismatch { operation, rank, expected, got } => {
+            raise(py, "CollectiveMismatchError", &text, |fields| {
+                fields.set_item("expected", expected)?;
+                fields.set_item("got", got)?;
+                fields.set_item("rank", rank.rank.0)?;
+                fields.set_item("operation", operation.to_string())
+            })
+        }
+        CollectiveError::Invalid { .. } => PyValueError::new_err(format!("{text}. Nothing was sent")),
+        CollectiveError::WrongLength { from, tag, expected_bytes, got_bytes } => {
+            raise(py, "MessageLengthError", &text, |fields| {
+                fields.set_item("source", from.0)?;
+                fields.set_item("tag", tag)?;
+                fields.set_item("expected_bytes", expected_bytes)?;
+                fields.set_item("got_bytes", got_bytes)
+            })
+        }
+        CollectiveError::Aborted { reason } => {
+            raise(py, "GroupAbortedError", &text, |fields| fields.set_item("reason", reason))
+        }
+        CollectiveError::Transport(error) => transport(py, error),
+        _ => raise(py, "GradwireError", &text, |_| Ok(())),
     }
 }
 
-fn fill(py: Python<'_>, error: &CollectiveError, fields: &Bound<'_, PyDict>) -> PyResult<Option<&'static str>> {
-    let ranks = |members: &[Member]| PyTuple::new(py, members.iter().map(|member| member.rank.0));
-    Ok(match error {
-        CollectiveError::RankFailed { ranks: failed, cause, .. } => {
-            fields.set_item("ranks", ranks(failed)?)?;
-            fields.set_item("hosts", PyTuple::new(py, failed.iter().map(|member| member.host.as_str()))?)?;
-            fields.set_item("pids", PyTuple::new(py, failed.iter().map(|member| member.pid))?)?;
-            fields.set_item("cause", cause)?;
-            Some("RankFailedError")
-        }
-        CollectiveError::Timeout { missing, waited, .. } => {
-            fields.set_item("missing", ranks(missing)?)?;
-            fields.set_item("waited_s", waited.as_secs_f64())?;
-            Some("CollectiveTimeoutError")
-        }
-        CollectiveError::Mismatch { rank, expected, got, .. } => {
-            fields.set_item("rank", rank.rank.0)?;
-            fields.set_item("expected", expected)?;
-            fields.set_item("got", got)?;
-            Some("CollectiveMismatchError")
-        }
-        CollectiveError::WrongLength { from, expected_bytes, got_bytes, .. } => {
-            fields.set_item("rank", from.0)?;
-            fields.set_item("expected", format!("{expected_bytes} bytes"))?;
-            fields.set_item("got", format!("{got_bytes} bytes"))?;
-            Some("CollectiveMismatchError")
-        }
-        CollectiveError::Aborted { .. } => Some("GroupAbortedError"),
-        _ => None,
-    })
+/// The exception for an error of the transport, or of the making of a group.
+pub(crate) fn transport(py: Python<'_>, error: &TransportError) -> PyErr {
+    let text = error.to_string();
+    match error {
+        TransportError::Authentication { address, reason } => raise(py, "AuthenticationError", &text, |fields| {
+            fields.set_item("address", address)?;
+            fields.set_item("reason", reason)
+        }),
+        TransportError::Timeout { what, waited } => raise(py, "RendezvousTimeoutError", &text, |fields| {
+            fields.set_item("what", what)?;
+            fields.set_item("waited_s", waited.as_secs_f64())
+        }),
+        TransportError::Unreachable { who, .. } => raise(py, "RendezvousTimeoutError", &text, |fields| {
+            fields.set_item("what", who)?;
+            fields.set_item("waited_s", 0.0)
+        }),
+        TransportError::Config { .. } => PyValueError::new_err(text),
+        _ => raise(py, "TransportError", &text, |_| Ok(())),
+    }
 }
 
-/// The exception for a failure of the transport.
-pub(crate) fn transport(py: Python<'_>, error: &TransportError) -> PyErr {
-    let fields = PyDict::new(py);
-    let name = match error {
-        TransportError::Authentication { address, .. } => {
-            if let Err(error) = fields.set_item("address", address) {
-                return error;
-            }
-            "AuthenticationError"
-        }
-        TransportError::Timeout { .. } => "RendezvousTimeoutError",
-        TransportError::Config { .. } => return PyValueError::new_err(error.to_string()),
-        _ => "GradwireError",
-    };
-    raise(py, name, error.to_string(), &fields)
+fn raise(py: Python<'_>, class: &str, text: &str, fill: impl FnOnce(&Bound<'_, PyDict>) -> PyResult<()>) -> PyErr {
+    let made = py.import("gradwire.errors").and_then(|module| {
+        let fields = PyDict::new(py);
+        fill(&fields)?;
+        module.getattr(class)?.call((text,), Some(&fields))
+    });
+    match made {
+        Ok(exception) => PyErr::from_value(exception),
+        Err(other) => PyRuntimeError::new_err(format!("{text} (raised plainly, since {class} could not be: {other})")),
+    }
+}
+
+/// A failure that has no class of its own.
+pub(crate) fn plain(text: String) -> PyErr {
+    PyRuntimeError::new_err(text)
 }

@@ -1,14 +1,32 @@
-//! Python bindings: pointers in, handles out. Everything that blocks lets go of the interpreter.
-
-mod buffer;
-mod communicator;
-mod errors;
-mod store;
+//! Does: the Python module `gradwire._native`: pointers in, handles out. The package around it gives it its face.
 
 use pyo3::prelude::*;
 
+mod buffer;
+mod callbacks;
+mod communicator;
+mod element;
+mod errors;
+mod forked;
+mod operation;
+mod settings;
+mod store;
+mod wait;
+
+/// The engine behind the package `gradwire`.
 #[pymodule]
 mod _native {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
-    use crate::communicator::{Communicator, Pending};
+    use super::communicator::Group;
+    #[pymodule_export]
+    use super::forked::after_fork;
+    #[pymodule_export]
+    use super::operation::Operation;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
 }

@@ -1,5 +1,20 @@
-"""gradwire for PyTorch (2.14 or newer): the `torch.distributed` backend "gradwire"."""
+"""gradwire for PyTorch: the backend of torch.distributed.
 
-from .backend import GradwireBackend, register
+`torch.distributed.init_process_group("gradwire")` finds `register` by its entry point: no import of this is needed.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from .backend import NAME, GradwireBackend, create
+from .work import look_through
 
 __all__ = ["GradwireBackend", "register"]
+
+
+def register() -> None:
+    """Makes the backend `gradwire` known to torch.distributed. May be called again."""
+    if NAME.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
+    look_through()

@@ -1,114 +1,296 @@
-"""The backend "gradwire" of torch.distributed: c10d's `Backend` in thin Python over the Rust engine."""
+"""The backend `gradwire` of torch.distributed: c10d's calls, handed to the engine.
+
+The names and arguments of the methods are c10d's. Each returns a `Work`, or None for what is already done: a call that is
+not asynchronous is carried out by the caller's own thread, which saves the hand-over to another.
+"""
+
+from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
-import torch.distributed as dist
+import torch
+from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from .. import _environment, _native
-from .collectives import Collectives
-from .work import look_through
+from .. import _native
+from ..config import Config
+from . import monitor, sparse
+from .tensors import Staging, rank_views
+from .work import Work
 
 NAME = "gradwire"
-#: c10d's wrapper of TORCH_DISTRIBUTED_DEBUG=DETAIL does not keep the Python half alive: it is held here until shutdown.
-_LIVE = set()
+_CLOSE_TIMEOUT_S = 5.0
+
+# c10d's wrapper of TORCH_DISTRIBUTED_DEBUG=DETAIL does not keep the Python half of a backend alive.
+_live: set[GradwireBackend] = set()
+
+_OPS = {
+    c10d.ReduceOp.SUM: "sum",
+    c10d.ReduceOp.AVG: "avg",
+    c10d.ReduceOp.PRODUCT: "product",
+    c10d.ReduceOp.MIN: "min",
+    c10d.ReduceOp.MAX: "max",
+    c10d.ReduceOp.BAND: "band",
+    c10d.ReduceOp.BOR: "bor",
+    c10d.ReduceOp.BXOR: "bxor",
+    c10d.ReduceOp.PREMUL_SUM: "sum",
+}
 
 
-class _Store:
-    """A torch store, as the engine wants it."""
+class GradwireBackend(c10d.Backend):
+    """One process group on the engine. Made by `create`, which torch.distributed calls."""
 
-    def __init__(self, store):
-        self._store = store
-
-    def set(self, key, value):
-        self._store.set(key, value)
-
-    def get(self, key, timeout_s):
-        self._store.wait([key], timedelta(seconds=timeout_s))
-        return self._store.get(key)
-
-
-class GradwireBackend(Collectives, c10d.Backend):
-    """One group of ranks."""
-
-    def __init__(self, store, rank, size, options):
-        c10d.Backend.__init__(self, rank, size)
-        self._rank, self._size, self._options = rank, size, options
-        seconds = options._timeout.total_seconds()
-        settings = _environment.read(timeout=seconds)
-        name = getattr(options, "group_name", "") or "default"
-        self._native = _native.Communicator.connect(_Store(store), name, rank, size, {}, settings)
+    def __init__(self, store: Any, rank: int, size: int, options: Any, name: str) -> None:
+        super().__init__(rank, size)
+        self._options = options
+        config = Config.from_environment(timeout_s=options._timeout.total_seconds())
+        self._group = _native.Group.form(
+            name,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout_s=config.timeout_s,
+            options=config.options(),
+            environment={},
+        )
+        self._timeout = config.timeout_s
+        self._sequence = 0
         self._barriers = 0
-        _LIVE.add(self)
+        _live.add(self)
 
-    @property
-    def options(self):
-        return self._options
-
-    def getBackendName(self):
-        return NAME
-
-    # Properties of the subclass, each: c10d's own descriptors would call the virtual that asks for them.
-    supports_splitting = property(lambda self: False)
+    # What c10d asks of every backend. Reading an inherited `supports_*` calls itself for ever: each is defined here.
+    supports_splitting = property(lambda self: True)
     supports_coalescing = property(lambda self: False)
     supports_shrinking = property(lambda self: False)
     supports_reconfigure = property(lambda self: False)
     supports_window = property(lambda self: False)
     _supports_time_estimate = property(lambda self: False)
 
-    def describe(self):
-        """Which wire leads to which rank, and why; see `gradwire.Communicator.describe`."""
-        return self._native.describe()
+    @property
+    def options(self) -> Any:
+        return self._options
 
-    def perform_nocolor_split(self, _device):
-        pass
+    def getBackendName(self) -> str:
+        return NAME
 
-    def eager_connect_single_device(self, _device):
-        pass  # The group is connected when it is made.
+    def describe(self) -> str:
+        """Which wire leads to which rank, and why."""
+        return str(self._group.describe()["text"])
 
-    def set_timeout(self, timeout):
-        self._native.set_timeout(timeout.total_seconds())
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any = c10d.AllreduceOptions()) -> Work | None:
+        if tensors and tensors[0].is_sparse:
+            return sparse.all_reduce(self._group, list(tensors), opts)
+        return self._each("all_reduce", [([], [tensor]) for tensor in tensors], list(tensors), opts, opts.reduceOp)
 
-    def abort(self):
-        self._native.abort("torch.distributed abort")
+    allreduce_sparse = allreduce
+    allreduce_coalesced = allreduce
 
-    def shutdown(self):
-        self._native.close(10.0)
-        _LIVE.discard(self)
+    def broadcast(self, tensors: Sequence[Tensor], opts: Any = c10d.BroadcastOptions()) -> Work | None:
+        calls = [([], [tensor]) for tensor in tensors]
+        return self._each("broadcast", calls, list(tensors), opts, root=opts.rootRank)
 
-    def get_error(self):
+    def reduce(self, tensors: Sequence[Tensor], opts: Any = c10d.ReduceOptions()) -> Work | None:
+        calls = [([], [tensor]) for tensor in tensors]
+        return self._each("reduce", calls, list(tensors), opts, opts.reduceOp, root=opts.rootRank)
+
+    def allgather(
+        self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = c10d.AllgatherOptions()
+    ) -> Work | None:
+        calls = [([one], list(outs)) for one, outs in zip(inputs, outputs, strict=True)]
+        return self._each("all_gather", calls, [list(outs) for outs in outputs], opts)
+
+    def allgather_coalesced(
+        self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = c10d.AllgatherOptions()
+    ) -> Work | None:
+        # outputs[rank][i] belongs to inputs[i].
+        calls = [([one], [outs[at] for outs in outputs]) for at, one in enumerate(inputs)]
+        return self._each("all_gather", calls, [list(outs) for outs in outputs], opts)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = c10d.AllgatherOptions()) -> Work | None:
+        return self._each("all_gather", [([input], [output])], [output], opts)
+
+    def all_gather_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = c10d.AllgatherOptions()
+    ) -> Work | None:
+        calls = [([one], [out]) for one, out in zip(inputs, outputs, strict=True)]
+        return self._each("all_gather", calls, list(outputs), opts)
+
+    def gather(
+        self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], opts: Any = c10d.GatherOptions()
+    ) -> Work | None:
+        at_root = self.rank() == opts.rootRank
+        calls = [([one], list(outputs[at]) if at_root else []) for at, one in enumerate(inputs)]
+        return self._each("gather", calls, [list(outs) for outs in outputs], opts, root=opts.rootRank)
+
+    def scatter(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any = c10d.ScatterOptions()
+    ) -> Work | None:
+        at_root = self.rank() == opts.rootRank
+        calls = [(list(inputs[at]) if at_root else [], [one]) for at, one in enumerate(outputs)]
+        return self._each("scatter", calls, list(outputs), opts, root=opts.rootRank)
+
+    def reduce_scatter(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], opts: Any = c10d.ReduceScatterOptions()
+    ) -> Work | None:
+        calls = [(list(ins), [out]) for ins, out in zip(inputs, outputs, strict=True)]
+        return self._each("reduce_scatter", calls, list(outputs), opts, opts.reduceOp)
+
+    def reduce_scatter_single(
+        self, output: Tensor, input: Tensor, opts: Any = c10d.ReduceScatterOptions()
+    ) -> Work | None:
+        return self._each("reduce_scatter", [([input], [output])], [output], opts, opts.reduceOp)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = c10d.ReduceScatterOptions()
+    ) -> Work | None:
+        calls = [([one], [out]) for one, out in zip(inputs, outputs, strict=True)]
+        return self._each("reduce_scatter", calls, list(outputs), opts, opts.reduceOp)
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        opts: Any = c10d.AllToAllOptions(),
+    ) -> Work | None:
+        # The parts of a contiguous tensor are contiguous; those of another are staged one by one.
+        outputs = rank_views(output, output_splits, self.size(), "output")
+        inputs = rank_views(input, input_splits, self.size(), "input")
+        return self._each("all_to_all", [(inputs, outputs)], [output], opts)
+
+    def alltoall(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = c10d.AllToAllOptions()
+    ) -> Work | None:
+        return self._each("all_to_all", [(list(inputs), list(outputs))], list(outputs), opts)
+
+    def barrier(self, opts: Any = c10d.BarrierOptions()) -> Work | None:
+        return self._each("barrier", [([], [])], [], opts)
+
+    def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
+        timeout = opts.timeout.total_seconds()
+        self._barriers += 1
+        monitor.barrier(self._group, self._barriers, self._timeout if timeout < 0 else timeout, wait_all_ranks)
+
+    def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Work:
+        (tensor,) = tensors
+        staging = Staging()
+        self._sequence += 1
+        return Work(self._group.send(staging.input(tensor), dst, tag), [tensor])
+
+    def recv(self, tensors: Sequence[Tensor], src: int, tag: int = 0) -> Work:
+        return self._receive(tensors, src, tag)
+
+    def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
+        return self._receive(tensors, None, tag)
+
+    def split(self, store: Any, ranks: Sequence[int], opts: Any) -> GradwireBackend:
+        """A group of `ranks`; to one that is not among them, a group of its own, since c10d cannot be given None."""
+        members = list(ranks) if self.rank() in ranks else [self.rank()]
+        options = opts or c10d.Backend.Options(NAME, timeout=self._options._timeout)
+        name = getattr(options, "group_name", "") or "split"
+        return GradwireBackend(store, members.index(self.rank()), len(members), options, name)
+
+    def perform_nocolor_split(self, device: Any) -> None:
+        """Nothing: ranks outside of a new group have no part in its making."""
+
+    def eager_connect_single_device(self, device: Any) -> None:
+        """Nothing: all connections are there from the start."""
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout.total_seconds()
+        self._group.set_timeout(self._timeout)
+
+    def get_error(self) -> Any:
+        try:
+            self._group.check()
+        except RuntimeError:
+            return c10d.ErrorType.COMM_ERROR
         return c10d.ErrorType.SUCCESS
 
-    def _get_sequence_number_for_group(self):
-        return self._native.sequence
+    def abort(self) -> None:
+        self._group.abort("abort() was called")
+        _live.discard(self)
+
+    def shutdown(self) -> None:
+        """Leaves the group; what was sent is delivered first."""
+        self._group.close(_CLOSE_TIMEOUT_S)
+        _live.discard(self)
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._sequence
+
+    def _set_sequence_number_for_group(self) -> None:
+        """Nothing: every rank counts from 0."""
+
+    def _receive(self, tensors: Sequence[Tensor], source: int | None, tag: int) -> Work:
+        (tensor,) = tensors
+        staging = Staging()
+        self._sequence += 1
+        operation = self._group.recv(staging.output(tensor), source, tag)
+        return Work(operation, [tensor], staging.finish())
+
+    def _each(
+        self,
+        name: str,
+        calls: list[tuple[list[Tensor], list[Tensor]]],
+        results: list[Any],
+        opts: Any,
+        reduce_op: Any = None,
+        *,
+        root: int = 0,
+    ) -> Work | None:
+        """Carries out `calls` of (inputs, outputs), one after the other, as one operation."""
+        self._sequence += 1
+        seconds = opts.timeout.total_seconds()
+        background = bool(opts.asyncOp)
+        factor = getattr(reduce_op, "factor", None) if _kind(reduce_op) == c10d.ReduceOp.PREMUL_SUM else None
+        staging = Staging(factor, in_place=not (calls and calls[0][0]))
+        operations = []
+        for inputs, outputs in calls:
+            operations.append(
+                self._group.run(
+                    name,
+                    [staging.input(one) for one in inputs],
+                    [staging.output(one) for one in outputs],
+                    op=None if reduce_op is None else _OPS[_kind(reduce_op)],
+                    root=root,
+                    timeout_s=seconds if seconds > 0 else None,
+                    background=background,
+                )
+            )
+        finish = staging.finish()
+        if background:
+            operation = operations[0] if len(operations) == 1 else _native.Operation.join(operations)
+            return Work(operation, results, finish)
+        if finish is not None:
+            with torch.no_grad():
+                finish()
+        return None
 
 
-def _create(opts, pg_options):
-    options = pg_options or c10d.Backend.Options(NAME, timeout=opts.timeout)
+def _kind(reduce_op: Any) -> Any:
+    """The bare kind of a `ReduceOp`, which may come with a factor."""
+    return getattr(reduce_op, "op", reduce_op)
+
+
+def create(opts: Any, backend_options: Any) -> GradwireBackend:
+    """Makes a backend; called by torch.distributed with a store that only this group uses."""
+    options = backend_options or c10d.Backend.Options(NAME, timeout=opts.timeout)
     options.global_ranks_in_group = opts.global_ranks_in_group
     options.group_name = opts.group_id
-    return GradwireBackend(opts.store, opts.group_rank, opts.group_size, options)
+    return GradwireBackend(opts.store, opts.group_rank, opts.group_size, options, opts.group_id or "default")
 
 
 @atexit.register
-def _leave():
-    # A script that ends without destroy_process_group has not crashed: the others are told so.
-    for backend in list(_LIVE):
-        backend._native.close(1.0)
+def _leave() -> None:
+    for backend in list(_live):
+        backend.shutdown()
 
 
-def register():
-    """Makes "gradwire" known to torch.distributed; called by torch through the entry point."""
-    look_through()
-    if NAME.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+os.register_at_fork(after_in_child=_live.clear)
 
-
-def _reset_after_fork():
-    # The engine's threads do not live in a forked child, and its connections are the parent's.
-    _LIVE.clear()
-
-
-os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,161 +1,172 @@
-"""Operations of the backend as `torch.distributed` wants to see them."""
+"""Handles of operations under way, as torch.distributed wants them.
+
+Three things are as they are because of how c10d treats a `Work` made in Python:
+
+- c10d wraps it in a C++ object that forwards only `wait` and `get_future`. `look_through` makes the other questions of
+  `torch.distributed.Work` find their answer by way of the future, whose value leads back to the work.
+- A future's callbacks run inside `set_result`, and may start and wait for another collective (PowerSGD's hook does). They
+  run on a growing pool of threads, never on the one that moves bytes.
+- `Future.set_exception` stores the exception as a value, which DDP's reducer takes for tensors, and crashes. Only what is
+  raised inside `then` is an error to C++.
+"""
+
+from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 
-#: Threads that complete futures. A callback may start and wait for another collective (PowerSGD's does), so each waiting
-#: future has a thread of its own; idle ones are used again.
-_POOL = None
-_POOL_LOCK = threading.Lock()
+from .. import _native
+from ..errors import CollectiveTimeoutError
 
 
-def _pool():
-    global _POOL
-    with _POOL_LOCK:
-        if _POOL is None:
-            _POOL = ThreadPoolExecutor(max_workers=4096, thread_name_prefix="gradwire-future")
-        return _POOL
+class Result(list[Any]):
+    """The value of a work's future: its tensors. C++ pickles it to find them, so it pickles as a plain list."""
+
+    work: Work | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
 
 
-class Result(list):
-    """A future's value: the tensors, and the way back to the work. Pickles as a plain list, which C++ asks for."""
+class Work(dist._Work):
+    """An operation under way.
 
-    work = None
-
-    def __reduce__(self):
-        return (list, (list(self),))
-
-
-class GradwireWork(dist._Work):
-    """One operation, or several that end together.
-
-    c10d wraps this object in a C++ one that forwards only `wait` and `get_future`; `look_through` mends the rest.
+    Args:
+        operation: the engine's handle; None for what has already been done.
+        results: the tensors that the future's value holds.
+        finish: what is left to do once the bytes have come, such as copying into a tensor that is not contiguous.
     """
 
-    def __init__(self, pending, result=(), finish=None):
+    def __init__(
+        self, operation: _native.Operation | None, results: list[Any], finish: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()
-        self._pending = pending
-        self._result = list(result)
+        self._operation = operation
+        self._results = results
         self._finish = finish
         self._lock = threading.Lock()
-        self._over = False
-        self._error = None
-        self._source = -1
-        self._future = None
+        self._error: Exception | None = None
+        self._base: torch.futures.Future[Any] | None = None
+        self._future: torch.futures.Future[Any] | None = None
+        if operation is not None and finish is not None:
+            # Nobody may ever wait, and the tensors must be filled all the same.
+            operation.on_done(self._settle)
 
-    def _settle(self, timeout_s):
-        """Waits, then does what is left to do on this side; False when the time is up."""
-        for pending in self._pending:
-            try:
-                done = pending.wait(timeout_s)
-            except Exception as error:
-                self._error = self._error or error
-                continue
-            if done is None:
-                return False
-            if done[0] is not None:
-                self._source = done[0]
-        with self._lock:
-            if not self._over:
-                self._over = True
-                if self._error is None and self._finish is not None:
-                    with torch.no_grad():
-                        self._finish()
-                self._finish = None
-                # Dropped here, where the interpreter is held: memory of tensors goes back.
-                self._pending = ()
-        return True
-
-    def wait(self, timeout=timedelta(0)):
-        seconds = timeout.total_seconds() if timeout else 0
-        if not self._settle(seconds if seconds > 0 else None):
-            raise dist.DistBackendError(f"gradwire: the operation has not ended within {seconds:g} s")
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Waits without the GIL; a `timeout` of 0 is none. Raises what the operation failed with."""
+        seconds = timeout.total_seconds()
+        if self._operation is not None and not self._operation.wait(seconds if seconds > 0 else None):
+            raise CollectiveTimeoutError(
+                f"the operation has not ended after {seconds:.3f} s of waiting; it goes on until its own time-out",
+                waited_s=seconds,
+            )
+        self._settle()
         if self._error is not None:
             raise self._error
         return True
 
-    def get_future(self):
+    def get_future(self) -> torch.futures.Future[Any]:
+        """A future of the tensors."""
         with self._lock:
             if self._future is not None:
                 return self._future
-            base = torch.futures.Future()
-            # set_exception() would store the exception as a value, which DDP's reducer takes for tensors; an exception
-            # raised in then() is one for C++ too.
-            self._future = base.then(self._convert)
-        if self.is_completed():
-            self._complete(base)
+            self._base = torch.futures.Future()
+            self._future = self._base.then(self._value)
+        if self._operation is None or self._operation.is_done():
+            self._complete()
         else:
-            _pool().submit(self._complete, base)
+            self._operation.on_done(self._complete)
         return self._future
 
-    def _complete(self, base):
-        self._settle(None)
-        base.set_result(None)
+    def is_completed(self) -> bool:
+        return self._operation is None or self._operation.is_done()
 
-    def _convert(self, _base):
-        if self._error is not None:
-            raise self._error
-        result = Result(self._result)
-        result.work = self
-        return result
+    def is_success(self) -> bool:
+        self._settle()
+        return self.is_completed() and self._error is None
 
-    def is_completed(self):
-        return self._over or all(pending.is_done() for pending in self._pending)
-
-    def is_success(self):
-        return self.is_completed() and self._settle(None) and self._error is None
-
-    def exception(self):
+    def exception(self) -> Exception | None:
+        self._settle()
         return self._error
 
-    def result(self):
-        return self._result
+    def result(self) -> list[Any]:
+        return list(self._results)
 
-    def synchronize(self):
-        self.wait()
-
-    def source_rank(self):
-        self._settle(None)
-        return self._source
+    def source_rank(self) -> int:
+        source = None if self._operation is None else self._operation.source
+        return -1 if source is None else source
 
     _source_rank = source_rank
 
+    def synchronize(self) -> None:
+        self.wait()
 
-def look_through():
-    """Lets `is_completed`, `source_rank` and `result` of c10d's wrapper reach the work that it holds."""
-    if getattr(c10d.Work, "_gradwire", False):
+    def _settle(self) -> None:
+        """Once the operation has ended, on whatever thread is first: keeps its error, or does what is left to do."""
+        if not self.is_completed():
+            return
+        with self._lock:
+            finish, self._finish = self._finish, None
+            try:
+                if self._operation is not None and self._error is None:
+                    self._operation.wait()
+                if finish is not None:
+                    with torch.no_grad():
+                        finish()
+            except Exception as error:
+                self._error = error
+
+    def _complete(self) -> None:
+        self._settle()
+        if self._base is not None:
+            self._base.set_result(None)
+
+    def _value(self, _base: torch.futures.Future[Any]) -> Result:
+        if self._error is not None:
+            raise self._error
+        result = Result(self._results)
+        result.work = self
+        return result
+
+
+def look_through() -> None:
+    """Makes `torch.distributed.Work`'s questions reach a work made here. Other backends' works answer as before."""
+    outer = c10d.Work
+    if getattr(outer, "_gradwire_looks_through", False):
         return
-    before = {name: getattr(c10d.Work, name) for name in ("is_completed", "source_rank", "result")}
+    is_completed, source_rank, result = outer.is_completed, outer.source_rank, outer.result
 
-    def work_of(wrapper):
+    def inner(work: Any) -> Work | None:
         try:
-            future = wrapper.get_future()
-            return getattr(future.value(), "work", None) if future.done() else None
-        except Exception:
+            future = work.get_future()
+            value = future.value() if future.done() else None
+        except Exception:  # another backend's work without a future, or one that failed
             return None
+        return getattr(value, "work", None)
 
-    def is_completed(self):
-        if before["is_completed"](self):
+    def ask_completed(work: Any) -> bool:
+        if is_completed(work):
             return True
         try:
-            return self.get_future().done()
-        except Exception:
+            return bool(work.get_future().done())
+        except RuntimeError:  # a backend without futures
             return False
 
-    def source_rank(self):
-        work = work_of(self)
-        return before["source_rank"](self) if work is None else work.source_rank()
+    def ask_source(work: Any) -> int:
+        found = inner(work)
+        return source_rank(work) if found is None else found.source_rank()
 
-    def result(self):
-        work = work_of(self)
-        return before["result"](self) if work is None else list(work.result())
+    def ask_result(work: Any) -> list[Any]:
+        found = inner(work)
+        return result(work) if found is None else found.result()
 
-    c10d.Work.is_completed = is_completed
-    c10d.Work.source_rank = c10d.Work._source_rank = source_rank
-    c10d.Work.result = result
-    c10d.Work._gradwire = True
+    outer.is_completed = ask_completed
+    outer.source_rank = outer._source_rank = ask_source
+    outer.result = ask_result
+    outer._gradwire_looks_through = True

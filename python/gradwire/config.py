@@ -1,0 +1,114 @@
+"""Settings: from arguments, else from the environment, else the defaults of the engine."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+#: Every name that is read from the environment, with what it means.
+NAMES = {
+    "GRADWIRE_TRANSPORT": "auto, tcp or shm: which wire to use; default auto",
+    "GRADWIRE_SOCKET_IFNAME": "network interfaces, in NCCL's grammar; default all, or GLOO_/NCCL_SOCKET_IFNAME",
+    "GRADWIRE_PORT_RANGE": "first-last: ports that listeners may take; default any",
+    "GRADWIRE_LANES": "TCP connections per peer; default 1",
+    "GRADWIRE_ALGO": "algorithms, as `all_reduce:ring;broadcast:tree`; default by size",
+    "GRADWIRE_TIMEOUT": "seconds after which an operation fails; default 300",
+    "GRADWIRE_TOKEN": "shared secret of all ranks and servers; default none",
+    "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
+    "GRADWIRE_TRACE": "file that the binaries write a trace to",
+    "GRADWIRE_IB_HCA": "RDMA devices to use",
+    "GRADWIRE_IB_GID_INDEX": "index of the GID of an RDMA port",
+}
+
+#: How long an operation may take, in seconds, where nothing else is said.
+DEFAULT_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a group or a client. None: the engine's default.
+
+    Attributes:
+        transport: "auto", "tcp" or "shm".
+        lanes: TCP connections per peer, 1 to 64.
+        socket_ifname: network interfaces to use: prefixes, `=exact` or `^not`.
+        port_range: first and last port that listeners may take.
+        token: shared secret; proved, never sent.
+        algorithms: algorithm per collective.
+        timeout_s: seconds after which an operation fails.
+    """
+
+    transport: str | None = None
+    lanes: int | None = None
+    socket_ifname: str | None = None
+    port_range: tuple[int, int] | None = None
+    token: str | None = None
+    algorithms: str | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Config:
+        """Reads `environment` (default `os.environ`); arguments that are not None win.
+
+        A name that starts with `GRADWIRE_` and means nothing is a `RuntimeWarning` with the nearest name that does.
+
+        Raises:
+            ValueError: a value that cannot be read; the message names the variable.
+        """
+        environment = os.environ if environment is None else environment
+        _warn_of_unknown_names(environment)
+        names = ("GRADWIRE_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        config = cls(
+            transport=environment.get("GRADWIRE_TRANSPORT"),
+            lanes=_number(environment, "GRADWIRE_LANES", int),
+            socket_ifname=next((environment[name] for name in names if environment.get(name)), None),
+            port_range=_port_range(environment),
+            token=environment.get("GRADWIRE_TOKEN"),
+            algorithms=environment.get("GRADWIRE_ALGO"),
+            timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
+        )
+        return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+    def options(self) -> dict[str, Any]:
+        """What the engine is given."""
+        return {
+            "transport": self.transport,
+            "lanes": self.lanes,
+            "socket_ifname": self.socket_ifname,
+            "port_range": self.port_range,
+            "token": self.token,
+            "algorithms": self.algorithms,
+            "cores": len(os.sched_getaffinity(0)),
+        }
+
+
+def _number(environment: Mapping[str, str], name: str, kind: type) -> Any:
+    text = environment.get(name)
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name}: `{text}` is not a number ({NAMES[name]})") from None
+
+
+def _port_range(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    text = environment.get("GRADWIRE_PORT_RANGE")
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last) <= 65535:
+        return int(first), int(last)
+    raise ValueError(f"GRADWIRE_PORT_RANGE: `{text}` is not a range of ports as 20000-20100")
+
+
+def _warn_of_unknown_names(environment: Mapping[str, str]) -> None:
+    for name in environment:
+        if name.startswith("GRADWIRE_") and name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(NAMES)}"
+            warnings.warn(f"{name} is set, but means nothing to gradwire{hint}", RuntimeWarning, stacklevel=4)

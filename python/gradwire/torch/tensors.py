@@ -1,0 +1,81 @@
+"""Tensors made ready for the engine, which takes contiguous ones: others go by way of a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """The tensors of one operation, and what is to be copied back when it has ended.
+
+    Args:
+        factor: what inputs are multiplied by first (PREMUL_SUM); None: nothing.
+        in_place: whether outputs are inputs at the same time.
+    """
+
+    def __init__(self, factor: Any = None, *, in_place: bool = False) -> None:
+        self._factor = factor
+        self._in_place = in_place
+        self._back: list[tuple[Tensor, Tensor]] = []
+
+    def input(self, tensor: Tensor) -> Tensor:
+        """`tensor`, or a copy that can be sent."""
+        return _plain(tensor) if self._factor is None else _plain(tensor.detach() * self._factor)
+
+    def output(self, tensor: Tensor) -> Tensor:
+        """`tensor`, or another to be filled in its place."""
+        if self._factor is not None and self._in_place:
+            staged = _plain(tensor.detach() * self._factor)
+        elif _is_plain(tensor):
+            return tensor
+        else:
+            staged = _plain(tensor)
+        self._back.append((tensor.detach(), staged))
+        return staged
+
+    def finish(self) -> Callable[[], None] | None:
+        """Copies back what was staged; None where there is nothing to copy."""
+        if not self._back:
+            return None
+        back = self._back
+
+        def copy() -> None:
+            for tensor, staged in back:
+                tensor.copy_(staged)
+
+        return copy
+
+
+def rank_views(tensor: Tensor, splits: Sequence[int], world_size: int, argument: str) -> list[Tensor]:
+    """`tensor` cut along its first dimension, by `splits`, or evenly where there are none.
+
+    Raises:
+        RuntimeError: the parts do not make up the tensor. Nothing was sent.
+    """
+    rows = tensor.size(0) if tensor.dim() else 1
+    if not splits:
+        if rows % world_size:
+            raise RuntimeError(
+                f"{argument}: Tensor's dim 0 does not divide equally across group size: {rows} rows, {world_size} ranks"
+            )
+        splits = [rows // world_size] * world_size
+    elif len(splits) != world_size or sum(splits) != rows:
+        raise RuntimeError(
+            f"Split sizes doesn't match {argument} tensor's dim 0 size / group: {list(splits)} for {rows} rows and "
+            f"{world_size} ranks"
+        )
+    return list(tensor.detach().split(list(splits)))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if _is_plain(tensor):
+        return tensor
+    return tensor.detach().resolve_conj().resolve_neg().contiguous(memory_format=torch.contiguous_format)

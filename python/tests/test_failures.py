@@ -1,0 +1,190 @@
+"""What survivors are told when a rank dies, differs or does not come, and what is refused before anything is sent."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import gradwire
+import numpy
+import pytest
+from ranks import Ranks, run
+
+
+def until_it_fails(rank: int, size: int, url: str, wire: str, gate: str) -> Any:
+    group = gradwire.Communicator(url, rank=rank, world_size=size, transport=wire, timeout_s=60)
+    tensor = numpy.ones(200_000, "float32")
+    group.all_reduce(tensor)
+    with open(f"{gate}.{rank}", "w") as file:
+        file.write(str(os.getpid()))
+    try:
+        while True:
+            group.all_reduce(tensor, "max")
+    except gradwire.RankFailedError as error:
+        return time.time(), error.ranks, error.hosts, error.pids, str(error), error.operation
+
+
+@pytest.mark.parametrize("wire", ["shm", "tcp"])
+def test_a_killed_rank_is_named_by_all_survivors_in_under_0_3_seconds(wire: str, tmp_path: Any) -> None:
+    gate = str(tmp_path / "at-work")
+    ranks = Ranks(4, until_it_fails, wire, gate)
+    deadline = time.monotonic() + 60
+    while not all(os.path.exists(f"{gate}.{rank}") for rank in range(4)):
+        assert time.monotonic() < deadline, "the ranks did not meet"
+        time.sleep(0.01)
+    killed = ranks.kill(2)
+    pid = ranks.processes[2].pid
+    for result in filter(None, ranks.results(but=2)):
+        when, blamed, hosts, pids, text, operation = result
+        assert (blamed, pids, len(hosts)) == ([2], [pid], 1), text
+        assert "all_reduce" in operation and "rank 2" in text and f"pid {pid}" in text
+        assert when - killed < 0.3, f"{when - killed:.3f} s: {text}"
+
+
+def differ(rank: int, size: int, url: str, wire: str, kind: str) -> Any:
+    group = gradwire.Communicator(url, rank=rank, world_size=size, transport=wire, timeout_s=60)
+    tensor = numpy.ones(1000, "float32")
+    group.all_reduce(tensor)
+    odd = rank == 1
+    with pytest.raises(gradwire.CollectiveMismatchError) as caught:
+        if kind == "operation" and odd:
+            group.broadcast(tensor)
+        elif kind == "dtype" and odd:
+            group.all_reduce(numpy.ones(1000, "int32"))
+        elif kind == "count" and odd:
+            group.all_reduce(numpy.ones(1001, "float32"))
+        elif kind == "op" and odd:
+            group.all_reduce(tensor, "max")
+        else:
+            group.all_reduce(tensor)
+    return caught.value.rank, caught.value.expected, caught.value.got
+
+
+@pytest.mark.parametrize("wire", ["shm", "tcp"])
+@pytest.mark.parametrize("kind", ["operation", "dtype", "count", "op"])
+def test_ranks_that_call_different_things_all_hear_who_differs(wire: str, kind: str) -> None:
+    results = run(3, differ, wire, kind)
+    assert all(result == results[0] for result in results)
+    rank, expected, got = results[0]
+    assert rank == 1, results
+    assert expected == "all_reduce sum of 1000 float32"
+    assert got == {
+        "operation": "broadcast of 1000 float32 with root 0",
+        "dtype": "all_reduce sum of 1000 int32",
+        "count": "all_reduce sum of 1001 float32",
+        "op": "all_reduce max of 1000 float32",
+    }[kind]
+
+
+def late(rank: int, size: int, url: str, wire: str) -> Any:
+    group = gradwire.Communicator(url, rank=rank, world_size=size, transport=wire, timeout_s=60)
+    group.barrier()
+    if rank == 1:
+        # Alive, but it does not come: it waits for a message that rank 0 sends once it has had its error.
+        with pytest.raises(gradwire.GradwireError):
+            group.recv(numpy.zeros(1), 0, timeout_s=30)
+        return None
+    began = time.monotonic()
+    with pytest.raises(gradwire.CollectiveTimeoutError) as caught:
+        group.all_reduce(numpy.ones(10), timeout_s=0.5)
+    return caught.value.missing, caught.value.waited_s, time.monotonic() - began
+
+
+@pytest.mark.parametrize("wire", ["shm", "tcp"])
+def test_a_rank_that_does_not_come_is_named_at_the_deadline(wire: str) -> None:
+    for result in filter(None, run(3, late, wire)):
+        missing, waited_s, elapsed = result
+        assert (missing, waited_s) == ([1], 0.5)
+        assert elapsed < 5
+
+
+def alone(rank: int, size: int, url: str) -> None:
+    with pytest.raises(gradwire.RendezvousTimeoutError, match="rank 1") as caught:
+        gradwire.Communicator(url, rank=0, world_size=2, timeout_s=0.5)
+    assert caught.value.waited_s >= 0.5
+
+
+def test_a_rank_that_never_starts_is_named() -> None:
+    run(1, alone)
+
+
+def tokens(rank: int, size: int, url: str) -> str:
+    with pytest.raises(gradwire.GradwireError) as caught:
+        gradwire.Communicator(url, rank=rank, world_size=size, token=f"secret {rank}", timeout_s=3)
+    return type(caught.value).__name__
+
+
+def test_another_token_is_refused() -> None:
+    assert "AuthenticationError" in run(2, tokens)
+
+
+def aborts(rank: int, size: int, url: str) -> None:
+    group = gradwire.Communicator(url, rank=rank, world_size=size, timeout_s=60)
+    group.barrier()
+    if rank == 0:
+        group.abort("the loss is NaN")
+    with pytest.raises(gradwire.GroupAbortedError, match="the loss is NaN") as caught:
+        while True:
+            group.all_reduce(numpy.ones(10))
+    assert "rank 0" in caught.value.reason
+
+
+def test_abort_releases_every_rank_with_the_reason() -> None:
+    run(3, aborts)
+
+
+def refuses(rank: int, size: int, url: str) -> None:
+    with gradwire.Communicator(url, rank=rank, world_size=size, timeout_s=60) as group:
+        read_only = numpy.ones(4)
+        read_only.flags.writeable = False
+        table: list[tuple[type[Exception], str, Any]] = [
+            (ValueError, r"tensor: .*\[3, 4\].*float64 is not contiguous", lambda: group.all_reduce(numpy.ones((4, 3)).T)),
+            (ValueError, "read-only", lambda: group.all_reduce(read_only)),
+            (ValueError, "read-only", lambda: group.broadcast(b"abcd")),
+            (TypeError, "str has no memory", lambda: group.all_reduce("abc")),
+            (TypeError, "NoneType has no memory", lambda: group.broadcast(None)),
+            (TypeError, "cannot be sent", lambda: group.broadcast(numpy.array(["a", "b"]))),
+            (TypeError, "cannot be sent", lambda: group.broadcast(numpy.zeros(2, [("a", "i4"), ("b", "f4")]))),
+            (TypeError, "cannot be sent", lambda: group.broadcast(numpy.zeros(2, ">f4"))),
+            (ValueError, "median", lambda: group.all_reduce(numpy.ones(4), "median")),
+            (ValueError, "bit-and of float64", lambda: group.all_reduce(numpy.ones(4), "band")),
+            (ValueError, "2 ranks", lambda: group.broadcast(numpy.ones(4), root=2)),
+            (ValueError, "cannot be cut into 2", lambda: group.reduce_scatter(numpy.ones(3))),
+            (ValueError, "cannot be cut into 2", lambda: group.all_to_all(numpy.ones(3))),
+            (ValueError, "one output for each of the 2", lambda: group.all_gather(numpy.ones(3), [numpy.ones(3)] * 3)),
+            (ValueError, "3 elements", lambda: group.all_gather(numpy.ones(3), numpy.ones(8))),
+            (TypeError, "same dtype", lambda: group.all_gather(numpy.ones(2), numpy.ones(4, "float32"))),
+            (ValueError, "another rank", lambda: group.send(numpy.ones(1), rank)),
+            (ValueError, "another rank", lambda: group.recv(numpy.ones(1), 2)),
+            (OverflowError, "", lambda: group.send(numpy.ones(1), -1)),
+            (ValueError, "timeout_s", lambda: group.all_reduce(numpy.ones(1), timeout_s=-1.0)),
+            (ValueError, "timeout_s", lambda: group.all_reduce(numpy.ones(1), timeout_s=float("nan"))),
+        ]
+        for kind, words, call in table:
+            with pytest.raises(kind, match=words):
+                call()
+        tensor = numpy.ones(4)
+        assert group.all_reduce(tensor)[0] == 2, "the group goes on"
+
+
+def test_what_makes_no_sense_is_refused_and_the_group_goes_on() -> None:
+    run(2, refuses)
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("not known", {"init_method": "http://localhost", "rank": 0, "world_size": 1}),
+        ("is not a URL", {"init_method": "nowhere", "rank": 0, "world_size": 1}),
+        ("not one of a group", {"init_method": "file:///tmp", "rank": 3, "world_size": 2}),
+        ("rank", {"init_method": "file:///tmp"}),
+        ("carrier-pigeon", {"init_method": "file:///tmp", "rank": 0, "world_size": 1, "transport": "carrier-pigeon"}),
+        ("lanes", {"init_method": "file:///tmp", "rank": 0, "world_size": 1, "lanes": 0}),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(words: str, arguments: dict[str, Any], monkeypatch: Any) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=words):
+        gradwire.Communicator(**arguments)
