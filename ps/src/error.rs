@@ -36,7 +36,7 @@ pub enum PsError {
         /// Where it is.
         address: String,
         /// What it said.
-        refusal: Refusal,
+        refusal: Box<Refusal>,
     },
     /// An answer did not come in time.
     #[error("waited {:.1} s for {what}", waited.as_secs_f64())]

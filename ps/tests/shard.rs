@@ -1,5 +1,7 @@
 //! Does: drives a shard by hand, in every order, with every duplicate, and looks at what it answers.
 
+#![allow(clippy::unwrap_used)] // a test fails by panicking
+
 use gradwire_ps::header::{FLAG_AGAIN, Header, Kind};
 use gradwire_ps::shard::{Action, Limits, Shard};
 use gradwire_ps::shard_map::{MAX_PART_BYTES, part_elements, parts};
@@ -284,7 +286,7 @@ fn a_learning_rate_holds_from_its_clock_on_whoever_comes_first() {
         let table = spec(2, Mode::Sync { workers: 2 }, rule);
         bench.open(0, &table).unwrap();
         let one = bytes(&[1.0; 2]);
-        let mut rate = |bench: &mut Bench, client, clock, rate: f64, flags| {
+        let rate = |bench: &mut Bench, client, clock, rate: f64, flags| {
             let header = Header { clock, flags, sequence: clock, ..data(Kind::SetRate, client, TWO) };
             bench.ask(client, header, &rate.to_le_bytes())
         };

@@ -340,7 +340,7 @@ impl Engine {
                 let cause = "another server process answers there now, without the tables".to_owned();
                 PsError::ServerLost { shard, address, cause }
             }
-            _ => PsError::Refused { shard, address, refusal },
+            _ => PsError::Refused { shard, address, refusal: Box::new(refusal) },
         }
     }
 }

@@ -197,7 +197,7 @@ impl Engine {
         if header.kind == Kind::Refused {
             let (shard, address) = (peer.0, self.shards[peer.index()].address.clone());
             let error = match Refusal::decode(header.status, body) {
-                Ok(refusal) => PsError::Refused { shard, address, refusal },
+                Ok(refusal) => PsError::Refused { shard, address, refusal: Box::new(refusal) },
                 Err(bad) => PsError::Protocol { shard, address, reason: bad.to_string() },
             };
             self.refused_hello = Some(error.clone());

@@ -1,0 +1,75 @@
+//! Does: what the commands have in common: the token, and sizes as people write them.
+
+pub(crate) mod serve;
+pub(crate) mod status;
+
+use clap::Args;
+use std::path::PathBuf;
+
+/// Where the secret comes from.
+#[derive(Args)]
+pub(crate) struct Token {
+    /// Secret that servers and clients share; it is proved, never sent. Better given by the environment or a file, since
+    /// other users of a machine see its command lines
+    #[arg(long, env = "GRADWIRE_TOKEN", hide_env_values = true, conflicts_with = "token_file")]
+    token: Option<String>,
+    /// File that holds the secret; white space around it is left out
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+impl Token {
+    pub(crate) fn read(&self) -> Result<Option<String>, String> {
+        let Some(path) = &self.token_file else { return Ok(self.token.clone()) };
+        let text =
+            std::fs::read_to_string(path).map_err(|error| format!("--token-file {}: {error}", path.display()))?;
+        match text.trim() {
+            "" => Err(format!("--token-file {}: it is empty", path.display())),
+            token => Ok(Some(token.to_owned())),
+        }
+    }
+}
+
+const UNITS: [(&str, u64); 9] = [
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+    ("TiB", 1 << 40),
+    ("kB", 1000),
+    ("MB", 1_000_000),
+    ("GB", 1_000_000_000),
+    ("TB", 1_000_000_000_000),
+    ("B", 1),
+];
+
+/// Reads `512MiB`, `64GiB`, `8GB` or a number of bytes.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let unit = unit.trim();
+    let factor = if unit.is_empty() { Some(1) } else { UNITS.iter().find(|(name, _)| *name == unit).map(|(_, f)| *f) };
+    let bytes = number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    bytes.ok_or_else(|| "expected bytes, or a whole number with KiB, MiB, GiB, TiB, kB, MB, GB or TB".to_owned())
+}
+
+/// Bytes as people read them.
+pub(crate) fn show_bytes(bytes: u64) -> String {
+    let unit = UNITS[..4].iter().rev().find(|(_, factor)| bytes >= *factor);
+    unit.map_or_else(|| format!("{bytes} B"), |(name, factor)| format!("{:.1} {name}", bytes as f64 / *factor as f64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_and_shown_as_people_write_them() {
+        assert_eq!(parse_bytes("17"), Ok(17));
+        assert_eq!(parse_bytes("2GiB"), Ok(2 << 30));
+        assert_eq!(parse_bytes("3 MB"), Ok(3_000_000));
+        for bad in ["", "GiB", "1.5GiB", "1gib", "99999999999999TiB", "-1"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+        assert_eq!(show_bytes(5), "5 B");
+        assert_eq!(show_bytes(3 << 29), "1.5 GiB");
+    }
+}

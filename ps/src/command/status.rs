@@ -1,0 +1,139 @@
+//! Does: `gradwire-ps status`: prints what running servers hold, as tables or as JSON.
+
+use super::{Token, show_bytes};
+use clap::Args;
+use gradwire_ps::{Client, ClientSettings, ShardStatus};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::time::Duration;
+
+/// Flags of `status`.
+#[derive(Args)]
+pub(crate) struct Status {
+    /// Addresses of the servers, in the order that clients give them
+    #[arg(long, value_delimiter = ',', required = true, value_name = "HOST:PORT,...")]
+    servers: Vec<String>,
+    #[command(flatten)]
+    token: Token,
+    /// Seconds to wait for the servers
+    #[arg(long, default_value_t = 5, value_name = "SECONDS")]
+    timeout: u64,
+    /// Print JSON: a list with an object a shard
+    #[arg(long)]
+    json: bool,
+}
+
+impl Status {
+    pub(crate) fn run(self) -> Result<(), String> {
+        let timeout = Duration::from_secs(self.timeout);
+        let settings =
+            ClientSettings { token: self.token.read()?, timeout, reconnect: timeout, ..ClientSettings::default() };
+        let client = Client::connect(&self.servers, settings).map_err(|error| error.to_string())?;
+        let status = client.status().map_err(|error| error.to_string())?;
+        let mut out = std::io::stdout().lock();
+        let written = if self.json {
+            let shards: Vec<Value> =
+                status.iter().zip(&self.servers).map(|(shard, address)| to_json(shard, address)).collect();
+            writeln!(out, "{}", Value::from(shards))
+        } else {
+            write!(out, "{}", to_text(&status, &self.servers))
+        };
+        written.map_err(|error| format!("writing the status: {error}"))
+    }
+}
+
+fn to_json(shard: &ShardStatus, address: &str) -> Value {
+    let tables = shard.tables.iter().map(|table| {
+        json!({
+            "name": table.spec.name,
+            "shape": table.spec.shape,
+            "dtype": table.spec.dtype.name(),
+            "rule": table.spec.rule.to_string(),
+            "mode": table.spec.mode.to_string(),
+            "elements": table.elements,
+            "bytes": table.bytes,
+            "clock": table.clock,
+            "pushes": table.pushes,
+            "pulls": table.pulls,
+            "duplicates": table.duplicates,
+            "waiting": table.waiting,
+        })
+    });
+    let clients = shard.clients.iter().map(|client| {
+        json!({
+            "client": client.client,
+            "host": client.host,
+            "pid": client.pid,
+            "address": client.address,
+            "received_bytes": client.received_bytes,
+            "sent_bytes": client.sent_bytes,
+        })
+    });
+    json!({
+        "address": address,
+        "memory_bytes": shard.memory_bytes,
+        "memory_limit_bytes": shard.memory_limit_bytes,
+        "tables": tables.collect::<Vec<_>>(),
+        "clients": clients.collect::<Vec<_>>(),
+    })
+}
+
+fn to_text(status: &[ShardStatus], addresses: &[String]) -> String {
+    let mut tables = vec![row([
+        "SHARD", "TABLE", "SHAPE", "DTYPE", "MODE", "RULE", "HERE", "MEMORY", "CLOCK", "PUSHES", "PULLS", "AGAIN",
+        "WAITING",
+    ])];
+    let mut clients = vec![row(["SHARD", "CLIENT", "HOST", "PID", "ADDRESS", "RECEIVED", "SENT"])];
+    let mut text = String::new();
+    for (n, (shard, address)) in status.iter().zip(addresses).enumerate() {
+        let (used, limit) = (show_bytes(shard.memory_bytes), show_bytes(shard.memory_limit_bytes));
+        text += &format!("shard {n} at {address}: {used} of {limit} in use\n");
+        for table in &shard.tables {
+            let spec = &table.spec;
+            let rule = spec.rule.to_string();
+            tables.push(row([
+                &n.to_string(),
+                &spec.name,
+                &format!("{:?}", spec.shape),
+                spec.dtype.name(),
+                &spec.mode.to_string(),
+                rule.split('(').next().unwrap_or(&rule),
+                &table.elements.to_string(),
+                &show_bytes(table.bytes),
+                &table.clock.to_string(),
+                &table.pushes.to_string(),
+                &table.pulls.to_string(),
+                &table.duplicates.to_string(),
+                &table.waiting.to_string(),
+            ]));
+        }
+        for client in &shard.clients {
+            let worker = if client.client >> 32 == 0 { client.client.to_string() } else { "-".to_owned() };
+            clients.push(row([
+                &n.to_string(),
+                &worker,
+                &client.host,
+                &client.pid.to_string(),
+                &client.address,
+                &show_bytes(client.received_bytes),
+                &show_bytes(client.sent_bytes),
+            ]));
+        }
+    }
+    text + "\n" + &aligned(&tables) + "\n" + &aligned(&clients)
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).to_vec()
+}
+
+/// Rows with their columns below each other.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        cells.join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
+}

@@ -1,0 +1,154 @@
+//! Does: runs the binary as a user does: starts it, asks it, lets it idle, stops it.
+#![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
+
+use gradwire_ps::{Client, ClientSettings, DType, TableOptions};
+use gradwire_transport::Region;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
+    command.args(arguments).env_remove("GRADWIRE_TOKEN").env_remove("GRADWIRE_LOG");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// A running server, killed when the test fails before its end.
+struct Running {
+    child: Child,
+    addresses: Vec<String>,
+}
+
+impl Running {
+    fn start(shards: usize, arguments: &[&str]) -> Self {
+        let shards_text = shards.to_string();
+        let mut all = vec!["serve", "--shards", &shards_text, "--json"];
+        all.extend(arguments);
+        let mut child = command(&all).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let addresses = (0..shards).map(|shard| {
+            let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+            assert_eq!(line["shard"], shard);
+            line["address"].as_str().unwrap().to_owned()
+        });
+        let addresses = addresses.collect();
+        Self { child, addresses }
+    }
+
+    fn signal(&self, name: &str) {
+        assert!(Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    /// Waits for its end; its exit code, how long it took, and its log.
+    fn end(&mut self) -> (Option<i32>, Duration, String) {
+        let begun = Instant::now();
+        let mut log = String::new();
+        // The log ends with the process.
+        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        (self.child.wait().unwrap().code(), begun.elapsed(), log)
+    }
+
+    /// Processor time used so far, in ticks of 10 ms.
+    fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn it_stops_cleanly_on_both_signals_with_a_client_connected() {
+    for signal in ["-TERM", "-INT"] {
+        let mut running = Running::start(2, &["--token", "s3cret"]);
+        let settings = ClientSettings { token: Some("s3cret".into()), ..ClientSettings::default() };
+        let client = Client::connect(&running.addresses, settings).unwrap();
+        let table = client.dense("w", &[1000], DType::F32, TableOptions::default()).unwrap();
+        table.push(Region::zeroed(4000).read(0..4000).unwrap()).unwrap().wait(None).unwrap();
+        running.signal(signal);
+        let (code, took, log) = running.end();
+        assert_eq!(code, Some(0), "{log}");
+        assert!(took < Duration::from_secs(1), "it took {took:?}");
+        for said in ["serving", "a client has connected", "stopping", "stopped"] {
+            assert!(log.contains(said), "{said} is missing in {log}");
+        }
+        assert!(!log.contains("s3cret"), "the token is in the log");
+    }
+}
+
+#[test]
+fn an_idle_server_uses_no_processor_with_and_without_clients() {
+    let running = Running::start(2, &["--log", "warn"]);
+    let client = Client::connect(&running.addresses, ClientSettings::default()).unwrap();
+    let table = client.dense("w", &[100_000], DType::F32, TableOptions::default()).unwrap();
+    let gradient = Region::zeroed(400_000);
+    for _ in 0..5 {
+        table.push(gradient.read(0..400_000).unwrap()).unwrap().wait(None).unwrap();
+    }
+    let measure = || {
+        let before = running.cpu_ticks();
+        // What is measured is a stretch of time, not waited for.
+        std::thread::sleep(Duration::from_secs(1));
+        running.cpu_ticks() - before
+    };
+    assert!(measure() <= 1, "with a client it used more than 1 % of a processor");
+    client.close();
+    assert!(measure() <= 1, "without one it used more than 1 % of a processor");
+}
+
+#[test]
+fn status_prints_tables_and_clients_for_people_and_programs() {
+    let running = Running::start(2, &[]);
+    let client = Client::connect(&running.addresses, ClientSettings { worker: Some(3), ..Default::default() }).unwrap();
+    client.dense("layer.0/weight", &[10, 7], DType::BF16, TableOptions::default()).unwrap();
+    let servers = running.addresses.join(",");
+    let text = command(&["status", "--servers", &servers]).output().unwrap();
+    let text = String::from_utf8(text.stdout).unwrap();
+    for said in ["layer.0/weight", "[10, 7]", "bfloat16", "async", &running.addresses[1]] {
+        assert!(text.contains(said), "{said} is missing in\n{text}");
+    }
+    let json = command(&["status", "--json", "--servers", &servers]).output().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json[0]["tables"][0]["elements"], 35);
+    assert!(json[1]["clients"].as_array().unwrap().iter().any(|client| client["client"] == 3));
+}
+
+#[test]
+fn mistakes_are_told_with_their_remedy() {
+    let open = command(&["serve", "--listen", "0.0.0.0:0"]).output().unwrap();
+    assert_eq!(open.status.code(), Some(1));
+    let said = String::from_utf8(open.stderr).unwrap();
+    assert!(said.contains("0.0.0.0:0") && said.contains("GRADWIRE_TOKEN"), "{said}");
+    let missing = command(&["serve", "--token-file", "/nowhere/token"]).output().unwrap();
+    assert!(String::from_utf8(missing.stderr).unwrap().contains("/nowhere/token"));
+    let size = command(&["serve", "--max-memory", "lots"]).output().unwrap();
+    assert!(String::from_utf8(size.stderr).unwrap().contains("GiB"));
+    let running = Running::start(1, &["--token", "right"]);
+    let wrong = command(&["status", "--servers", &running.addresses[0], "--token", "wrong"]).output().unwrap();
+    assert_eq!(wrong.status.code(), Some(1));
+    let said = String::from_utf8(wrong.stderr).unwrap();
+    assert!(said.contains(&running.addresses[0]) && said.contains("GRADWIRE_TOKEN"), "{said}");
+    let taken = command(&["serve", "--listen", &running.addresses[0]]).output().unwrap();
+    assert!(String::from_utf8(taken.stderr).unwrap().contains(&running.addresses[0]));
+}
+
+#[test]
+fn help_teaches_by_example() {
+    let help = command(&["--help"]).output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    for said in ["serve", "status", "Examples:", "GRADWIRE_TOKEN"] {
+        assert!(help.contains(said), "{said} is missing in\n{help}");
+    }
+    let serve = command(&["serve", "--help"]).output().unwrap();
+    let serve = String::from_utf8(serve.stdout).unwrap();
+    for said in ["--listen", "--shards", "--token", "--token-file", "--max-memory", "--insecure", "--log", "--json"] {
+        assert!(serve.contains(said), "{said} is missing in\n{serve}");
+    }
+}

@@ -1,0 +1,197 @@
+//! Does: cuts connections in the middle of everything, and counts: N workers pushing 1.0 K times make N·K, every time.
+#![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
+
+use gradwire_ps::{
+    Adam, Client, ClientSettings, Combine, DType, LocalServers, Mode, ServerSettings, TableOptions, UpdateRule,
+};
+use gradwire_transport::Region;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const LONG: Option<Duration> = Some(Duration::from_secs(60));
+
+/// Numbers that look random, from a seed.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// Passes bytes on to a server and back, and cuts every connection after a number of bytes that differs each time.
+struct Cutter {
+    address: String,
+    cuts: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Cutter {
+    fn new(server: &str, seed: u64, about_bytes: u64, most_cuts: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (cuts, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (server, counter, flag) = (server.to_owned(), Arc::clone(&cuts), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            let mut random = Random(seed);
+            for near in listener.incoming() {
+                if flag.load(Ordering::SeqCst) {
+                    return;
+                }
+                let (near, far) = (near.unwrap(), TcpStream::connect(&server).unwrap());
+                // Some die in their first request, some late; after enough cuts the rest are left alone.
+                let left =
+                    if counter.load(Ordering::SeqCst) < most_cuts { 400 + random.below(about_bytes) } else { u64::MAX };
+                let left = Arc::new(AtomicU64::new(left));
+                for (from, to) in [(near.try_clone().unwrap(), far.try_clone().unwrap()), (far, near)] {
+                    let (left, counter) = (Arc::clone(&left), Arc::clone(&counter));
+                    std::thread::spawn(move || pass_on(from, to, &left, &counter));
+                }
+            }
+        });
+        Self { address, cuts, stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Cutter {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(&self.address);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+fn pass_on(mut from: TcpStream, mut to: TcpStream, left: &AtomicU64, cuts: &AtomicU64) {
+    let mut buffer = vec![0; 8192];
+    loop {
+        let Ok(read @ 1..) = from.read(&mut buffer) else { break };
+        let before =
+            left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| Some(left.saturating_sub(read as u64)));
+        let room = before.unwrap().min(read as u64) as usize;
+        if to.write_all(&buffer[..room]).is_err() {
+            break;
+        }
+        if room < read {
+            cuts.fetch_add(1, Ordering::SeqCst);
+            break;
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+struct Rig {
+    cutters: Vec<Cutter>,
+    servers: LocalServers,
+}
+
+impl Rig {
+    fn new(shards: u32, seed: u64, about_bytes: u64, most_cuts: u64) -> Self {
+        let servers = LocalServers::start(shards, ServerSettings::default()).unwrap();
+        let cutter = |(n, address): (usize, &String)| Cutter::new(address, seed + n as u64, about_bytes, most_cuts);
+        Self { cutters: servers.addresses().iter().enumerate().map(cutter).collect(), servers }
+    }
+
+    fn client(&self, worker: u32, through_cutters: bool) -> Client {
+        let addresses: Vec<String> = match through_cutters {
+            true => self.cutters.iter().map(|cutter| cutter.address.clone()).collect(),
+            false => self.servers.addresses().to_vec(),
+        };
+        let settings = ClientSettings {
+            worker: Some(worker),
+            timeout: Duration::from_secs(50),
+            reconnect: Duration::from_secs(10),
+            ..ClientSettings::default()
+        };
+        Client::connect(&addresses, settings).unwrap()
+    }
+
+    fn cuts(&self) -> u64 {
+        self.cutters.iter().map(|cutter| cutter.cuts.load(Ordering::SeqCst)).sum()
+    }
+}
+
+fn floats(region: &Arc<Region>) -> Vec<f32> {
+    let bytes = region.read(0..region.len()).unwrap();
+    bytes.chunks(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
+}
+
+fn region(values: impl Iterator<Item = f32>) -> Arc<Region> {
+    Region::from_vec(values.flat_map(f32::to_le_bytes).collect())
+}
+
+/// `workers` threads that each connect through the cutters; what each of them returns.
+fn each_worker<T: Send + 'static>(rig: &Arc<Rig>, workers: u32, cut: bool, run: fn(Client) -> T) -> Vec<T> {
+    let threads: Vec<_> = (0..workers)
+        .map(|worker| {
+            let rig = Arc::clone(rig);
+            std::thread::spawn(move || run(rig.client(worker, cut)))
+        })
+        .collect();
+    threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+}
+
+#[test]
+fn asynchronous_pushes_count_once_though_connections_are_cut() {
+    for seed in 1..=3 {
+        let rig = Arc::new(Rig::new(2, seed, 600_000, 25));
+        each_worker(&rig, 3, true, |client| {
+            let table = client.dense("ones", &[20_000], DType::F32, TableOptions::default()).unwrap();
+            let ones = region((0..20_000).map(|_| 1.0));
+            let calls: Vec<_> = (0..40).map(|_| table.push(ones.read(0..80_000).unwrap()).unwrap()).collect();
+            calls.iter().for_each(|call| assert!(call.wait(LONG).is_ok()));
+        });
+        let client = rig.client(9, false);
+        let table = client.dense("ones", &[20_000], DType::F32, TableOptions::default()).unwrap();
+        let out = Region::zeroed(80_000);
+        table.pull(out.write(0..80_000).unwrap()).unwrap().wait(LONG).unwrap();
+        assert!(floats(&out).iter().all(|&value| value == 120.0), "seed {seed}");
+        assert!(rig.cuts() >= 5, "seed {seed}: only {} cuts", rig.cuts());
+    }
+}
+
+/// Ten steps of Adam with a learning rate that changes; the bits of the last value.
+fn train(client: Client) -> Vec<u32> {
+    let worker = client.worker().unwrap();
+    let rule = UpdateRule::Adam(Adam { learning_rate: 0.01, ..Adam::default() });
+    let options = TableOptions { rule, mode: Mode::Sync { workers: 3 }, combine: Combine::Mean };
+    let table = client.dense("w", &[30_000], DType::F32, options).unwrap();
+    let first = region((0..30_000).map(|n| n as f32 * 1e-4));
+    table.init(first.read(0..120_000).unwrap()).unwrap();
+    let out = Region::zeroed(120_000);
+    for step in 0..10u32 {
+        if step % 4 == 3 {
+            table.set_learning_rate(0.01 / f64::from(step)).unwrap();
+        }
+        let gradient =
+            region((0..30_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 20) as f32 * (worker as f32 - 0.7)));
+        let gradient = gradient.read(0..120_000).unwrap();
+        let call = if step % 3 == 0 {
+            table.push(gradient).unwrap();
+            table.pull(out.write(0..120_000).unwrap())
+        } else {
+            table.push_pull(gradient, out.write(0..120_000).unwrap())
+        };
+        assert_eq!(call.unwrap().wait(LONG).unwrap().clock, u64::from(step) + 1);
+    }
+    client.barrier("trained", 3, LONG).unwrap();
+    floats(&out).iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn training_over_cut_connections_gives_the_bits_of_training_over_sound_ones() {
+    let sound = each_worker(&Arc::new(Rig::new(2, 1, 1, 0)), 3, false, train);
+    assert!(sound.iter().all(|bits| *bits == sound[0]));
+    for seed in 1..=3 {
+        let rig = Arc::new(Rig::new(2, seed, 900_000, 25));
+        let cut = each_worker(&rig, 3, true, train);
+        assert!(cut.iter().all(|bits| *bits == sound[0]), "seed {seed}");
+        assert!(rig.cuts() >= 5, "seed {seed}: only {} cuts", rig.cuts());
+    }
+}

@@ -1,0 +1,200 @@
+//! Does: clients that lie, stammer, hold back and die; the server refuses them by name and serves the others.
+#![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
+
+use gradwire_ps::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
+use gradwire_ps::{
+    Client, ClientSettings, DType, KeyRange, Limits, LocalServers, ServerSettings, TableId, TableOptions,
+};
+use gradwire_transport::{
+    Acceptance, Completion, Config, Envelope, Identity, LossCause, PeerId, Region, Tag, TcpWire, TransportError, Wire,
+};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+const REQUEST: Tag = Tag(1);
+const PAYLOAD: Tag = Tag(2);
+const LONG: Option<Duration> = Some(Duration::from_secs(20));
+
+fn servers() -> LocalServers {
+    let limits = Limits { memory_bytes: 64 << 20, ..Limits::default() };
+    LocalServers::start(1, ServerSettings { limits, ..ServerSettings::default() }).unwrap()
+}
+
+/// A good client, to see that the server still serves.
+fn all_is_well(servers: &LocalServers) {
+    let client = Client::connect(servers.addresses(), ClientSettings::default()).unwrap();
+    let name = format!("fine {:?}", Instant::now());
+    let table = client.dense(&name, &[100_000], DType::F32, TableOptions::default()).unwrap();
+    let ones = Region::from_vec(1.0f32.to_le_bytes().repeat(100_000));
+    let out = Region::zeroed(400_000);
+    let call = table.push_pull(ones.read(0..400_000).unwrap(), out.write(0..400_000).unwrap()).unwrap();
+    call.wait(LONG).unwrap();
+    assert_eq!(out.read(0..400_000).unwrap()[..], ones.read(0..400_000).unwrap()[..]);
+}
+
+/// A client that speaks the wire's language, and says on it what it likes.
+struct Liar(TcpWire);
+
+impl Liar {
+    fn new(servers: &LocalServers) -> Self {
+        let me = Identity { rank: None, host: "liar".into(), pid: 1, boot_id: String::new(), nonce: 5 };
+        let mut wire = TcpWire::new(&Config::default(), me, Acceptance::Nobody).unwrap();
+        let address = servers.addresses()[0].parse().unwrap();
+        wire.dial(PeerId(0), None, &[address], Instant::now() + Duration::from_secs(5)).unwrap();
+        Self(wire)
+    }
+
+    fn say(&mut self, tag: Tag, bytes: &[u8]) {
+        let mut loan = self.0.lend(PeerId(0), bytes.len()).unwrap();
+        loan.copy_from_slice(bytes);
+        // Refused once the server has had enough of us.
+        let _ = self.0.post_loan(Envelope { peer: PeerId(0), tag, note: 0 }, loan);
+    }
+
+    /// Why the server closed the connection.
+    fn farewell(&mut self) -> String {
+        let (until, mut done) = (Instant::now() + Duration::from_secs(10), Vec::new());
+        while Instant::now() < until {
+            self.0.poll(Instant::now(), &mut done);
+            for completion in done.drain(..) {
+                if let Completion::PeerDown { error: TransportError::PeerLost { cause, .. }, .. } = completion {
+                    return match cause {
+                        LossCause::Aborted(reason) => reason,
+                        other => other.to_string(),
+                    };
+                }
+            }
+            self.0.park(until);
+        }
+        panic!("the server kept the connection");
+    }
+}
+
+fn hello() -> Vec<u8> {
+    let header = Header { client: 77, incarnation: 1, sequence: 1, ..Header::new(Kind::Hello) };
+    header.encode().to_vec()
+}
+
+fn with_body(header: Header, body: &[u8]) -> Vec<u8> {
+    [&header.encode()[..], body].concat()
+}
+
+#[test]
+fn requests_that_are_none_end_the_connection_and_nothing_else() {
+    let servers = servers();
+    let push = Header { client: 77, incarnation: 1, ..Header::new(Kind::Push) };
+    let mut damaged = push.encode();
+    damaged[20] ^= 1;
+    let inline = |payload_bytes| Header { flags: FLAG_INLINE, payload_bytes, ..push };
+    let cases: Vec<(&str, Vec<u8>, &str)> = vec![
+        ("noise", b"GET / HTTP/1.1\r\n\r\n".repeat(10), "does not begin with GWPS"),
+        ("too short", vec![b'G'; 10], "no header"),
+        ("empty", vec![], "no header"),
+        ("damaged", damaged.to_vec(), "checksum"),
+        ("2^60 bytes announced", Header { payload_bytes: 1 << 60, ..push }.encode().to_vec(), "1152921504606846976"),
+        ("2^60 bytes behind it", with_body(inline(1 << 60), &[0; 8]), "1152921504606846976"),
+        ("fewer behind it", with_body(inline(64), &[0; 8]), "behind it"),
+        ("unannounced", with_body(push, &[0; 8]), "announces them elsewhere"),
+        ("too long", vec![b'G'; 1 << 20], "are taken"),
+    ];
+    for (what, bytes, reason) in cases {
+        let mut liar = Liar::new(&servers);
+        liar.say(REQUEST, &hello());
+        liar.say(REQUEST, &bytes);
+        let farewell = liar.farewell();
+        assert!(farewell.contains(reason), "{what}: {farewell}");
+    }
+    let mut liar = Liar::new(&servers);
+    liar.say(PAYLOAD, &vec![0; 2 << 20]);
+    assert!(liar.farewell().contains("are taken"));
+    all_is_well(&servers);
+}
+
+#[test]
+fn requests_out_of_place_are_refused_and_change_nothing() {
+    let servers = servers();
+    let mut liar = Liar::new(&servers);
+    let me = Header { client: 77, incarnation: 1, ..Header::new(Kind::Push) };
+    let claims = [
+        Header { kind: Kind::Pull, table: TableId(1), ..me },
+        Header { kind: Kind::Push, keys: KeyRange { start: 0, end: u64::MAX }, ..me },
+        Header { kind: Kind::Open, ..me },
+        Header { kind: Kind::Barrier, keys: KeyRange { start: 0, end: u64::MAX }, ..me },
+        Header { kind: Kind::Done, ..me },
+        Header { kind: Kind::SetRate, client: 78, ..me },
+        Header { kind: Kind::Status, keys: KeyRange { start: u64::MAX, end: u64::MAX }, ..me },
+    ];
+    // Before the hello, and after it.
+    for round in 0..2 {
+        for header in claims {
+            liar.say(REQUEST, &header.encode());
+        }
+        if round == 0 {
+            liar.say(REQUEST, &hello());
+        }
+    }
+    let mut answers = 0;
+    for _ in 0..2 * claims.len() + 1 {
+        liar.0.post_recv_loan(PeerId(0), Tag(3), 1 << 20).unwrap();
+    }
+    let (until, mut done) = (Instant::now() + Duration::from_secs(10), Vec::new());
+    while answers < 2 * claims.len() + 1 && Instant::now() < until {
+        liar.0.poll(Instant::now(), &mut done);
+        for completion in done.drain(..) {
+            let Completion::Arrived(arrival) = completion else { panic!("{completion:?}") };
+            let header = Header::decode(&arrival.loan).unwrap();
+            let fine = answers == claims.len() || answers == 2 * claims.len();
+            assert_eq!(header.kind == Kind::Done, fine, "answer {answers}: {header:?}");
+            answers += 1;
+        }
+        liar.0.park(until.min(Instant::now() + Duration::from_millis(50)));
+    }
+    assert_eq!(answers, 2 * claims.len() + 1);
+    all_is_well(&servers);
+}
+
+#[test]
+fn sockets_that_are_no_clients_do_not_disturb_anybody() {
+    let servers = servers();
+    let connect = || TcpStream::connect(&servers.addresses()[0]).unwrap();
+    let mut silent: Vec<TcpStream> = (0..20).map(|_| connect()).collect();
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 4096], &[0x02, 0x00, 0xff], &[0; 64]] {
+        let mut stream = connect();
+        let _ = stream.write_all(bytes);
+        silent.push(stream);
+    }
+    all_is_well(&servers);
+    let mut noisy = connect();
+    let _ = noisy.write_all(&[0xff; 1 << 16]);
+    noisy.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    assert!(matches!(noisy.read(&mut [0; 64]), Ok(0) | Err(_)), "it was not let in");
+    all_is_well(&servers);
+}
+
+#[test]
+fn a_client_that_dies_between_a_header_and_its_payload_leaves_nothing_behind() {
+    let servers = servers();
+    for _ in 0..10 {
+        let mut liar = Liar::new(&servers);
+        liar.say(REQUEST, &hello());
+        let header = Header { client: 77, incarnation: 1, payload_bytes: 100_000, ..Header::new(Kind::Push) };
+        liar.say(REQUEST, &header.encode());
+        drop(liar);
+    }
+    all_is_well(&servers);
+    assert_eq!(HEADER_BYTES, 100);
+}
+
+#[test]
+fn a_table_too_large_for_the_server_is_refused_with_both_sizes() {
+    let servers = servers();
+    let client = Client::connect(servers.addresses(), ClientSettings::default()).unwrap();
+    for shape in [vec![1 << 30], vec![1 << 29, 1 << 29]] {
+        let error = client.dense("huge", &shape, DType::F32, TableOptions::default()).err().unwrap();
+        assert!(error.to_string().contains("memory: expected at most 67108864 bytes"), "{error}");
+    }
+    let beyond = client.dense("huge", &[1 << 40, 1 << 40], DType::F32, TableOptions::default()).err().unwrap();
+    assert!(beyond.to_string().contains("2^60"), "{beyond}");
+    all_is_well(&servers);
+}
