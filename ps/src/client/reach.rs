@@ -83,25 +83,24 @@ impl Reach {
 impl Engine {
     /// Reaches every shard for the first time.
     pub(super) fn reach_all(&mut self, deadline: Instant) -> Result<(), PsError> {
-        for shard in 0..self.shards.len() {
-            let address = self.shards[shard].address.clone();
-            let peer = PeerId(shard as u32);
-            self.wire
-                .call(peer, &address, deadline)
-                .map_err(|error| lost_error(shard as u32, &address, error, None))?;
-            self.greet(shard);
-        }
         while !self.shards.iter().all(Reach::is_up) {
-            let now = Instant::now();
-            self.turn(now);
-            let down = self.shards.iter().zip(0..).find_map(|(shard, at)| match &shard.state {
-                State::Down { cause, .. } => Some((at, shard.address.clone(), cause.clone())),
-                _ => None,
-            });
-            if let Some((shard, address, cause)) = down {
-                return Err(self.refused_hello.take().unwrap_or(PsError::ServerLost { shard, address, cause }));
+            for at in 0..self.shards.len() {
+                let State::Down { cause, .. } = &self.shards[at].state else { continue };
+                let (shard, address, cause) = (at as u32, self.shards[at].address.clone(), cause.clone());
+                if let Some(error) = self.refused_hello.take() {
+                    return Err(error);
+                }
+                if self.shards[at].attempts > 0 && Instant::now() >= deadline {
+                    return Err(PsError::ServerLost { shard, address, cause });
+                }
+                let called = self.wire.call(PeerId(shard), &address, deadline);
+                called.map_err(|error| lost_error(shard, &address, error, None))?;
+                self.greet(at);
             }
-            self.park(deadline.min(now + DIAL));
+            let now = Instant::now();
+            if !self.turn(now) {
+                self.park(deadline.clamp(now, now + DIAL));
+            }
         }
         Ok(())
     }
