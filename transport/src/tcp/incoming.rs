@@ -203,6 +203,11 @@ impl Incoming {
         }
     }
 
+    /// Whether a message has come whole and met its receive.
+    pub(super) fn has_news(&self) -> bool {
+        self.landings.iter().any(|landing| landing.receive.is_some() && landing.complete())
+    }
+
     /// Reports what has ended, in order within each tag.
     pub(super) fn report(&mut self, name: &PeerName, done: &mut Vec<Completion>) {
         let mut at = 0;

@@ -59,6 +59,11 @@ impl Link {
         !self.outgoing.is_idle() || self.lanes.iter().any(|lane| lane.writing.is_some())
     }
 
+    /// Whether operations have ended that nobody has been told of.
+    pub(super) fn has_news(&self) -> bool {
+        self.outgoing.has_news() || self.incoming.has_news()
+    }
+
     /// Answers the peer about a message that has met its receive.
     pub(super) fn reply(&mut self, reply: Option<Reply>) {
         match reply {

@@ -220,6 +220,11 @@ impl Outgoing {
         }
     }
 
+    /// Whether a message has gone, or failed, that nobody has been told of.
+    pub(super) fn has_news(&self) -> bool {
+        self.flights.iter().any(|flight| flight.ended.is_some())
+    }
+
     /// Reports what has ended, in the order of posting within each tag.
     pub(super) fn report(&mut self, done: &mut Vec<Completion>) {
         let mut at = 0;

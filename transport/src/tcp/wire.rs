@@ -113,7 +113,8 @@ impl TcpWire {
             .map(|link| {
                 let Some(link) = link else { return false };
                 let any = ready.by_ref().take(link.lanes.len()).fold(false, |any, ready| any | ready);
-                any || link.wants_to_write()
+                // A post may have met what had come already, or have been written at once: that is news without a byte.
+                any || link.wants_to_write() || link.has_news()
             })
             .collect()
     }
