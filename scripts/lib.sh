@@ -5,6 +5,8 @@ venv=$root/.venv
 python=$venv/bin/python
 # A Python path from outside would shadow the package that was just built.
 unset PYTHONPATH
+# The demo looks for binaries where cargo puts them by default.
+unset CARGO_TARGET_DIR
 
 say() { printf '\n== %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }

@@ -31,20 +31,27 @@ from .errors import (
     ServerRefusedError,
     TransportError,
 )
+from .ps import SGD, Adam, Client, DenseTable, LocalCluster, PsWork, connect
 
 _os.register_at_fork(after_in_child=_native.after_fork)
 
 __all__ = [
+    "SGD",
+    "Adam",
     "AuthenticationError",
+    "Client",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "Communicator",
     "Config",
+    "DenseTable",
     "Description",
     "GradwireError",
     "GroupAbortedError",
     "Link",
+    "LocalCluster",
     "MessageLengthError",
+    "PsWork",
     "RankFailedError",
     "RegistrationError",
     "RendezvousTimeoutError",
@@ -54,4 +61,5 @@ __all__ = [
     "TransportError",
     "Work",
     "__version__",
+    "connect",
 ]

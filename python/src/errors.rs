@@ -1,6 +1,7 @@
 //! Does: raises the engine's errors as the package's exception classes, with the same fields.
 
 use gradwire_collectives::CollectiveError;
+use gradwire_ps::PsError;
 use gradwire_transport::TransportError;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -67,6 +68,37 @@ pub(crate) fn transport(py: Python<'_>, error: &TransportError) -> PyErr {
         }),
         TransportError::Config { .. } => PyValueError::new_err(text),
         _ => raise(py, "TransportError", &text, |_| Ok(())),
+    }
+}
+
+/// The exception for an error of the parameter server.
+pub(crate) fn ps(py: Python<'_>, error: &PsError) -> PyErr {
+    let text = error.to_string();
+    match error {
+        PsError::ServerLost { shard, address, cause } => raise(py, "ServerLostError", &text, |fields| {
+            fields.set_item("shard", shard)?;
+            fields.set_item("address", address)?;
+            fields.set_item("cause", cause)
+        }),
+        PsError::Authentication { address, reason } => raise(py, "AuthenticationError", &text, |fields| {
+            fields.set_item("address", address)?;
+            fields.set_item("reason", reason)
+        }),
+        PsError::Refused { shard, address, refusal } => raise(py, "ServerRefusedError", &text, |fields| {
+            fields.set_item("shard", shard)?;
+            fields.set_item("address", address)?;
+            fields.set_item("subject", &refusal.subject)?;
+            fields.set_item("what", &refusal.what)?;
+            fields.set_item("expected", &refusal.expected)?;
+            fields.set_item("got", &refusal.got)
+        }),
+        PsError::Timeout { what, waited } => raise(py, "ServerTimeoutError", &text, |fields| {
+            fields.set_item("what", what)?;
+            fields.set_item("waited_s", waited.as_secs_f64())
+        }),
+        PsError::Invalid { .. } => PyValueError::new_err(text),
+        PsError::Transport(error) => transport(py, error),
+        _ => raise(py, "GradwireError", &text, |_| Ok(())),
     }
 }
 

@@ -9,6 +9,7 @@ mod element;
 mod errors;
 mod forked;
 mod operation;
+mod ps;
 mod settings;
 mod store;
 mod wait;
@@ -24,6 +25,8 @@ mod _native {
     use super::forked::after_fork;
     #[pymodule_export]
     use super::operation::Operation;
+    #[pymodule_export]
+    use super::ps::{PsClient, PsPending, PsServers, PsTable};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,4 +1,4 @@
-"""gradwire for PyTorch: the backend of torch.distributed.
+"""gradwire for PyTorch: the backend of torch.distributed, and optimizers on parameter servers.
 
 `torch.distributed.init_process_group("gradwire")` finds `register` by its entry point: no import of this is needed.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from .backend import NAME, GradwireBackend, create
+from .optimizer import DistributedOptimizer
 from .work import look_through
 
-__all__ = ["GradwireBackend", "register"]
+__all__ = ["DistributedOptimizer", "GradwireBackend", "register"]
 
 
 def register() -> None:

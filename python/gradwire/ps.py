@@ -1,0 +1,223 @@
+"""Parameter servers: tables that live on them, pushed to and pulled from by workers."""
+
+import os
+from dataclasses import dataclass
+
+import numpy
+
+from . import _native
+
+
+@dataclass(frozen=True)
+class SGD:
+    """`torch.optim.SGD` on the server."""
+
+    lr: float = 1e-3
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+    def _native(self):
+        return ("sgd", [self.lr, self.momentum, self.dampening, self.weight_decay], self.nesterov)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """`torch.optim.Adam` on the server; with `decoupled`, `torch.optim.AdamW`."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+
+    def _native(self):
+        return ("adam", [self.lr, *self.betas, self.eps, self.weight_decay], self.decoupled)
+
+
+class PsWork:
+    """A push or pull under way. Leave its arrays alone until `wait()` returns."""
+
+    def __init__(self, pending, result=None):
+        self._pending, self._result = pending, result
+
+    def wait(self, timeout_s=None):
+        """Waits until it has ended; returns what was pulled, if anything.
+
+        Raises:
+            TimeoutError: `timeout_s` has passed; it goes on.
+            ServerLostError, ServerRefusedError, ServerTimeoutError: it failed.
+        """
+        if not self._pending.wait(timeout_s):
+            raise TimeoutError(f"it has not ended within {timeout_s} s; it goes on")
+        return self._result
+
+    def is_done(self):
+        """Whether it has ended, well or not."""
+        return self._pending.is_done()
+
+
+class DenseTable:
+    """A table of one dtype and shape, cut over all servers by key range."""
+
+    def __init__(self, native, name, shape, dtype):
+        self._native, self.name, self.shape, self.dtype = native, name, shape, dtype
+
+    @property
+    def clock(self):
+        """Pushes made by this client."""
+        return self._native.clock
+
+    def init(self, values):
+        """Writes the first values, unless another client has; True when they are ours. Blocks until they are there."""
+        self._check(values, "values")
+        return self._native.init(values)
+
+    def push(self, gradient):
+        """Adds `gradient`, of the table's shape; a shorter float than the table's travels as it is."""
+        self.push_async(gradient).wait()
+
+    def push_async(self, gradient):
+        """Starts `push`."""
+        self._check(gradient, "gradient")
+        return PsWork(self._native.push(gradient))
+
+    def pull(self, out=None):
+        """Reads the table into `out` (a new array where there is none), and returns it.
+
+        On a synchronous table a worker gets the value after its own last push, and waits for the other workers' pushes.
+        """
+        return self.pull_async(out).wait()
+
+    def pull_async(self, out=None):
+        """Starts `pull`."""
+        out = self._out(out)
+        return PsWork(self._native.pull(out), out)
+
+    def push_pull(self, gradient, out=None):
+        """`push`, then `pull`, in one request: the answer leaves when the clock is complete."""
+        return self.push_pull_async(gradient, out).wait()
+
+    def push_pull_async(self, gradient, out=None):
+        """Starts `push_pull`."""
+        self._check(gradient, "gradient")
+        out = self._out(out)
+        return PsWork(self._native.push_pull(gradient, out), out)
+
+    def set_learning_rate(self, lr):
+        """Sets the learning rate, from this worker's next push on; all workers must set the same."""
+        self._native.set_learning_rate(lr)
+
+    def _out(self, out):
+        if out is None:
+            return numpy.empty(self.shape, self.dtype)
+        self._check(out, "out")
+        return out
+
+    def _check(self, value, argument):
+        shape = tuple(getattr(value, "shape", ()))
+        if shape != self.shape:
+            raise ValueError(f"table {self.name!r} has shape {self.shape}, but {argument} has {shape}: they must be equal")
+
+
+class Client:
+    """A connection to all servers of a parameter server; see `connect`."""
+
+    def __init__(self, native, rank):
+        self._native, self.rank = native, rank
+
+    def dense(self, name, shape, dtype="float32", *, rule="sum", workers=None, average=False):
+        """Makes the table `name`, or finds it; all clients must describe it alike. Blocks.
+
+        Args:
+            name: the same for everybody.
+            shape: a tuple, or a number of elements.
+            dtype: float32, float64, float16 or bfloat16.
+            rule: what a push does: "sum" (value += gradient), "replace", `SGD(...)` or `Adam(...)`.
+            workers: how many workers push to it, numbered from 0: at each clock all contributions are summed in rank order,
+                so results do not depend on who comes first. None: every push is applied as it comes.
+            average: whether a synchronous sum is divided by the number of workers.
+
+        Raises:
+            ServerRefusedError: another client has described it otherwise, or a server has no room.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
+        dtype = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else numpy.dtype(dtype).name
+        how = (rule, [], False) if isinstance(rule, str) else rule._native()
+        return DenseTable(self._native.dense(name, list(shape), dtype, how, workers, average), name, shape, dtype)
+
+    def barrier(self, name, clients, timeout_s=None):
+        """Waits until `clients` clients have come to the barrier `name`."""
+        self._native.barrier(name, clients, timeout_s)
+
+    def status(self):
+        """What each server holds: a dict per shard, with its tables, clients and memory."""
+        return self._native.status()
+
+    @property
+    def shards(self):
+        """The number of servers."""
+        return self._native.shards
+
+    def close(self):
+        """Says goodbye to the servers. Idempotent; also at the end of a `with` block."""
+        self._native.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.0):
+    """Connects to a parameter server.
+
+    Args:
+        addresses: "host:port" of each server, a list or comma-separated, in the same order for all clients.
+        token: the servers' secret; default GRADWIRE_TOKEN.
+        rank: this process's number among the workers of synchronous tables. Without one it may read, and push to
+            asynchronous tables.
+        timeout_s: seconds that a request may wait, for a server or for other workers.
+        reconnect_s: seconds that a server is dialled before it counts as lost.
+
+    Raises:
+        AuthenticationError: another token.
+        ServerLostError: nobody answers; the error names the shard and its address.
+    """
+    if isinstance(addresses, str):
+        addresses = addresses.split(",")
+    addresses = [address.strip() for address in addresses]
+    token = token if token is not None else os.environ.get("GRADWIRE_TOKEN")
+    return Client(_native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s)), rank)
+
+
+class LocalCluster:
+    """Servers within this process, for notebooks and tests: `with LocalCluster(servers=2) as cluster: cluster.connect()`."""
+
+    def __init__(self, servers=1, *, token=None):
+        self._native, self._token = _native.PsServers.start(servers, token), token
+
+    @property
+    def addresses(self):
+        """Where the servers listen, in the order of the shards."""
+        return self._native.addresses
+
+    def connect(self, *, rank=None, **settings):
+        """A client of these servers."""
+        return connect(self.addresses, token=self._token, rank=rank, **settings)
+
+    def stop_server(self, shard):
+        """Stops one server, as if its process had ended."""
+        self._native.stop_shard(shard)
+
+    def close(self):
+        """Stops all servers."""
+        self._native.stop()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

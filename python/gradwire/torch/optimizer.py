@@ -1,0 +1,109 @@
+"""Optimizers whose state and arithmetic live on parameter servers."""
+
+import torch
+
+from ..ps import SGD, Adam
+
+
+def _rule(optimizer, group):
+    """The server's rule for a group of a PyTorch optimizer."""
+    for option in ("maximize", "amsgrad", "differentiable"):
+        if group.get(option):
+            raise ValueError(f"the servers do not know {option}=True of {type(optimizer).__name__}")
+    lr = float(group["lr"])
+    if isinstance(optimizer, torch.optim.SGD):
+        return SGD(lr, group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"])
+    if isinstance(optimizer, torch.optim.Adam):
+        decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
+        return Adam(lr, tuple(map(float, group["betas"])), group["eps"], group["weight_decay"], decoupled)
+    raise ValueError(f"the servers know SGD, Adam and AdamW, not {type(optimizer).__name__}")
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """Data parallelism through parameter servers: gradients are averaged over the workers and applied there.
+
+    Each parameter is a table. The first worker's values are taken for all. A gradient is pushed as soon as backward has
+    finished it, while the rest of backward goes on; `step()` waits for the new values and takes them. Training is
+    synchronous, and the same to the bit whoever comes first.
+
+    Args:
+        optimizer: a `torch.optim.SGD`, `Adam` or `AdamW` over the model's parameters. Its learning rates may change (by a
+            scheduler around *this* optimizer); its other numbers are fixed.
+        client: from `gradwire.connect(addresses, rank=...)`.
+        workers: how many workers there are.
+        name: tells models on the same servers apart.
+        backward_passes_per_step: backward passes whose gradients add up before they are pushed.
+
+    Raises:
+        ValueError: an optimizer or option that the servers do not know, or a parameter that is not a contiguous CPU float.
+        ServerRefusedError: another worker has described the model otherwise.
+    """
+
+    def __init__(self, optimizer, client, *, workers, name="model", backward_passes_per_step=1):
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._passes = backward_passes_per_step
+        self._entries = {}
+        self._works = {}
+        index = 0
+        for group in self.param_groups:
+            rule = _rule(optimizer, group)
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                table = client.dense(
+                    f"{name}/{index}", parameter.shape, dtype, rule=rule, workers=workers, average=True
+                )
+                value = parameter.detach()
+                table.init(value)
+                table.pull(value)
+                self._entries[parameter] = _Entry(index, group, table, torch.empty_like(value))
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+                index += 1
+
+    def _on_gradient(self, parameter):
+        entry = self._entries[parameter]
+        entry.passes += 1
+        if entry.passes < self._passes:
+            return
+        entry.passes = 0
+        if parameter in self._works:
+            message = f"parameter {entry.index} has a second gradient before step(): raise backward_passes_per_step"
+            raise RuntimeError(message)
+        rate = float(entry.group["lr"])
+        if rate != entry.rate:
+            entry.table.set_learning_rate(rate)
+            entry.rate = rate
+        # The tensor is kept until the push is done, also when zero_grad() drops it from the parameter.
+        gradient = parameter.grad.contiguous()
+        self._works[parameter] = (entry.table.push_pull_async(gradient, entry.fresh), gradient)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Waits for the new values and takes them.
+
+        Raises:
+            RuntimeError: a parameter got no gradient; every worker must contribute to every parameter.
+            ServerLostError, ServerTimeoutError: the servers, or another worker, have gone.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        missing = [entry.index for parameter, entry in self._entries.items() if parameter not in self._works]
+        if missing:
+            message = f"parameters {missing} got no gradient since the last step: every worker must contribute to each"
+            raise RuntimeError(message)
+        works, self._works = self._works, {}
+        for parameter, (work, _) in works.items():
+            work.wait()
+            parameter.copy_(self._entries[parameter].fresh)
+        return loss
+
+
+class _Entry:
+    """A parameter, its table, and where new values land."""
+
+    def __init__(self, index, group, table, fresh):
+        self.index, self.group, self.table, self.fresh = index, group, table, fresh
+        self.rate, self.passes = float(group["lr"]), 0

@@ -1,0 +1,291 @@
+//! Does: the parameter server's client and in-process servers, for Python.
+
+use crate::buffer::{Access, Memory};
+use crate::errors;
+use crate::wait::{by_turns, maybe_seconds, seconds};
+use gradwire_ps::{
+    Adam, ClientSettings, Combine, DType, LocalServers, Mode, PsError, ServerSettings, Sgd, TableOptions, UpdateRule,
+};
+use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use std::sync::{Mutex, PoisonError};
+
+/// A connection to all servers.
+#[pyclass(module = "gradwire._native", frozen)]
+pub(crate) struct PsClient {
+    inner: gradwire_ps::Client,
+}
+
+/// A table that is cut over all servers.
+#[pyclass(module = "gradwire._native", frozen)]
+pub(crate) struct PsTable {
+    inner: gradwire_ps::DenseTable,
+}
+
+/// A push or pull under way.
+#[pyclass(module = "gradwire._native", frozen)]
+pub(crate) struct PsPending {
+    inner: gradwire_ps::Pending,
+}
+
+/// Servers of this process.
+#[pyclass(module = "gradwire._native", frozen)]
+pub(crate) struct PsServers {
+    inner: Mutex<Option<LocalServers>>,
+    addresses: Vec<String>,
+}
+
+/// An update rule as the front says it: its name and its numbers.
+#[derive(FromPyObject)]
+struct Rule(String, Vec<f64>, bool);
+
+impl Rule {
+    fn rule(&self) -> PyResult<UpdateRule> {
+        let Self(name, numbers, flag) = self;
+        Ok(match (name.as_str(), numbers.as_slice()) {
+            ("sum", []) => UpdateRule::Sum,
+            ("replace", []) => UpdateRule::Replace,
+            ("sgd", &[learning_rate, momentum, dampening, weight_decay]) => {
+                UpdateRule::Sgd(Sgd { learning_rate, momentum, dampening, weight_decay, nesterov: *flag })
+            }
+            ("adam", &[learning_rate, beta1, beta2, epsilon, weight_decay]) => {
+                UpdateRule::Adam(Adam { learning_rate, beta1, beta2, epsilon, weight_decay, decoupled: *flag })
+            }
+            _ => return Err(PyValueError::new_err(format!("update rule {name} with {numbers:?} is not known"))),
+        })
+    }
+}
+
+fn dtype(name: &str) -> PyResult<DType> {
+    DType::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
+        let known: Vec<String> = DType::ALL.iter().map(ToString::to_string).collect();
+        PyValueError::new_err(format!("tables hold {}, not {name}", known.join(", ")))
+    })
+}
+
+#[pymethods]
+impl PsClient {
+    /// Connects to the servers, one a shard.
+    #[staticmethod]
+    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s))]
+    fn connect(
+        py: Python<'_>,
+        addresses: Vec<String>,
+        token: Option<String>,
+        worker: Option<u32>,
+        timeout_s: f64,
+        reconnect_s: f64,
+    ) -> PyResult<Self> {
+        let (timeout, reconnect) = (seconds(timeout_s, "timeout_s")?, seconds(reconnect_s, "reconnect_s")?);
+        let settings = ClientSettings { token, worker, timeout, reconnect, ..ClientSettings::default() };
+        let inner = py.detach(|| gradwire_ps::Client::connect(&addresses, settings));
+        Ok(Self { inner: inner.map_err(|error| errors::ps(py, &error))? })
+    }
+
+    /// Makes a dense table, or finds it. `workers`: synchronous with so many; none: asynchronous.
+    #[expect(clippy::too_many_arguments)] // One argument for each thing that all clients must agree on.
+    fn dense(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        shape: Vec<usize>,
+        dtype_name: &str,
+        rule: Rule,
+        workers: Option<u32>,
+        average: bool,
+    ) -> PyResult<PsTable> {
+        let options = TableOptions {
+            rule: rule.rule()?,
+            mode: workers.map_or(Mode::Async, |workers| Mode::Sync { workers }),
+            combine: if average { Combine::Mean } else { Combine::Sum },
+        };
+        let dtype = dtype(dtype_name)?;
+        let table = py.detach(|| self.inner.dense(name, &shape, dtype, options));
+        Ok(PsTable { inner: table.map_err(|error| errors::ps(py, &error))? })
+    }
+
+    /// Waits until `clients` clients have come.
+    #[pyo3(signature = (name, clients, timeout_s=None))]
+    fn barrier(&self, py: Python<'_>, name: &str, clients: u32, timeout_s: Option<f64>) -> PyResult<()> {
+        let timeout = maybe_seconds(timeout_s, "timeout_s")?;
+        py.detach(|| self.inner.barrier(name, clients, timeout)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// What each server holds: a list of dicts.
+    fn status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let all = py.detach(|| self.inner.status()).map_err(|error| errors::ps(py, &error))?;
+        let out = PyList::empty(py);
+        for shard in all {
+            let entry = PyDict::new(py);
+            entry.set_item("memory_bytes", shard.memory_bytes)?;
+            entry.set_item("memory_limit_bytes", shard.memory_limit_bytes)?;
+            let tables = PyList::empty(py);
+            for table in &shard.tables {
+                let each = PyDict::new(py);
+                each.set_item("name", &table.spec.name)?;
+                each.set_item("shape", &table.spec.shape)?;
+                each.set_item("dtype", table.spec.dtype.to_string())?;
+                each.set_item("elements", table.elements)?;
+                each.set_item("bytes", table.bytes)?;
+                each.set_item("clock", table.clock)?;
+                each.set_item("pushes", table.pushes)?;
+                each.set_item("pulls", table.pulls)?;
+                each.set_item("duplicates", table.duplicates)?;
+                each.set_item("waiting", table.waiting)?;
+                tables.append(each)?;
+            }
+            entry.set_item("tables", tables)?;
+            let clients = PyList::empty(py);
+            for client in &shard.clients {
+                let each = PyDict::new(py);
+                each.set_item("client", client.client)?;
+                each.set_item("host", &client.host)?;
+                each.set_item("pid", client.pid)?;
+                each.set_item("address", &client.address)?;
+                each.set_item("received_bytes", client.received_bytes)?;
+                each.set_item("sent_bytes", client.sent_bytes)?;
+                clients.append(each)?;
+            }
+            entry.set_item("clients", clients)?;
+            out.append(entry)?;
+        }
+        Ok(out)
+    }
+
+    /// Number of shards.
+    #[getter]
+    fn shards(&self) -> u32 {
+        self.inner.shards()
+    }
+
+    /// Says goodbye to the servers.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.inner.close());
+    }
+}
+
+/// Memory to read from, and the name of its type.
+fn reading(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<(RegionSlice, DType)> {
+    let memory = Memory::of(object, argument, Access::Read)?;
+    let piece = memory.piece();
+    let slice = piece.region.read(piece.range).map_err(in_use)?;
+    Ok((slice, dtype(memory.element.name())?))
+}
+
+/// Memory to write to, of the table's own type.
+fn writing(object: &Bound<'_, PyAny>, argument: &str, table: &gradwire_ps::DenseTable) -> PyResult<RegionSliceMut> {
+    let memory = Memory::of(object, argument, Access::Write)?;
+    same_type(memory.element.name(), argument, table)?;
+    let piece = memory.piece();
+    piece.region.write(piece.range).map_err(in_use)
+}
+
+fn in_use(overlap: Overlap) -> PyErr {
+    PyValueError::new_err(overlap.to_string())
+}
+
+fn same_type(name: &str, argument: &str, table: &gradwire_ps::DenseTable) -> PyResult<()> {
+    if name == table.dtype().to_string() {
+        return Ok(());
+    }
+    let message = format!("{argument} has dtype {name}, but table {:?} holds {}", table.name(), table.dtype());
+    Err(PyValueError::new_err(message))
+}
+
+#[pymethods]
+impl PsTable {
+    /// Writes the first values, unless another client has.
+    fn init(&self, py: Python<'_>, values: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let (values, dtype) = reading(values, "values")?;
+        same_type(&dtype.to_string(), "values", &self.inner)?;
+        py.detach(|| self.inner.init(values)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// Starts a push.
+    fn push(&self, py: Python<'_>, gradient: &Bound<'_, PyAny>) -> PyResult<PsPending> {
+        let (gradient, dtype) = reading(gradient, "gradient")?;
+        let pushed = py.detach(|| self.inner.push_as(gradient, dtype));
+        Ok(PsPending { inner: pushed.map_err(|error| errors::ps(py, &error))? })
+    }
+
+    /// Starts a pull.
+    fn pull(&self, py: Python<'_>, out: &Bound<'_, PyAny>) -> PyResult<PsPending> {
+        let out = writing(out, "out", &self.inner)?;
+        let pulled = py.detach(|| self.inner.pull(out));
+        Ok(PsPending { inner: pulled.map_err(|error| errors::ps(py, &error))? })
+    }
+
+    /// Starts a push whose answer is what came of it.
+    fn push_pull(&self, py: Python<'_>, gradient: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<PsPending> {
+        let ((gradient, dtype), out) = (reading(gradient, "gradient")?, writing(out, "out", &self.inner)?);
+        let started = py.detach(|| self.inner.push_pull_as(gradient, dtype, out));
+        Ok(PsPending { inner: started.map_err(|error| errors::ps(py, &error))? })
+    }
+
+    /// Sets the learning rate from this worker's next push on.
+    fn set_learning_rate(&self, py: Python<'_>, rate: f64) -> PyResult<()> {
+        py.detach(|| self.inner.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// Pushes made by this client.
+    #[getter]
+    fn clock(&self) -> u64 {
+        self.inner.clock()
+    }
+}
+
+#[pymethods]
+impl PsPending {
+    /// Waits until it has ended; False when the time is up.
+    #[pyo3(signature = (timeout_s=None))]
+    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
+        let timeout = maybe_seconds(timeout_s, "timeout_s")?;
+        let came = by_turns(py, timeout, |slice| match self.inner.wait(Some(slice)) {
+            Err(PsError::Timeout { .. }) if !self.inner.is_done() => None,
+            result => Some(result),
+        })?;
+        match came {
+            None => Ok(false),
+            Some(Ok(_)) => Ok(true),
+            Some(Err(error)) => Err(errors::ps(py, &error)),
+        }
+    }
+
+    /// Whether it has ended, well or not.
+    fn is_done(&self) -> bool {
+        self.inner.is_done()
+    }
+}
+
+#[pymethods]
+impl PsServers {
+    /// Starts servers on free ports of 127.0.0.1.
+    #[staticmethod]
+    fn start(py: Python<'_>, servers: u32, token: Option<String>) -> PyResult<Self> {
+        let settings = ServerSettings { token, ..ServerSettings::default() };
+        let inner = py.detach(|| LocalServers::start(servers, settings)).map_err(|error| errors::ps(py, &error))?;
+        Ok(Self { addresses: inner.addresses().to_vec(), inner: Mutex::new(Some(inner)) })
+    }
+
+    /// Where they listen, in the order of the shards.
+    #[getter]
+    fn addresses(&self) -> Vec<String> {
+        self.addresses.clone()
+    }
+
+    /// Stops one of them, as if its process had ended.
+    fn stop_shard(&self, py: Python<'_>, shard: usize) {
+        py.detach(|| {
+            if let Some(servers) = self.inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+                servers.stop_shard(shard);
+            }
+        });
+    }
+
+    /// Stops them all.
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| drop(self.inner.lock().unwrap_or_else(PoisonError::into_inner).take()));
+    }
+}
