@@ -92,3 +92,88 @@ class Group:
 
     def close(self, timeout_s: float) -> None:
         """Leaves the group in good order, within `timeout_s`."""
+
+@final
+class PsClient:
+    """A connection to all servers of a parameter server."""
+
+    @staticmethod
+    def connect(
+        addresses: Sequence[str], token: str | None, worker: int | None, timeout_s: float, reconnect_s: float
+    ) -> PsClient:
+        """Connects to the servers, one a shard."""
+
+    def dense(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype_name: str,
+        rule: tuple[str, Sequence[float], bool],
+        workers: int | None,
+        average: bool,
+    ) -> PsTable:
+        """Makes a dense table, or finds it. `workers`: synchronous with so many; none: asynchronous."""
+
+    def barrier(self, name: str, clients: int, timeout_s: float | None = None) -> None:
+        """Waits until `clients` clients have come."""
+
+    def status(self) -> list[dict[str, Any]]:
+        """What each server holds."""
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+
+    def close(self) -> None:
+        """Says goodbye to the servers."""
+
+@final
+class PsTable:
+    """A table that is cut over all servers."""
+
+    def init(self, values: Any) -> bool:
+        """Writes the first values, unless another client has."""
+
+    def push(self, gradient: Any) -> PsPending:
+        """Starts a push."""
+
+    def pull(self, out: Any) -> PsPending:
+        """Starts a pull."""
+
+    def push_pull(self, gradient: Any, out: Any) -> PsPending:
+        """Starts a push whose answer is what came of it."""
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the learning rate from this worker's next push on."""
+
+    @property
+    def clock(self) -> int:
+        """Pushes made by this client."""
+
+@final
+class PsPending:
+    """A push or pull under way."""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until it has ended; False when the time is up."""
+
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+
+@final
+class PsServers:
+    """Servers of this process."""
+
+    @staticmethod
+    def start(servers: int, token: str | None) -> PsServers:
+        """Starts servers on free ports of 127.0.0.1."""
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where they listen, in the order of the shards."""
+
+    def stop_shard(self, shard: int) -> None:
+        """Stops one of them, as if its process had ended."""
+
+    def stop(self) -> None:
+        """Stops them all."""
