@@ -2,7 +2,7 @@
 //! posting.
 
 use crate::slab::{Slab, TagMap};
-use crate::{Completion, Envelope, RegionSlice, SendLoan, TransportError};
+use crate::{Completion, Envelope, RegionSlice, SendLoan, Tag, TransportError};
 use std::collections::VecDeque;
 use std::ops::Deref;
 
@@ -53,6 +53,11 @@ impl Flights {
     /// Sends that have not ended.
     pub(crate) fn len(&self) -> usize {
         self.flights.len()
+    }
+
+    /// Whether a send with `tag` may be told as ended at once.
+    pub(crate) fn is_free(&self, tag: Tag) -> bool {
+        self.tags.is_empty() || !self.tags.contains_key(&tag)
     }
 
     /// A send begins; its key.

@@ -34,7 +34,6 @@ pub(crate) enum Payload<'a> {
     /// To be copied.
     Bytes(&'a [u8]),
     /// In the wire's memory, which may be handed on as it is.
-    #[expect(dead_code, reason = "for wires with memory of their own")]
     Loan(RecvLoan),
 }
 

@@ -33,7 +33,7 @@ pub use peer::{PeerId, PeerName, Tag};
 pub use rank::{Rank, WorldSize};
 pub use region::{BufferHome, Loan, LoanHome, Overlap, RecvLoan, Region, RegionSlice, RegionSliceMut, SendLoan};
 pub use rendezvous::{FileStore, MemoryStore, Store, TcpStore, open_store};
-pub use shm::GroupSegment;
+pub use shm::{GroupSegment, ShmEnd, ShmOffer, ShmWire};
 pub use sim::{FaultPlan, SimNetwork, SimWire};
 pub use tcp::{Acceptance, TcpWire};
 pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};

@@ -42,6 +42,7 @@ macro_rules! promises {
 promises! {
     over_sim by crate::promises::sim;
     over_bad_sim by crate::promises::bad_sim;
+    over_shm by crate::promises::shm;
     over_tcp by crate::promises::tcp;
     over_tcp_lanes by crate::promises::tcp_lanes;
 }

@@ -1,7 +1,14 @@
-//! Memory shared by processes of one host: a mapping without a name, and the segment that all ranks of a group share.
+//! Memory shared by processes of one host: a mapping without a name, the segment that all ranks of a group share, and the
+//! wire between pairs of processes.
 
 mod group_segment;
+mod link;
+mod offer;
+mod ring;
 mod segment;
+mod wire;
 
 pub use group_segment::{GroupSegment, Others, WaitError};
+pub use offer::{OFFER_BYTES, ShmEnd, ShmOffer};
 pub use segment::{Segment, SegmentOffer};
+pub use wire::{ShmWire, pair};

@@ -9,8 +9,8 @@ pub mod random;
 pub mod waiting;
 
 use gradwire_transport::{
-    Acceptance, Completion, Config, Envelope, FaultPlan, Identity, PeerId, Rank, Region, RegionSlice, RegionSliceMut,
-    SimNetwork, SimWire, Tag, TcpWire, Wire, WorldSize,
+    Acceptance, Completion, Config, Envelope, FaultPlan, Identity, PeerId, PeerName, Rank, Region, RegionSlice,
+    RegionSliceMut, ShmOffer, ShmWire, SimNetwork, SimWire, Tag, TcpWire, Wire, WorldSize,
 };
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -142,6 +142,24 @@ pub fn tcp(config: &Config, count: u32) -> World {
 
 pub fn tcp_lanes(config: &Config, count: u32) -> World {
     tcp(&Config { lanes: 3, ..config.clone() }, count)
+}
+
+/// Wires over shared memory, each pair by an offer that is sent as bytes.
+pub fn shm(config: &Config, count: u32) -> World {
+    let name = |rank| PeerName {
+        rank: Some(Rank(rank)),
+        host: "localhost".to_owned(),
+        pid: std::process::id(),
+        address: "shared memory".to_owned(),
+    };
+    let mut wires: Vec<_> = (0..count).map(|_| ShmWire::new(config).unwrap()).collect();
+    for (a, b) in (0..count).flat_map(|b| (0..b).map(move |a| (a, b))) {
+        let (offer, ours) = wires[a as usize].offer().unwrap();
+        let theirs = wires[b as usize].accept(&ShmOffer::decode(&offer.encode()).unwrap()).unwrap();
+        wires[a as usize].attach(PeerId(b), name(b), ours).unwrap();
+        wires[b as usize].attach(PeerId(a), name(a), theirs).unwrap();
+    }
+    World::new(wires.into_iter().map(|wire| -> Box<dyn Wire> { Box::new(wire) }).collect(), None)
 }
 
 /// Simulated wires, for what only they can do.

@@ -1,0 +1,367 @@
+//! Does: the waist, for memory shared with other processes of this host.
+
+use super::link::Link;
+use super::offer::{self, ShmEnd, ShmOffer};
+use super::ring::{CLOSED, GOODBYE, PairMemory};
+use crate::flights::Cargo;
+use crate::inbox::Receive;
+use crate::pool::Pool;
+use crate::{
+    Completion, Config, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Rank, Region, RegionSlice,
+    RegionSliceMut, RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
+};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, PidfdFlags};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Longest message that can be lent; up to 256 KiB it is read, and written, in place.
+const LOAN_BYTES: usize = 4 << 20;
+/// How often the system is asked who has died while the wire is polled without a sleep.
+const LIFE_TURNS: u32 = 1024;
+/// What the bell is called among the descriptors to sleep on; the others are peers.
+const BELL: u64 = u64::MAX;
+
+/// The wire to other processes of this host.
+pub struct ShmWire {
+    config: Config,
+    links: Vec<Option<Box<Link>>>,
+    /// The descriptors of the peers' processes, by peer, where the system has such.
+    lives: Vec<Option<OwnedFd>>,
+    pool: Arc<Pool>,
+    bell: Arc<Bell>,
+    sleep_on: OwnedFd,
+    pending: Vec<Completion>,
+    /// Messages that have come from anybody.
+    turn: u64,
+    polls: u32,
+    closed: bool,
+}
+
+/// A pipe: its far end is in the hands of the peers too.
+struct Bell {
+    near: OwnedFd,
+    far: OwnedFd,
+}
+
+impl Wake for Bell {
+    fn wake(&self) {
+        // A pipe that is full wakes as well.
+        let _ = rustix::io::write(&self.far, &[1]);
+    }
+}
+
+impl ShmWire {
+    /// A wire without peers.
+    ///
+    /// # Errors
+    /// `Io` when the system gives no descriptors.
+    pub fn new(config: &Config) -> Result<Self, TransportError> {
+        let refused = |error: rustix::io::Errno| TransportError::io("make a bell", error);
+        let (near, far) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(refused)?;
+        let sleep_on = epoll::create(CreateFlags::CLOEXEC).map_err(refused)?;
+        epoll::add(&sleep_on, &near, EventData::new_u64(BELL), EventFlags::IN).map_err(refused)?;
+        Ok(Self {
+            config: config.clone(),
+            links: Vec::new(),
+            lives: Vec::new(),
+            pool: Arc::new(Pool::default()),
+            bell: Arc::new(Bell { near, far }),
+            sleep_on,
+            pending: Vec::new(),
+            turn: 0,
+            polls: 0,
+            closed: false,
+        })
+    }
+
+    /// Makes memory for one pair. The offer goes to the peer, over a connection that is there already; once the peer has
+    /// accepted it, our end is attached.
+    ///
+    /// # Errors
+    /// `Io` when the system has no memory for it.
+    pub fn offer(&mut self) -> Result<(ShmOffer, ShmEnd), TransportError> {
+        offer::make(self.bell_number())
+    }
+
+    /// Opens what a peer offers: the proof that both are on one host and of one user.
+    ///
+    /// # Errors
+    /// `Io` or `BadFrame` where it cannot be reached or is not what was offered: use another wire.
+    pub fn accept(&mut self, offer: &ShmOffer) -> Result<ShmEnd, TransportError> {
+        offer::take(offer, self.bell_number())
+    }
+
+    /// Makes the process at the other end `peer`.
+    ///
+    /// # Errors
+    /// `Timeout` where it has not accepted the offer yet; `Io` or `BadFrame` where its bell cannot be reached.
+    pub fn attach(&mut self, peer: PeerId, name: PeerName, end: ShmEnd) -> Result<(), TransportError> {
+        let (pid, bell) = offer::other(&end)?;
+        let memory = PairMemory::new(end.segment, end.side, bell);
+        let at = peer.index();
+        if self.links.len() <= at {
+            self.links.resize_with(at + 1, || None);
+            self.lives.resize_with(at + 1, || None);
+        }
+        if pid != std::process::id() {
+            self.lives[at] = self.watch(peer, pid);
+        }
+        let link = Link::new(peer, name, memory, &self.config, Arc::clone(&self.pool));
+        self.links[at] = Some(Box::new(link));
+        Ok(())
+    }
+
+    /// Ends all operations with `peer`, which another wire has found to be gone.
+    pub fn detach(&mut self, peer: PeerId, error: TransportError) {
+        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+            link.end(&error, &mut self.pending);
+        }
+    }
+
+    /// Whether `peer` is on this wire, alive or lost.
+    pub fn has(&self, peer: PeerId) -> bool {
+        self.links.get(peer.index()).is_some_and(Option::is_some)
+    }
+
+    /// Before a sleep on [`ShmWire::sleep_on`] next to other descriptors: asks the peers to ring. False: there is something to
+    /// do, so do not sleep. [`ShmWire::wake_up`] follows in both cases.
+    pub fn fall_asleep(&mut self) -> bool {
+        let links = || self.links.iter().flatten().filter(|link| link.lost.is_none());
+        links().for_each(|link| link.memory().set_asleep(true));
+        self.pending.is_empty() && !self.links.iter_mut().flatten().any(|link| link.has_news())
+    }
+
+    /// What is readable once a peer has rung, or has died.
+    pub fn sleep_on(&self) -> BorrowedFd<'_> {
+        self.sleep_on.as_fd()
+    }
+
+    /// After a sleep.
+    pub fn wake_up(&mut self) {
+        for link in self.links.iter().flatten().filter(|link| link.lost.is_none()) {
+            link.memory().set_asleep(false);
+        }
+        self.look_around();
+    }
+
+    fn bell_number(&self) -> u32 {
+        u32::try_from(self.bell.far.as_raw_fd()).expect("a descriptor is not negative")
+    }
+
+    /// A descriptor that tells when the process ends. Without one, the end shows on the connection beside this wire.
+    fn watch(&self, peer: PeerId, pid: u32) -> Option<OwnedFd> {
+        let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+        let opened = rustix::process::pidfd_open(pid, PidfdFlags::empty()).and_then(|life| {
+            epoll::add(&self.sleep_on, &life, EventData::new_u64(peer.0.into()), EventFlags::IN).map(|()| life)
+        });
+        opened.inspect_err(|error| tracing::debug!(%error, "the system does not tell when a process ends")).ok()
+    }
+
+    /// Hears the bell out, and who has died.
+    fn look_around(&mut self) {
+        let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; 16];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let found = epoll::wait(&self.sleep_on, &mut events[..], Some(&now)).unwrap_or(0);
+        for event in &events[..found] {
+            let who = { event.data }.u64();
+            if who == BELL {
+                let mut rings = [0; 64];
+                while matches!(rustix::io::read(&self.bell.near, &mut rings), Ok(64)) {}
+            } else if let Some(peer) = usize::try_from(who).ok().filter(|&peer| peer < self.links.len()) {
+                if let Some(link) = &mut self.links[peer] {
+                    link.dead = true;
+                }
+                // Told once: closing the descriptor ends its watch.
+                self.lives[peer] = None;
+            }
+        }
+    }
+
+    fn link(&mut self, peer: PeerId) -> Result<&mut Link, TransportError> {
+        match self.links.get_mut(peer.index()) {
+            _ if self.closed => Err(TransportError::Closed),
+            Some(Some(link)) => Ok(link),
+            _ => Err(TransportError::UnknownPeer(peer.0)),
+        }
+    }
+
+    fn post_cargo(&mut self, to: Envelope, cargo: Cargo) -> Result<(), (TransportError, Cargo)> {
+        let depth = self.config.queue_depth;
+        let ready = self.link(to.peer).and_then(|link| match &link.lost {
+            Some(lost) => Err(lost.clone()),
+            None if link.flights.len() >= depth => Err(full(link, link.flights.len())),
+            None => Ok(()),
+        });
+        if let Err(error) = ready {
+            return Err((error, cargo));
+        }
+        if let Some(Some(link)) = self.links.get_mut(to.peer.index())
+            && let Err(broken) = link.post(to, cargo, &mut self.pending)
+        {
+            link.break_off(broken, &mut self.pending);
+        }
+        Ok(())
+    }
+
+    fn post_receive(&mut self, peer: PeerId, tag: Tag, receive: Receive) -> Result<(), (TransportError, Receive)> {
+        let depth = self.config.queue_depth;
+        let ready = self.link(peer).and_then(|link| match &link.lost {
+            Some(lost) if !link.inbox.has_whole(tag) => Err(lost.clone()),
+            _ if link.inbox.posted() >= depth => Err(full(link, link.inbox.posted())),
+            _ => Ok(()),
+        });
+        if let Err(error) = ready {
+            return Err((error, receive));
+        }
+        if let Some(Some(link)) = self.links.get_mut(peer.index())
+            && let Err(broken) = link.receive(tag, receive, &mut self.pending)
+        {
+            link.break_off(broken, &mut self.pending);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ShmWire {
+    fn drop(&mut self) {
+        for link in self.links.iter().flatten() {
+            link.memory().leave(CLOSED, "");
+        }
+    }
+}
+
+impl Wire for ShmWire {
+    fn kind(&self, _peer: PeerId) -> WireKind {
+        WireKind::Shm
+    }
+
+    fn name(&self, peer: PeerId) -> PeerName {
+        match self.links.get(peer.index()) {
+            Some(Some(link)) => link.name.clone(),
+            _ => PeerName { rank: None, host: "unknown".to_owned(), pid: 0, address: "unknown".to_owned() },
+        }
+    }
+
+    fn traffic(&self, peer: PeerId) -> Traffic {
+        self.links.get(peer.index()).and_then(Option::as_ref).map(|link| link.traffic()).unwrap_or_default()
+    }
+
+    fn register(&mut self, _region: &Arc<Region>) -> Result<(), RegisterError> {
+        Ok(())
+    }
+
+    fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {
+        self.post_cargo(to, Cargo::Slice(slice)).map_err(|(error, cargo)| match cargo {
+            Cargo::Slice(slice) => PostError { error, slice },
+            Cargo::Loan(_) => unreachable!("a slice was posted"),
+        })
+    }
+
+    fn post_recv(&mut self, peer: PeerId, tag: Tag, slice: RegionSliceMut) -> Result<(), PostError<RegionSliceMut>> {
+        self.post_receive(peer, tag, Receive::Slice(slice)).map_err(|(error, receive)| match receive {
+            Receive::Slice(slice) => PostError { error, slice },
+            Receive::Loan(_) => unreachable!("a slice was posted"),
+        })
+    }
+
+    fn post_recv_loan(&mut self, peer: PeerId, tag: Tag, max_bytes: usize) -> Result<(), PostError<()>> {
+        let receive = Receive::Loan(max_bytes.min(LOAN_BYTES));
+        self.post_receive(peer, tag, receive).map_err(|(error, _)| PostError { error, slice: () })
+    }
+
+    fn lend(&mut self, peer: PeerId, bytes: usize) -> Option<SendLoan> {
+        let link = self.link(peer).ok()?;
+        (bytes <= LOAN_BYTES).then(|| link.lend(bytes))
+    }
+
+    fn max_loan_bytes(&self) -> usize {
+        LOAN_BYTES
+    }
+
+    fn post_loan(&mut self, to: Envelope, loan: SendLoan) -> Result<(), PostError<()>> {
+        self.post_cargo(to, Cargo::Loan(loan)).map_err(|(error, _)| PostError { error, slice: () })
+    }
+
+    fn probe(&mut self, tag: Tag) -> Option<Probe> {
+        let found = self.links.iter().flatten().filter_map(|link| link.inbox.probe(tag));
+        found.min_by_key(|(turn, ..)| *turn).map(|(_, from, bytes)| Probe { from, bytes })
+    }
+
+    fn cancel_recvs(&mut self, peer: PeerId, tag: Tag) {
+        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+            link.inbox.cancel(tag, &TransportError::Cancelled, &mut self.pending);
+        }
+    }
+
+    fn disconnect(&mut self, peer: PeerId, error: TransportError) {
+        self.detach(peer, error);
+    }
+
+    fn poll(&mut self, _now: Instant, done: &mut Vec<Completion>) {
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(LIFE_TURNS) {
+            self.look_around();
+        }
+        done.append(&mut self.pending);
+        for link in self.links.iter_mut().flatten() {
+            link.progress(&mut self.turn, done);
+        }
+    }
+
+    fn park(&mut self, until: Instant) {
+        let wait = until.saturating_duration_since(Instant::now());
+        if self.fall_asleep() && !wait.is_zero() {
+            let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+            // Interrupted or refused, the caller polls and comes back.
+            let _ = rustix::event::poll(&mut [PollFd::new(&self.sleep_on, PollFlags::IN)], Some(&timeout));
+        }
+        self.wake_up();
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::clone(&self.bell) as _
+    }
+
+    fn shutdown(&mut self, until: Instant) {
+        let mut done = Vec::new();
+        let busy = |link: &Link| link.lost.is_none() && (link.flights.len() > 0 || link.wants_to_write());
+        while Instant::now() < until && self.links.iter().flatten().any(|link| busy(link)) {
+            self.poll(Instant::now(), &mut done);
+            done.clear();
+            self.park(until.min(Instant::now() + Duration::from_millis(10)));
+        }
+        for link in self.links.iter_mut().flatten() {
+            link.memory().leave(GOODBYE, "");
+            let peer = Box::new(link.name.clone());
+            link.end(&TransportError::PeerLost { peer, cause: LossCause::Goodbye }, &mut done);
+        }
+        self.closed = true;
+    }
+}
+
+fn full(link: &Link, queued: usize) -> TransportError {
+    TransportError::QueueFull { peer: Box::new(link.name.clone()), queued }
+}
+
+/// Two wires of one process, joined by shared memory: for tests and measurements.
+///
+/// # Errors
+/// As [`ShmWire::offer`] and [`ShmWire::accept`].
+pub fn pair(a: &Config, b: &Config) -> Result<(ShmWire, ShmWire), TransportError> {
+    let name = |rank| PeerName {
+        rank: Some(Rank(rank)),
+        host: "localhost".to_owned(),
+        pid: std::process::id(),
+        address: "shared memory".to_owned(),
+    };
+    let (mut a, mut b) = (ShmWire::new(a)?, ShmWire::new(b)?);
+    let (offer, ours) = a.offer()?;
+    let theirs = b.accept(&offer)?;
+    a.attach(PeerId(1), name(1), ours)?;
+    b.attach(PeerId(0), name(0), theirs)?;
+    Ok((a, b))
+}
