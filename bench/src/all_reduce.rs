@@ -1,0 +1,203 @@
+//! Does: times all-reduce between processes of this host, each started as a copy of this program.
+
+use clap::{Args, ValueEnum};
+use gradwire_collectives::{Call, Collective, Communicator, DType, Piece, Reduction, Settings};
+use gradwire_transport::{Config, FileStore, GroupSpec, Rank, Region, WireChoice, WorldSize, form_group};
+use serde::Serialize;
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Way {
+    /// The segment that ranks of one host share
+    Shm,
+    /// TCP over loopback
+    Tcp,
+}
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Processes; more than cores is slower, and says so of the machine
+    #[arg(long, default_value_t = 2)]
+    ranks: u32,
+    /// Which way bytes go
+    #[arg(long, value_enum, default_value = "shm")]
+    wire: Way,
+    /// Smallest buffer, in bytes
+    #[arg(long, default_value_t = 8)]
+    min_bytes: usize,
+    /// Largest buffer, in bytes
+    #[arg(long, default_value_t = 64 << 20)]
+    max_bytes: usize,
+    /// Calls of each size; fewer of large ones, never under 10
+    #[arg(long, default_value_t = 1000)]
+    rounds: usize,
+    /// One JSON object a line instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct RankOptions {
+    #[arg(long)]
+    rank: u32,
+    #[arg(long)]
+    ranks: u32,
+    #[arg(long)]
+    folder: PathBuf,
+    #[arg(long, value_enum)]
+    wire: Way,
+    #[arg(long)]
+    min_bytes: usize,
+    #[arg(long)]
+    max_bytes: usize,
+    #[arg(long)]
+    rounds: usize,
+    #[arg(long)]
+    json: bool,
+}
+
+/// One row of the table.
+#[derive(Serialize)]
+struct Row {
+    host: String,
+    wire: Way,
+    ranks: u32,
+    dtype: &'static str,
+    bytes: usize,
+    rounds: usize,
+    p50_us: f64,
+    p99_us: f64,
+    algbw_gb_per_s: f64,
+    busbw_gb_per_s: f64,
+}
+
+/// Starts the ranks and waits for them; rank 0 prints.
+pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    if options.ranks == 0 || options.min_bytes < 4 || options.min_bytes > options.max_bytes {
+        return Err("give at least one rank, and 4 <= --min-bytes <= --max-bytes".into());
+    }
+    let folder = std::env::temp_dir().join(format!("gradwire-bench-{}", std::process::id()));
+    let mut ranks: Vec<Child> = Vec::new();
+    for rank in 0..options.ranks {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["rank", "--rank", &rank.to_string(), "--ranks", &options.ranks.to_string()]);
+        command.arg("--folder").arg(&folder).arg("--wire").arg(if options.wire == Way::Shm { "shm" } else { "tcp" });
+        command.args(["--min-bytes", &options.min_bytes.to_string(), "--max-bytes", &options.max_bytes.to_string()]);
+        command.args(["--rounds", &options.rounds.to_string()]);
+        if options.json {
+            command.arg("--json");
+        }
+        ranks.push(command.spawn()?);
+    }
+    let mut failed = Vec::new();
+    for (rank, child) in ranks.iter_mut().enumerate() {
+        if !child.wait()?.success() {
+            failed.push(rank);
+        }
+    }
+    std::fs::remove_dir_all(&folder)?;
+    if failed.is_empty() { Ok(()) } else { Err(format!("ranks {failed:?} failed").into()) }
+}
+
+/// One rank.
+pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
+    let world_size = WorldSize::new(options.ranks).ok_or("no ranks")?;
+    let wire = if options.wire == Way::Tcp { WireChoice::Tcp } else { WireChoice::Shm };
+    let spec = GroupSpec {
+        name: "bench".to_owned(),
+        rank: Rank(options.rank),
+        world_size,
+        store: Arc::new(FileStore::new(&options.folder)?),
+        config: Config { wire, ..Config::default() },
+    };
+    let group = form_group(spec, Instant::now() + PATIENCE)?;
+    let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    let communicator = Communicator::new(group, "bench", Settings { timeout: PATIENCE, cores, ..Settings::default() })?;
+    if options.rank == 0 && !options.json {
+        println!(
+            "all_reduce sum of float32, {} ranks on one host by {:?}, loopback, {cores} cores",
+            options.ranks, options.wire
+        );
+        println!(
+            "{:>12} {:>8} {:>12} {:>12} {:>10} {:>10}",
+            "bytes", "rounds", "p50 us", "p99 us", "algbw", "busbw GB/s"
+        );
+    }
+    let mut bytes = options.min_bytes.next_power_of_two();
+    while bytes <= options.max_bytes {
+        let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
+        let row = measure(&communicator, options, &host, bytes, rounds)?;
+        if options.rank == 0 && options.json {
+            println!("{}", serde_json::to_string(&row)?);
+        } else if options.rank == 0 {
+            let Row { p50_us, p99_us, algbw_gb_per_s, busbw_gb_per_s, .. } = row;
+            println!(
+                "{bytes:>12} {rounds:>8} {p50_us:>12.1} {p99_us:>12.1} {algbw_gb_per_s:>10.3} {busbw_gb_per_s:>10.3}"
+            );
+        }
+        bytes *= 4;
+    }
+    communicator.close(Duration::from_secs(5));
+    Ok(())
+}
+
+fn measure(
+    communicator: &Communicator,
+    options: &RankOptions,
+    host: &str,
+    bytes: usize,
+    rounds: usize,
+) -> Result<Row, Box<dyn Error>> {
+    let count = bytes / 4;
+    let mine = |rank: u32| (0..count).map(move |i| (i % 97) as f32 + rank as f32);
+    let buffer = Region::from_vec(mine(options.rank).flat_map(f32::to_le_bytes).collect());
+    let call =
+        |collective, output: Vec<Piece>| Call { collective, dtype: DType::F32, input: vec![], output, timeout: None };
+    let sum = || call(Collective::AllReduce { op: Reduction::Sum }, vec![Piece::whole(Arc::clone(&buffer))]);
+    communicator.run(sum())?;
+    let n = options.ranks as f32;
+    let offset = n * (n - 1.0) / 2.0;
+    let result = buffer.read(0..bytes)?;
+    for (i, four) in result.as_chunks::<4>().0.iter().enumerate() {
+        let (got, expected) = (f32::from_le_bytes(*four), (i % 97) as f32 * n + offset);
+        if got != expected {
+            return Err(format!("rank {}: element {i} of {count} is {got}, not {expected}", options.rank).into());
+        }
+    }
+    drop(result);
+    // Zeros stay zeros, however often they are summed.
+    buffer.write(0..bytes)?.fill(0);
+    let mut times = Vec::with_capacity(rounds);
+    for round in 0..rounds + 3 {
+        communicator.run(call(Collective::Barrier, vec![]))?;
+        let began = Instant::now();
+        communicator.run(sum())?;
+        if round >= 3 {
+            times.push(began.elapsed().as_secs_f64());
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    let (p50, p99) = (times[times.len() / 2], times[(times.len() - 1) * 99 / 100]);
+    let algbw = bytes as f64 / p50 / 1e9;
+    Ok(Row {
+        host: host.to_owned(),
+        wire: options.wire,
+        ranks: options.ranks,
+        dtype: "float32",
+        bytes,
+        rounds,
+        p50_us: p50 * 1e6,
+        p99_us: p99 * 1e6,
+        algbw_gb_per_s: algbw,
+        busbw_gb_per_s: algbw * 2.0 * f64::from(options.ranks - 1) / f64::from(options.ranks),
+    })
+}
