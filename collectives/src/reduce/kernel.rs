@@ -1,11 +1,11 @@
 //! Pure: the loops. Elements are read from and written to bytes, so that any alignment will do; the compiler makes wide
 //! loads and stores of it.
 
-use super::level::{self, Loop};
+use super::level::{Instructions, Level, Loop};
 use std::marker::PhantomData;
 
 /// Elements combined at a time when there are more than two inputs: the partial results stay in the first-level cache.
-pub(super) const BLOCK: usize = 1024;
+pub(super) const BLOCK: usize = 512;
 
 /// What to combine.
 pub(super) struct Job<'a> {
@@ -16,12 +16,19 @@ pub(super) struct Job<'a> {
     pub(super) divisor: usize,
 }
 
-/// How two values become one.
-pub(super) trait Op<T> {
+/// How two values become one. Every operation commutes to the bit (NaN and zeros too), so that who holds which of
+/// two inputs does not matter.
+pub(super) trait Op<T: Copy> {
     fn apply(a: T, b: T) -> T;
+    /// What is left to do when all inputs are in.
+    #[inline(always)]
+    fn finish(value: T, _divisor: usize) -> T {
+        value
+    }
 }
 
 pub(super) struct Sum;
+pub(super) struct Avg;
 pub(super) struct Min;
 pub(super) struct Max;
 pub(super) struct Product;
@@ -33,11 +40,70 @@ pub(super) struct Xor;
 pub(super) trait Kind {
     type Value: Copy + Default;
     const BYTES: usize;
-    fn load(bytes: &[u8], values: &mut [Self::Value]);
-    fn store(values: &[Self::Value], bytes: &mut [u8]);
-    fn divide(value: Self::Value, by: usize) -> Self::Value;
-    /// `own = own ∘ other` without a detour, where values and elements are the same.
-    fn pair<O: Op<Self::Value>>(own: &mut [u8], other: &[u8]) -> bool;
+    /// `values = bytes`.
+    fn load<I: Instructions>(bytes: &[u8], values: &mut [Self::Value]);
+    /// `values = values ∘ bytes`.
+    fn combine<I: Instructions, O: Op<Self::Value>>(values: &mut [Self::Value], bytes: &[u8]);
+    /// `bytes = values`, finished.
+    fn store<I: Instructions, O: Op<Self::Value>>(values: &[Self::Value], bytes: &mut [u8], divisor: usize);
+    /// `own = own ∘ other`, finished, without a detour by a block of values; false where there is no such way.
+    #[inline(always)]
+    fn pair<I: Instructions, O: Op<Self::Value>>(_own: &mut [u8], _other: &[u8], _divisor: usize) -> bool {
+        false
+    }
+}
+
+/// An element whose bytes become a value one by one; the compiler makes these loops wide.
+pub(super) trait Element {
+    type Value: Copy + Default;
+    type Bytes: Copy;
+    fn get(bytes: Self::Bytes) -> Self::Value;
+    fn put(value: Self::Value) -> Self::Bytes;
+}
+
+macro_rules! kind {
+    ($($element:ty, $bytes:literal);*) => {
+        $(impl Kind for $element {
+            type Value = <$element as Element>::Value;
+            const BYTES: usize = $bytes;
+
+            #[inline(always)]
+            fn load<I: Instructions>(bytes: &[u8], values: &mut [Self::Value]) {
+                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<$bytes>().0) {
+                    *value = Self::get(*bytes);
+                }
+            }
+
+            #[inline(always)]
+            fn combine<I: Instructions, O: Op<Self::Value>>(values: &mut [Self::Value], bytes: &[u8]) {
+                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<$bytes>().0) {
+                    *value = O::apply(*value, Self::get(*bytes));
+                }
+            }
+
+            #[inline(always)]
+            fn store<I: Instructions, O: Op<Self::Value>>(values: &[Self::Value], bytes: &mut [u8], divisor: usize) {
+                for (value, bytes) in values.iter().zip(bytes.as_chunks_mut::<$bytes>().0) {
+                    *bytes = Self::put(O::finish(*value, divisor));
+                }
+            }
+
+            #[inline(always)]
+            fn pair<I: Instructions, O: Op<Self::Value>>(own: &mut [u8], other: &[u8], divisor: usize) -> bool {
+                for (own, other) in own.as_chunks_mut::<$bytes>().0.iter_mut().zip(other.as_chunks::<$bytes>().0) {
+                    *own = Self::put(O::finish(O::apply(Self::get(*own), Self::get(*other)), divisor));
+                }
+                true
+            }
+        })*
+    };
+}
+
+kind! {
+    Plain<f32>, 4; Plain<f64>, 8;
+    Plain<i8>, 1; Plain<u8>, 1; Plain<i16>, 2; Plain<u16>, 2;
+    Plain<i32>, 4; Plain<u32>, 4; Plain<i64>, 8; Plain<u64>, 8;
+    Truth, 1; half::bf16, 2
 }
 
 /// An element that is computed with as it is.
@@ -47,180 +113,137 @@ pub(super) struct Plain<T>(PhantomData<T>);
 pub(super) struct Truth;
 
 macro_rules! plain {
-    ($($type:ty, $divide:expr);*) => {
-        $(impl Kind for Plain<$type> {
+    ($($type:ty, $put:expr);*) => {
+        $(impl Element for Plain<$type> {
             type Value = $type;
-            const BYTES: usize = size_of::<$type>();
+            type Bytes = [u8; size_of::<$type>()];
 
             #[inline(always)]
-            fn load(bytes: &[u8], values: &mut [$type]) {
-                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
-                    *value = <$type>::from_le_bytes(*bytes);
-                }
+            fn get(bytes: Self::Bytes) -> $type {
+                <$type>::from_le_bytes(bytes)
             }
 
             #[inline(always)]
-            fn store(values: &[$type], bytes: &mut [u8]) {
-                for (value, bytes) in values.iter().zip(bytes.as_chunks_mut().0) {
-                    *bytes = value.to_le_bytes();
-                }
-            }
-
-            #[inline(always)]
-            fn divide(value: $type, by: usize) -> $type {
-                let divide: fn($type, usize) -> $type = $divide;
-                divide(value, by)
-            }
-
-            #[inline(always)]
-            fn pair<O: Op<$type>>(own: &mut [u8], other: &[u8]) -> bool {
-                for (own, other) in own.as_chunks_mut().0.iter_mut().zip(other.as_chunks().0) {
-                    *own = O::apply(<$type>::from_le_bytes(*own), <$type>::from_le_bytes(*other)).to_le_bytes();
-                }
-                true
+            fn put(value: $type) -> Self::Bytes {
+                let put: fn($type) -> $type = $put;
+                put(value).to_le_bytes()
             }
         })*
     };
 }
 
 plain! {
-    f32, |value, by| value / by as f32;
-    f64, |value, by| value / by as f64;
-    i8, |value, by| (i128::from(value) / by as i128) as i8;
-    u8, |value, by| (usize::from(value) / by) as u8;
-    i16, |value, by| (i128::from(value) / by as i128) as i16;
-    u16, |value, by| (usize::from(value) / by) as u16;
-    i32, |value, by| (i128::from(value) / by as i128) as i32;
-    u32, |value, by| (u64::from(value) / by as u64) as u32;
-    i64, |value, by| (i128::from(value) / by as i128) as i64;
-    u64, |value, by| value / by as u64
+    f32, |value| if value.is_nan() { f32::NAN } else { value };
+    f64, |value| if value.is_nan() { f64::NAN } else { value };
+    i8, |value| value; u8, |value| value; i16, |value| value; u16, |value| value;
+    i32, |value| value; u32, |value| value; i64, |value| value; u64, |value| value
 }
 
-impl Kind for Truth {
+impl Element for Truth {
     type Value = u8;
-    const BYTES: usize = 1;
+    type Bytes = [u8; 1];
 
     #[inline(always)]
-    fn load(bytes: &[u8], values: &mut [u8]) {
-        for (value, byte) in values.iter_mut().zip(bytes) {
-            *value = u8::from(*byte != 0);
-        }
+    fn get(bytes: [u8; 1]) -> u8 {
+        u8::from(bytes[0] != 0)
     }
 
     #[inline(always)]
-    fn store(values: &[u8], bytes: &mut [u8]) {
-        bytes.copy_from_slice(values);
-    }
-
-    fn divide(value: u8, _by: usize) -> u8 {
-        value
-    }
-
-    #[inline(always)]
-    fn pair<O: Op<u8>>(_own: &mut [u8], _other: &[u8]) -> bool {
-        false
+    fn put(value: u8) -> [u8; 1] {
+        [value]
     }
 }
 
-macro_rules! float_ops {
-    ($($type:ty),*) => {
-        $(impl Op<$type> for Sum {
+macro_rules! op {
+    ($op:ident, $($type:ty),*; $apply:expr) => {
+        $(impl Op<$type> for $op {
             #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a + b }
-        }
-        impl Op<$type> for Product {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a * b }
-        }
-        impl Op<$type> for Min {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { if a < b || a.is_nan() { a } else { b } }
-        }
-        impl Op<$type> for Max {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { if a > b || a.is_nan() { a } else { b } }
+            fn apply(a: $type, b: $type) -> $type {
+                let apply: fn($type, $type) -> $type = $apply;
+                apply(a, b)
+            }
         })*
     };
 }
 
-macro_rules! integer_ops {
-    ($($type:ty),*) => {
-        $(impl Op<$type> for Sum {
+macro_rules! extreme {
+    ($op:ident, $before:tt, $signs:tt; $($type:ident),*) => {
+        $(impl Op<$type> for $op {
             #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a.wrapping_add(b) }
-        }
-        impl Op<$type> for Product {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a.wrapping_mul(b) }
-        }
-        impl Op<$type> for Min {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a.min(b) }
-        }
-        impl Op<$type> for Max {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a.max(b) }
-        }
-        impl Op<$type> for And {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a & b }
-        }
-        impl Op<$type> for Or {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a | b }
-        }
-        impl Op<$type> for Xor {
-            #[inline(always)]
-            fn apply(a: $type, b: $type) -> $type { a ^ b }
+            fn apply(a: $type, b: $type) -> $type {
+                let (one, other) = (if a $before b { a } else { b }, if b $before a { b } else { a });
+                let found = $type::from_bits(one.to_bits() $signs other.to_bits());
+                if a.is_nan() || b.is_nan() { $type::NAN } else { found }
+            }
         })*
     };
 }
 
-float_ops!(f32, f64);
-integer_ops!(i8, u8, i16, u16, i32, u32, i64, u64);
+macro_rules! average {
+    ($wide:ty; $($type:ty),*; $apply:expr) => {
+        $(impl Op<$type> for Avg {
+            #[inline(always)]
+            fn apply(a: $type, b: $type) -> $type {
+                let apply: fn($type, $type) -> $type = $apply;
+                apply(a, b)
+            }
+            #[inline(always)]
+            fn finish(value: $type, divisor: usize) -> $type {
+                (value as $wide / divisor as $wide) as $type
+            }
+        })*
+    };
+}
 
-/// Carries out `job` with the widest instructions there are.
-pub(super) fn run<K: Kind, O: Op<K::Value>>(job: Job<'_>) {
-    level::run(Fold::<K, O>(job, PhantomData));
+// Which NaN comes of two is the processor's choice, so `put` makes them all the same one. Of two zeros, a minimum takes the
+// negative one and a maximum the positive one, whichever comes first: `if` takes `b` of two equals, so each way gives one
+// of the zeros, and the sign bits tell.
+op!(Sum, f32, f64; |a, b| a + b);
+op!(Product, f32, f64; |a, b| a * b);
+extreme!(Min, <, |; f32, f64);
+extreme!(Max, >, &; f32, f64);
+op!(Sum, i8, u8, i16, u16, i32, u32, i64, u64; |a, b| a.wrapping_add(b));
+op!(Product, i8, u8, i16, u16, i32, u32, i64, u64; |a, b| a.wrapping_mul(b));
+op!(Min, i8, u8, i16, u16, i32, u32, i64, u64; |a, b| a.min(b));
+op!(Max, i8, u8, i16, u16, i32, u32, i64, u64; |a, b| a.max(b));
+op!(And, i8, u8, i16, u16, i32, u32, i64, u64; |a, b| a & b);
+op!(Or, i8, u8, i16, u16, i32, u32, i64, u64; |a, b| a | b);
+op!(Xor, i8, u8, i16, u16, i32, u32, i64, u64; |a, b| a ^ b);
+average!(f32; f32; |a, b| a + b);
+average!(f64; f64; |a, b| a + b);
+average!(i64; i8, i16, i32, i64; |a, b| a.wrapping_add(b));
+average!(u64; u8, u16, u32, u64; |a, b| a.wrapping_add(b));
+
+/// Carries out `job` with the instructions of `level`.
+pub(super) fn run<K: Kind, O: Op<K::Value>>(level: Level, job: Job<'_>) {
+    level.run(Fold::<K, O>(job, PhantomData));
 }
 
 struct Fold<'a, K, O>(Job<'a>, PhantomData<(K, O)>);
 
 impl<K: Kind, O: Op<K::Value>> Loop for Fold<'_, K, O> {
     #[inline(always)]
-    fn run(self) {
+    fn run<I: Instructions>(self) {
         let Job { own, at, others, mut copy, divisor } = self.0;
-        // Two inputs commute, to the bit: which of them is first does not matter.
-        if let ([other], None, 1) = (others, &copy, divisor)
-            && K::pair::<O>(own, other)
+        if let ([other], None) = (others, &copy)
+            && K::pair::<I, O>(own, other, divisor)
         {
             return;
         }
-        let (mut sum, mut next) = ([K::Value::default(); BLOCK], [K::Value::default(); BLOCK]);
+        let mut values = [K::Value::default(); BLOCK];
         let mut start = 0;
         while start < own.len() {
             let end = own.len().min(start + BLOCK * K::BYTES);
-            let count = (end - start) / K::BYTES;
-            let (sum, next) = (&mut sum[..count], &mut next[..count]);
+            let values = &mut values[..(end - start) / K::BYTES];
             for rank in 0..=others.len() {
                 let input = match rank.cmp(&at) {
                     std::cmp::Ordering::Less => &others[rank][start..end],
                     std::cmp::Ordering::Equal => &own[start..end],
                     std::cmp::Ordering::Greater => &others[rank - 1][start..end],
                 };
-                if rank == 0 {
-                    K::load(input, sum);
-                    continue;
-                }
-                K::load(input, next);
-                for (sum, next) in sum.iter_mut().zip(next.iter()) {
-                    *sum = O::apply(*sum, *next);
-                }
+                if rank == 0 { K::load::<I>(input, values) } else { K::combine::<I, O>(values, input) }
             }
-            if divisor > 1 {
-                sum.iter_mut().for_each(|sum| *sum = K::divide(*sum, divisor));
-            }
-            K::store(sum, &mut own[start..end]);
+            K::store::<I, O>(values, &mut own[start..end], divisor);
             if let Some(copy) = &mut copy {
                 copy[start..end].copy_from_slice(&own[start..end]);
             }

@@ -6,11 +6,33 @@ use std::sync::OnceLock;
 
 /// A loop that the compiler makes wide for each level of instructions. `run` must be `#[inline(always)]`.
 pub(super) trait Loop {
-    fn run(self);
+    fn run<I: Instructions>(self);
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Level {
+/// What a loop may use beyond what the compiler makes of it.
+pub(super) trait Instructions {
+    /// Conversions of 16-bit floats: the processor has AVX and F16C.
+    const F16C: bool;
+}
+
+struct Any;
+impl Instructions for Any {
+    const F16C: bool = false;
+}
+
+#[cfg(target_arch = "x86_64")]
+struct Converting;
+#[cfg(target_arch = "x86_64")]
+impl Instructions for Converting {
+    const F16C: bool = true;
+}
+
+/// A set of instructions. Made only by [`Level::widest`] and, in tests, `Level::all`: who holds one may use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Level(Set);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Set {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -18,46 +40,58 @@ enum Level {
     Avx512,
 }
 
-/// Runs `task` with the widest instructions there are.
-pub(super) fn run(task: impl Loop) {
-    static LEVEL: OnceLock<Level> = OnceLock::new();
-    match *LEVEL.get_or_init(detect) {
-        Level::Baseline => task.run(),
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `detect` has found these instructions on this processor.
-        Level::Avx2 => unsafe { avx2(task) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `detect` has found these instructions on this processor.
-        Level::Avx512 => unsafe { avx512(task) },
+impl Level {
+    /// The widest that this processor has.
+    pub(super) fn widest() -> Self {
+        static WIDEST: OnceLock<Level> = OnceLock::new();
+        *WIDEST.get_or_init(|| available().last().expect("the baseline is always there"))
+    }
+
+    /// All that this processor has.
+    #[cfg(test)]
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        available()
+    }
+
+    /// Runs `task` with these instructions.
+    pub(super) fn run(self, task: impl Loop) {
+        match self.0 {
+            Set::Baseline => task.run::<Any>(),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` has found these instructions on this processor.
+            Set::Avx2 => unsafe { avx2(task) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` has found these instructions on this processor.
+            Set::Avx512 => unsafe { avx512(task) },
+        }
     }
 }
 
-fn detect() -> Level {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("f16c")
-        {
-            return Level::Avx512;
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
-            return Level::Avx2;
-        }
-    }
-    Level::Baseline
+#[cfg(target_arch = "x86_64")]
+fn available() -> impl DoubleEndedIterator<Item = Level> {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+    let avx512 = avx2
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq");
+    let sets = [(true, Set::Baseline), (avx2, Set::Avx2), (avx512, Set::Avx512)];
+    sets.into_iter().filter_map(|(there, set)| there.then_some(Level(set)))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn available() -> impl DoubleEndedIterator<Item = Level> {
+    std::iter::once(Level(Set::Baseline))
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c")]
 fn avx2(task: impl Loop) {
-    task.run();
+    task.run::<Converting>();
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
 fn avx512(task: impl Loop) {
-    task.run();
+    task.run::<Converting>();
 }

@@ -8,12 +8,13 @@ mod level;
 pub use copy::copy_streaming;
 
 use crate::DType;
-use kernel::{And, Max, Min, Or, Plain, Product, Sum, Xor};
+use kernel::{And, Avg, Max, Min, Or, Plain, Product, Sum, Xor};
+use level::Level;
 
 /// How elements are combined.
 ///
-/// Integers wrap; an average of integers is cut towards zero; a minimum or maximum with a NaN is NaN; 16-bit floats are
-/// computed in `f32`. Booleans: sum, maximum and or are "any", product, minimum and and are "all".
+/// Integers wrap; an average of integers is cut towards zero; what a NaN goes into is NaN, and always the same NaN; 16-bit
+/// floats are computed in `f32`. Booleans: sum, maximum and or are "any", product, minimum and and are "all".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // The names say it all.
 pub enum Reduction {
@@ -71,7 +72,7 @@ pub struct UnsupportedReduction {
 /// # Errors
 /// `UnsupportedReduction`: bitwise operations on floats, anything on 8-bit floats and complex numbers, averages of bools.
 pub fn check(dtype: DType, op: Reduction) -> Result<(), UnsupportedReduction> {
-    reduce_into(dtype, op, &mut [], &[])
+    fold(dtype, op, &mut [], 0, &[], None, 2)
 }
 
 /// `dst = dst ∘ src`, element by element. Both have the same length, a whole number of elements.
@@ -98,15 +99,25 @@ pub fn fold(
     copy: Option<&mut [u8]>,
     divisor: usize,
 ) -> Result<(), UnsupportedReduction> {
-    debug_assert!(others.iter().all(|other| other.len() == own.len()) && own.len().is_multiple_of(dtype.bytes()));
-    let job = kernel::Job { own, at, others, copy, divisor: if op == Reduction::Avg { divisor } else { 1 } };
+    // A division by one is none, but would take its time.
+    let op = if op == Reduction::Avg && divisor == 1 { check(dtype, op).map(|()| Reduction::Sum)? } else { op };
+    fold_at(Level::widest(), dtype, op, kernel::Job { own, at, others, copy, divisor })
+}
+
+fn fold_at(level: Level, dtype: DType, op: Reduction, job: kernel::Job<'_>) -> Result<(), UnsupportedReduction> {
+    let len = job.own.len();
+    assert!(len.is_multiple_of(dtype.bytes()), "{len} bytes are no whole number of {dtype}");
+    assert!(job.at <= job.others.len(), "this rank's place is among the inputs'");
+    assert!(job.others.iter().all(|other| other.len() == len), "inputs of one length");
+    assert!(job.copy.as_ref().is_none_or(|copy| copy.len() == len), "a copy of the inputs' length");
     macro_rules! floats {
         ($kind:ty) => {
             match op {
-                Reduction::Sum | Reduction::Avg => kernel::run::<$kind, Sum>(job),
-                Reduction::Min => kernel::run::<$kind, Min>(job),
-                Reduction::Max => kernel::run::<$kind, Max>(job),
-                Reduction::Product => kernel::run::<$kind, Product>(job),
+                Reduction::Sum => kernel::run::<$kind, Sum>(level, job),
+                Reduction::Avg => kernel::run::<$kind, Avg>(level, job),
+                Reduction::Min => kernel::run::<$kind, Min>(level, job),
+                Reduction::Max => kernel::run::<$kind, Max>(level, job),
+                Reduction::Product => kernel::run::<$kind, Product>(level, job),
                 _ => return Err(UnsupportedReduction { dtype, op }),
             }
         };
@@ -114,13 +125,14 @@ pub fn fold(
     macro_rules! integers {
         ($kind:ty) => {
             match op {
-                Reduction::Sum | Reduction::Avg => kernel::run::<$kind, Sum>(job),
-                Reduction::Min => kernel::run::<$kind, Min>(job),
-                Reduction::Max => kernel::run::<$kind, Max>(job),
-                Reduction::Product => kernel::run::<$kind, Product>(job),
-                Reduction::BitAnd => kernel::run::<$kind, And>(job),
-                Reduction::BitOr => kernel::run::<$kind, Or>(job),
-                Reduction::BitXor => kernel::run::<$kind, Xor>(job),
+                Reduction::Sum => kernel::run::<$kind, Sum>(level, job),
+                Reduction::Avg => kernel::run::<$kind, Avg>(level, job),
+                Reduction::Min => kernel::run::<$kind, Min>(level, job),
+                Reduction::Max => kernel::run::<$kind, Max>(level, job),
+                Reduction::Product => kernel::run::<$kind, Product>(level, job),
+                Reduction::BitAnd => kernel::run::<$kind, And>(level, job),
+                Reduction::BitOr => kernel::run::<$kind, Or>(level, job),
+                Reduction::BitXor => kernel::run::<$kind, Xor>(level, job),
             }
         };
     }
@@ -138,9 +150,9 @@ pub fn fold(
         DType::I64 => integers!(Plain<i64>),
         DType::U64 => integers!(Plain<u64>),
         DType::Bool => match op {
-            Reduction::Sum | Reduction::Max | Reduction::BitOr => kernel::run::<kernel::Truth, Or>(job),
-            Reduction::Product | Reduction::Min | Reduction::BitAnd => kernel::run::<kernel::Truth, And>(job),
-            Reduction::BitXor => kernel::run::<kernel::Truth, Xor>(job),
+            Reduction::Sum | Reduction::Max | Reduction::BitOr => kernel::run::<kernel::Truth, Or>(level, job),
+            Reduction::Product | Reduction::Min | Reduction::BitAnd => kernel::run::<kernel::Truth, And>(level, job),
+            Reduction::BitXor => kernel::run::<kernel::Truth, Xor>(level, job),
             Reduction::Avg => return Err(UnsupportedReduction { dtype, op }),
         },
         DType::F8 | DType::C64 | DType::C128 => return Err(UnsupportedReduction { dtype, op }),

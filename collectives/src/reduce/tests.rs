@@ -122,14 +122,103 @@ fn sixteen_bit_floats_are_rounded_once() {
     }
 }
 
+/// Any bits at all, with NaN of many kinds, zeros of both signs and infinities more often than chance has them.
+fn noise(dtype: DType, count: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let special = [0.0, -0.0, f64::INFINITY, f64::NEG_INFINITY, f64::NAN, -f64::NAN, 1.0, 65504.0, 3.4e38, 1e-40];
+    let mut element = || {
+        let (bits, choice) = (next(), next() as usize % 20);
+        match (dtype, special.get(choice)) {
+            (DType::F64, Some(value)) => value.to_le_bytes().to_vec(),
+            (DType::F32, Some(value)) => (*value as f32).to_le_bytes().to_vec(),
+            (DType::F16, Some(value)) => f16::from_f64(*value).to_le_bytes().to_vec(),
+            (DType::BF16, Some(value)) => bf16::from_f64(*value).to_le_bytes().to_vec(),
+            _ => bits.to_le_bytes()[..dtype.bytes()].to_vec(),
+        }
+    };
+    (0..count).flat_map(|_| element()).collect()
+}
+
+fn every_reduction(mut body: impl FnMut(DType, Reduction)) {
+    every(&mut body);
+    for dtype in (0..16).filter_map(DType::from_code).filter(|&dtype| check(dtype, Reduction::Avg).is_ok()) {
+        body(dtype, Reduction::Avg);
+    }
+}
+
 #[test]
-fn a_nan_spreads_through_min_and_max() {
+fn every_set_of_instructions_and_every_cut_gives_the_same_bits() {
+    let (all, lengths): (usize, Vec<usize>) = (3001, (0..=70).chain([511, 512, 513, 1025, 3001]).collect());
+    every_reduction(|dtype, op| {
+        for (ranks, at) in [(2, 0), (2, 1), (3, 1), (5, 4)] {
+            let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| noise(dtype, all, rank as u64 + 1)).collect();
+            let others = |range: std::ops::Range<usize>| -> Vec<&[u8]> {
+                (0..ranks).filter(|&rank| rank != at).map(|rank| &inputs[rank][range.clone()]).collect()
+            };
+            // One element at a time: nothing is wide then.
+            let mut expected = inputs[at].clone();
+            for (i, own) in expected.chunks_mut(dtype.bytes()).enumerate() {
+                let others = others(i * dtype.bytes()..(i + 1) * dtype.bytes());
+                let job = kernel::Job { own, at, others: &others, copy: None, divisor: ranks };
+                fold_at(Level::all().next().unwrap(), dtype, op, job).unwrap();
+            }
+            for level in Level::all() {
+                for &len in &lengths {
+                    let bytes = len * dtype.bytes();
+                    let (mut own, mut copy) = (inputs[at][..bytes].to_vec(), vec![1; bytes]);
+                    let (others, wants_copy) = (others(0..bytes), len % 2 == 0);
+                    let copied = wants_copy.then_some(&mut copy[..]);
+                    let job = kernel::Job { own: &mut own, at, others: &others, copy: copied, divisor: ranks };
+                    fold_at(level, dtype, op, job).unwrap();
+                    assert!(own == expected[..bytes], "{level:?}: {dtype} {op:?}, {ranks} ranks, {len} elements");
+                    assert!(!wants_copy || copy == own, "{level:?}: {dtype} {op:?}, the copy of {len} elements");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn two_inputs_commute_to_the_bit() {
+    every_reduction(|dtype, op| {
+        let (a, b) = (noise(dtype, 5000, 3), noise(dtype, 5000, 4));
+        let (mut first, mut second) = (a.clone(), b.clone());
+        fold(dtype, op, &mut first, 0, &[&b], None, 2).unwrap();
+        fold(dtype, op, &mut second, 1, &[&a], None, 2).unwrap();
+        assert!(first == second, "{dtype} {op:?}: two ranks would hold different bits");
+    });
+}
+
+#[test]
+fn a_minimum_takes_the_negative_zero_and_a_maximum_the_positive_one() {
+    for (op, expected) in [(Reduction::Min, -0.0f32), (Reduction::Max, 0.0)] {
+        for (a, b) in [(0.0f32, -0.0f32), (-0.0, 0.0)] {
+            let mut own = a.to_le_bytes();
+            reduce_into(DType::F32, op, &mut own, &b.to_le_bytes()).unwrap();
+            assert_eq!(own, expected.to_le_bytes(), "{op:?} of {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn a_nan_spreads_and_there_is_only_one() {
     for op in [Reduction::Min, Reduction::Max] {
         for (a, b) in [(f32::NAN, 1.0), (1.0, f32::NAN)] {
             let mut own = a.to_le_bytes();
             reduce_into(DType::F32, op, &mut own, &b.to_le_bytes()).unwrap();
             assert!(f32::from_le_bytes(own).is_nan());
         }
+    }
+    for (a, b) in [(f32::INFINITY, f32::NEG_INFINITY), (-f32::NAN, 1.0), (f32::from_bits(0x7f80_0001), 0.0)] {
+        let mut own = a.to_le_bytes();
+        reduce_into(DType::F32, Reduction::Sum, &mut own, &b.to_le_bytes()).unwrap();
+        assert_eq!(own, f32::NAN.to_le_bytes(), "whatever the processor makes of {a} + {b}");
     }
 }
 
