@@ -69,8 +69,7 @@ impl Drop for Cutter {
 
 fn pass_on(mut from: TcpStream, mut to: TcpStream, left: &AtomicU64, cuts: &AtomicU64) {
     let mut buffer = vec![0; 8192];
-    loop {
-        let Ok(read @ 1..) = from.read(&mut buffer) else { break };
+    while let Ok(read @ 1..) = from.read(&mut buffer) {
         let before =
             left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| Some(left.saturating_sub(read as u64)));
         let room = before.unwrap().min(read as u64) as usize;
