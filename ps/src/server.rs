@@ -42,8 +42,9 @@ pub struct ServerSettings {
 
 impl Default for ServerSettings {
     fn default() -> Self {
-        // A server often has its core to share with workers, who need it more than a spinning server does.
-        let transport = Config { spin_turns: 50, ..Config::default() };
+        // A server mostly shares its cores with workers who compute: on a busy machine of 2 cores, 50 turns of spinning
+        // made a push_pull of 64 KiB three times slower than none. With a core of its own, 2,000 halve the latency.
+        let transport = Config { spin_turns: 0, ..Config::default() };
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             token: None,

@@ -51,7 +51,8 @@ impl Default for ClientSettings {
             worker: None,
             timeout: Duration::from_secs(300),
             reconnect: Duration::from_secs(5),
-            transport: Config { spin_turns: 200, ..Config::default() },
+            // As for a server: who waits here leaves the core to whoever it waits for.
+            transport: Config { spin_turns: 0, ..Config::default() },
         }
     }
 }
