@@ -76,8 +76,8 @@ def work(arguments):
         ddp = DistributedDataParallel(model)
         train(ddp, make(ddp.parameters()), data, arguments, rank, size, report)
         described = dist.group.WORLD._get_backend(torch.device("cpu")).describe()
-        moved = described["segment_bytes"] + sum(link["sent_bytes"] for link in described["links"])
-        wire = described["links"][0]["wire"]
+        moved = described.segment_bytes + sum(link.sent_bytes for link in described.links)
+        wire = described.links[0].wire if described.links else "none"
         dist.destroy_process_group()
     else:
         import gradwire

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from .. import _native
+from ..communicator import Description
 from ..config import Config
 from . import monitor, sparse
 from .tensors import Staging, rank_views
@@ -77,9 +78,9 @@ class GradwireBackend(c10d.Backend):
     def getBackendName(self) -> str:
         return NAME
 
-    def describe(self) -> str:
-        """Which wire leads to which rank, and why."""
-        return str(self._group.describe()["text"])
+    def describe(self) -> Description:
+        """Which wire leads to which rank, and why; `str()` of it is for people."""
+        return Description.of(self._group.describe())
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = c10d.AllreduceOptions()) -> Work | None:
         if tensors and tensors[0].is_sparse:
