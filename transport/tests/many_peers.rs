@@ -54,3 +54,26 @@ fn a_receive_that_meets_what_came_before_it_is_told_without_another_byte() {
     }
     clients.iter_mut().for_each(|client| client.shutdown(Instant::now() + Duration::from_millis(100)));
 }
+
+#[test]
+fn clients_that_have_gone_are_forgotten_once_their_end_was_told() {
+    let mut server = wire(1, Acceptance::Anyone { max_peers: 2 });
+    let address = server.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    for round in 0..40 {
+        let client = std::thread::spawn(move || {
+            let mut client = wire(round + 2, Acceptance::Nobody);
+            client.dial(PeerId(0), None, &[address], Instant::now() + Duration::from_secs(10)).unwrap();
+            client
+        });
+        let up = gather(&mut server, |done| !done.is_empty());
+        let [Completion::PeerUp(peer)] = up[..] else { panic!("{up:?}") };
+        assert!(server.identity(peer).is_some());
+        drop(client.join().unwrap());
+        let down = gather(&mut server, |done| !done.is_empty());
+        assert!(matches!(down[..], [Completion::PeerDown { peer: gone, .. }] if gone == peer), "{down:?}");
+        assert_eq!(server.name(peer).host, "h", "whoever reports the end can still say whose it was");
+        server.poll(Instant::now(), &mut Vec::new());
+        server.poll(Instant::now(), &mut Vec::new());
+        assert!(server.identity(peer).is_none());
+    }
+}

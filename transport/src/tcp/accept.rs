@@ -59,6 +59,11 @@ impl Entrance {
         self.guests.is_empty() && self.parties.is_empty()
     }
 
+    /// Whether anybody may come, and go, any number of times.
+    pub(super) fn is_public(&self) -> bool {
+        matches!(self.accept, Acceptance::Anyone { .. })
+    }
+
     /// Whether there is a door.
     pub(super) fn is_open(&self) -> bool {
         !self.listeners.is_empty()

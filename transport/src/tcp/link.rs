@@ -20,6 +20,8 @@ pub(super) struct Link {
     pub(super) incoming: Incoming,
     pub(super) lanes: Vec<Lane<Payload>>,
     pub(super) lost: Option<TransportError>,
+    /// Whether a poll has passed since it was lost, so that its end has been told.
+    pub(super) told: bool,
     sent: (u64, u64),
     window: usize,
     max_message_bytes: usize,
@@ -36,6 +38,7 @@ impl Link {
             incoming: Incoming::new(peer, pool),
             lanes: streams.into_iter().map(Lane::new).collect(),
             lost: None,
+            told: false,
             sent: (0, 0),
             window: config.window_bytes,
             max_message_bytes: config.max_message_bytes,

@@ -19,6 +19,7 @@ use handshake::{CallError, Me};
 use link::Link;
 use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,8 +34,8 @@ pub struct TcpWire {
     config: Config,
     me: Me,
     entrance: Entrance,
-    links: Vec<Option<Box<Link>>>,
-    identities: Vec<Option<Identity>>,
+    links: BTreeMap<PeerId, Box<Link>>,
+    identities: BTreeMap<PeerId, Identity>,
     pool: Arc<Pool>,
     bell: Arc<Bell>,
     pending: Vec<Completion>,
@@ -62,8 +63,8 @@ impl TcpWire {
         Ok(Self {
             me: Me { identity: me, token: config.token.clone().unwrap_or_default() },
             entrance: Entrance::new(accept),
-            links: Vec::new(),
-            identities: Vec::new(),
+            links: BTreeMap::new(),
+            identities: BTreeMap::new(),
             pool: Arc::new(Pool::default()),
             bell: Arc::new(Bell(bell)),
             pending: Vec::new(),
@@ -112,7 +113,7 @@ impl TcpWire {
 
     /// Who `peer` said it is.
     pub fn identity(&self, peer: PeerId) -> Option<&Identity> {
-        self.identities.get(peer.index())?.as_ref()
+        self.identities.get(&peer)
     }
 
     /// Where this wire listens.
@@ -143,21 +144,13 @@ impl TcpWire {
             pid: identity.pid,
             address: address.to_string(),
         };
-        let at = peer.index();
-        if self.links.len() <= at {
-            self.links.resize_with(at + 1, || None);
-            self.identities.resize_with(at + 1, || None);
-        }
         let link = Link::new(peer, name, streams, &self.config, Arc::clone(&self.pool));
-        self.links[at] = Some(Box::new(link));
-        self.identities[at] = Some(identity);
+        self.links.insert(peer, Box::new(link));
+        self.identities.insert(peer, identity);
     }
 
     fn link(&mut self, peer: PeerId) -> Result<&mut Link, TransportError> {
-        match self.links.get_mut(peer.index()) {
-            Some(Some(link)) => Ok(link),
-            _ => Err(TransportError::UnknownPeer(peer.0)),
-        }
+        self.links.get_mut(&peer).map(Box::as_mut).ok_or(TransportError::UnknownPeer(peer.0))
     }
 }
 

@@ -73,10 +73,22 @@ impl TcpWire {
         }
     }
 
+    /// Forgets clients whose end was told a poll ago: a server outlives any number of them.
+    fn forget_lost(&mut self) {
+        let identities = &mut self.identities;
+        self.links.retain(|peer, link| {
+            let over = link.lost.is_some() && std::mem::replace(&mut link.told, true);
+            if over {
+                identities.remove(peer);
+            }
+            !over
+        });
+    }
+
     fn let_in(&mut self, now: Instant) {
-        let live = self.links.iter().flatten().filter(|link| link.lost.is_none()).count();
+        let live = self.links.values().filter(|link| link.lost.is_none()).count();
         let links = &self.links;
-        let taken = |peer: PeerId| links.get(peer.index()).is_some_and(Option::is_some);
+        let taken = |peer: PeerId| links.contains_key(&peer);
         for arrived in self.entrance.advance(&self.me, now, live, taken) {
             if arrived.streams.iter().all(|stream| stream.set_nonblocking(true).is_ok()) {
                 self.install(arrived.peer, arrived.identity, arrived.address, arrived.streams);
@@ -90,7 +102,7 @@ impl TcpWire {
         let mut fds = vec![PollFd::new(&self.bell.0, PollFlags::IN)];
         fds.extend(self.entrance.listeners().map(|listener| PollFd::new(listener, PollFlags::IN)));
         fds.extend(self.entrance.guest_streams().map(|stream| PollFd::new(stream, PollFlags::IN)));
-        for link in self.links.iter().flatten() {
+        for link in self.links.values() {
             let wants = link.wants_to_write();
             for lane in &link.lanes {
                 let blocked = wants && (lane.writing.is_some() || !link.outgoing.is_idle());
@@ -106,12 +118,11 @@ impl TcpWire {
         let mut fds = self.poll_fds();
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let _ = rustix::event::poll(&mut fds, Some(&zero));
-        let lanes = fds.len() - self.links.iter().flatten().map(|link| link.lanes.len()).sum::<usize>();
+        let lanes = fds.len() - self.links.values().map(|link| link.lanes.len()).sum::<usize>();
         let mut ready = fds[lanes..].iter().map(|fd| !fd.revents().is_empty());
         self.links
-            .iter()
+            .values()
             .map(|link| {
-                let Some(link) = link else { return false };
                 let any = ready.by_ref().take(link.lanes.len()).fold(false, |any, ready| any | ready);
                 // A post may have met what had come already, or have been written at once: that is news without a byte.
                 any || link.wants_to_write() || link.has_news()
@@ -126,14 +137,14 @@ impl Wire for TcpWire {
     }
 
     fn name(&self, peer: PeerId) -> PeerName {
-        match self.links.get(peer.index()) {
-            Some(Some(link)) => link.name.clone(),
+        match self.links.get(&peer) {
+            Some(link) => link.name.clone(),
             _ => PeerName { rank: None, host: "unknown".to_owned(), pid: 0, address: "unknown".to_owned() },
         }
     }
 
     fn traffic(&self, peer: PeerId) -> Traffic {
-        self.links.get(peer.index()).and_then(Option::as_ref).map(|link| link.traffic()).unwrap_or_default()
+        self.links.get(&peer).map(|link| link.traffic()).unwrap_or_default()
     }
 
     fn register(&mut self, _region: &Arc<Region>) -> Result<(), RegisterError> {
@@ -172,23 +183,26 @@ impl Wire for TcpWire {
     }
 
     fn probe(&mut self, tag: Tag) -> Option<Probe> {
-        self.links.iter().flatten().find_map(|link| link.incoming.probe(tag)).map(|(from, bytes)| Probe { from, bytes })
+        self.links.values().find_map(|link| link.incoming.probe(tag)).map(|(from, bytes)| Probe { from, bytes })
     }
 
     fn cancel_recvs(&mut self, peer: PeerId, tag: Tag) {
-        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+        if let Some(link) = self.links.get_mut(&peer) {
             link.incoming.cancel(tag, &TransportError::Cancelled, &mut self.pending);
         }
     }
 
     fn disconnect(&mut self, peer: PeerId, error: TransportError) {
-        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+        if let Some(link) = self.links.get_mut(&peer) {
             link.abort(error, &mut self.pending);
         }
     }
 
     fn poll(&mut self, now: Instant, done: &mut Vec<Completion>) {
         self.turns = self.turns.wrapping_add(1);
+        if self.entrance.is_public() {
+            self.forget_lost();
+        }
         if self.entrance.is_open()
             && (!self.entrance.is_empty() || self.turns.is_multiple_of(DOOR_TURNS) || self.links.is_empty())
         {
@@ -196,15 +210,13 @@ impl Wire for TcpWire {
         }
         done.append(&mut self.pending);
         if self.links.len() <= FEW {
-            for link in self.links.iter_mut().flatten() {
+            for link in self.links.values_mut() {
                 link.progress(done);
             }
         } else {
             let busy = self.busy_links();
-            for (link, _) in self.links.iter_mut().zip(busy).filter(|(_, busy)| *busy) {
-                if let Some(link) = link {
-                    link.progress(done);
-                }
+            for (link, _) in self.links.values_mut().zip(busy).filter(|(_, busy)| *busy) {
+                link.progress(done);
             }
         }
     }
@@ -236,35 +248,33 @@ impl Wire for TcpWire {
         // Large messages still have to be asked for; a goodbye that overtakes them ends them. It keeps some time for itself.
         let asked_for = until - LINGER.min(until.saturating_duration_since(Instant::now()) / 2);
         while Instant::now() < asked_for
-            && self.links.iter().flatten().any(|link| link.lost.is_none() && link.outgoing.len() > 0)
+            && self.links.values().any(|link| link.lost.is_none() && link.outgoing.len() > 0)
         {
             self.poll(Instant::now(), &mut done);
             done.clear();
             self.park(asked_for.min(Instant::now() + Duration::from_millis(10)));
         }
-        for link in self.links.iter_mut().flatten() {
+        for link in self.links.values_mut() {
             link.say_goodbye();
         }
-        while Instant::now() < until
-            && self.links.iter().flatten().any(|link| link.lost.is_none() && link.wants_to_write())
-        {
+        while Instant::now() < until && self.links.values().any(|link| link.lost.is_none() && link.wants_to_write()) {
             self.poll(Instant::now(), &mut done);
             done.clear();
             self.park(until.min(Instant::now() + Duration::from_millis(10)));
         }
-        let lanes = || self.links.iter().flatten().flat_map(|link| &link.lanes);
+        let lanes = || self.links.values().flat_map(|link| &link.lanes);
         for lane in lanes() {
             // Already gone: nothing to close.
             let _ = lane.stream.shutdown(Shutdown::Write);
         }
         // Closing with bytes unread would cut off what we sent last; a peer that reads our goodbye closes its end.
         let until = until.min(Instant::now() + LINGER);
-        while Instant::now() < until && self.links.iter().flatten().any(|link| link.lost.is_none()) {
+        while Instant::now() < until && self.links.values().any(|link| link.lost.is_none()) {
             self.poll(Instant::now(), &mut done);
             done.clear();
             self.park(until.min(Instant::now() + Duration::from_millis(5)));
         }
-        for link in self.links.iter_mut().flatten() {
+        for link in self.links.values_mut() {
             link.fail(LossCause::Goodbye, &mut done);
         }
     }
