@@ -1,7 +1,7 @@
 //! Does: runs the binary as a user does: starts it, asks it, lets it idle, stops it.
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
-use gradwire_ps::{Client, ClientSettings, DType, TableOptions};
+use gradwire_ps::{Client, ClientSettings, DType, Mode, PsError, TableOptions};
 use gradwire_transport::Region;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
@@ -101,6 +101,35 @@ fn an_idle_server_uses_no_processor_with_and_without_clients() {
     assert!(measure() <= 1, "with a client it used more than 1 % of a processor");
     client.close();
     assert!(measure() <= 1, "without one it used more than 1 % of a processor");
+}
+
+#[test]
+fn a_server_killed_in_a_push_is_named_soon_and_one_started_anew_is_not_taken_for_it() {
+    let mut servers = [Running::start(1, &[]), Running::start(1, &[])];
+    let addresses: Vec<String> = servers.iter().map(|server| server.addresses[0].clone()).collect();
+    let settings =
+        ClientSettings { worker: Some(0), reconnect: Duration::from_millis(300), ..ClientSettings::default() };
+    let client = Client::connect(&addresses, settings).unwrap();
+    let options = TableOptions { mode: Mode::Sync { workers: 2 }, ..TableOptions::default() };
+    let table = client.dense("w", &[1 << 20], DType::F32, options).unwrap();
+    let (gradient, out) = (Region::zeroed(4 << 20), Region::zeroed(4 << 20));
+    let push_pull = || {
+        let (gradient, out) = (gradient.read(0..4 << 20).unwrap(), out.write(0..4 << 20).unwrap());
+        table.push_pull(gradient, out).unwrap()
+    };
+    let lost = |error: PsError| match error {
+        PsError::ServerLost { shard: 1, address, cause } if address == addresses[1] => cause,
+        other => panic!("{other}"),
+    };
+    let pending = push_pull();
+    let begun = Instant::now();
+    servers[1].signal("-KILL");
+    lost(pending.wait(None).unwrap_err());
+    assert!(begun.elapsed() < Duration::from_secs(2), "it took {:?}", begun.elapsed());
+    servers[1].end();
+    servers[1] = Running::start(1, &["--listen", &addresses[1]]);
+    let cause = lost(push_pull().wait(None).unwrap_err());
+    assert!(cause.contains("without the tables"), "{cause}");
 }
 
 #[test]

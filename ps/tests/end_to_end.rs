@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use gradwire_ps::{
-    Adam, Client, ClientSettings, Combine, DType, DenseTable, LocalServers, Mode, PsError, Reason, ServerSettings, Sgd,
-    TableOptions, UpdateRule,
+    Adam, Client, ClientSettings, Combine, DType, DenseTable, Limits, LocalServers, Mode, PsError, Reason,
+    ServerSettings, Sgd, TableOptions, UpdateRule,
 };
 use gradwire_transport::Region;
 use half::{bf16, f16};
@@ -426,4 +426,26 @@ fn a_second_process_of_a_worker_takes_its_place() {
     let error = table.push(all(&Region::zeroed(16))).unwrap().wait(LONG).unwrap_err();
     assert!(matches!(&error, PsError::Refused { refusal, .. } if refusal.reason == Reason::Superseded), "{error}");
     again.push(all(&Region::zeroed(16))).unwrap().wait(LONG).unwrap();
+}
+
+#[test]
+fn a_push_that_finds_no_room_goes_again_until_there_is_some() {
+    // Room for the table, and for none of the gradients that have to wait for their turn.
+    let limits = Limits { memory_bytes: 1000 * 12 + 256 + 100, ..Limits::default() };
+    let servers = LocalServers::start(1, ServerSettings { limits, ..ServerSettings::default() }).unwrap();
+    let tables: Vec<_> = (0..3)
+        .map(|worker| {
+            let client = client(&servers, Some(worker));
+            let table = client.dense("w", &[1000], DType::F32, sync(3, UpdateRule::Sum)).unwrap();
+            (client, table)
+        })
+        .collect();
+    let gradients: Vec<_> = (0..3).map(|worker| encode(DType::F32, places(1000, worker))).collect();
+    let last = tables[2].1.push(all(&gradients[2])).unwrap();
+    assert!(matches!(last.wait(Some(Duration::from_millis(50))), Err(PsError::Timeout { .. })));
+    for worker in 0..2 {
+        tables[worker].1.push(all(&gradients[worker])).unwrap().wait(LONG).unwrap();
+    }
+    last.wait(LONG).unwrap();
+    assert_eq!(pull(&tables[2].1), places(1000, 1).map(|n| 3.0 * n).collect::<Vec<_>>());
 }
