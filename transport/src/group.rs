@@ -142,7 +142,9 @@ impl Forming {
                         self.here[rank.index()] = true;
                         return Ok(());
                     }
-                    Err(error @ TransportError::Authentication { .. }) => return Err(error),
+                    Err(error @ (TransportError::Authentication { .. } | TransportError::Config { .. })) => {
+                        return Err(error);
+                    }
                     Err(error) => tried = format!("pid {} on {}: {error}", record.pid, record.home.host),
                 }
             }

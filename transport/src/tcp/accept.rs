@@ -168,6 +168,11 @@ impl Entrance {
                 guest.turn_away();
                 return None;
             }
+            (Acceptance::Ranks(_), Some(peer)) if taken(peer) => {
+                guest.call_double();
+                tracing::warn!(address = %guest.address, identity = ?hello.identity, "this rank is here already");
+                return None;
+            }
             _ => {
                 guest.send_elsewhere();
                 tracing::warn!(address = %guest.address, identity = ?hello.identity, "not a rank that is awaited here");

@@ -11,6 +11,7 @@ const WELCOME: u8 = 1;
 const WRONG_TOKEN: u8 = 2;
 const STALE: u8 = 3;
 const FULL: u8 = 4;
+const TAKEN: u8 = 5;
 
 /// What both sides need of this process.
 pub(super) struct Me {
@@ -75,6 +76,10 @@ fn verdict(word: u8, address: SocketAddr) -> CallError {
     match word {
         STALE => CallError::Stale,
         WRONG_TOKEN => CallError::Final(refused(address.to_string())),
+        TAKEN => {
+            let reason = format!("{address} has this rank already: two processes were started with one rank");
+            CallError::Final(TransportError::Config { setting: "rank".to_owned(), reason })
+        }
         FULL => CallError::Io(io::Error::other("it has as many peers as it may have")),
         other => CallError::Io(io::Error::new(ErrorKind::InvalidData, format!("it answered {other}"))),
     }
@@ -169,6 +174,12 @@ impl Guest {
     pub(super) fn turn_away(&mut self) {
         // It learns of it by the closed connection otherwise.
         let _ = self.say(&[FULL]);
+    }
+
+    /// Turns the guest away: its rank is here already.
+    pub(super) fn call_double(&mut self) {
+        // As above.
+        let _ = self.say(&[TAKEN]);
     }
 
     /// Turns the guest away: it looks for another than us.
