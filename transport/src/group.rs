@@ -1,5 +1,8 @@
 //! Does: forms a group: ranks meet at the store, connect each to each, and find out who shares a host.
 
+mod pairs;
+
+use crate::mesh::Mesh;
 use crate::rendezvous::{HostIdentity, InterfaceFilter, Record, Store, addresses};
 use crate::select::{self, Locality};
 use crate::shm::{GroupSegment, SegmentOffer};
@@ -7,6 +10,7 @@ use crate::{
     Acceptance, Completion, Config, Envelope, Identity, PeerId, PeerName, Rank, Region, Tag, TcpWire, TransportError,
     Wire, WireKind, WorldSize,
 };
+use pairs::Pairs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -74,7 +78,8 @@ pub fn form_group(spec: GroupSpec, deadline: Instant) -> Result<Group, Transport
     }
     forming.accept(began, deadline)?;
     let shared = forming.share(deadline)?;
-    Ok(forming.finish(shared))
+    let pairs = forming.pair_up(deadline)?;
+    Ok(forming.finish(shared, pairs))
 }
 
 struct Forming {
@@ -207,23 +212,23 @@ impl Forming {
         if rank == Rank(0) {
             let made = GroupSegment::create(size);
             let offer = made.as_ref().map_or_else(|error| format!("!{error}"), |made| encode_offer(&made.offer()));
-            size.ranks().skip(1).try_for_each(|other| self.say(other, OFFER, &offer))?;
+            size.ranks().skip(1).try_for_each(|other| self.say(other, OFFER, offer.as_bytes()))?;
             for other in size.ranks().skip(1) {
-                let answer = self.hear(other, ANSWER, deadline)?;
+                let answer = self.hear_text(other, ANSWER, deadline)?;
                 if !answer.is_empty() {
                     refusal = format!("{other}: {answer}");
                 }
             }
-            size.ranks().skip(1).try_for_each(|other| self.say(other, DECISION, &refusal))?;
+            size.ranks().skip(1).try_for_each(|other| self.say(other, DECISION, refusal.as_bytes()))?;
             segment = made.ok();
         } else {
-            let offer = self.hear(Rank(0), OFFER, deadline)?;
+            let offer = self.hear_text(Rank(0), OFFER, deadline)?;
             let opened = match decode_offer(&offer) {
                 Some(offer) => GroupSegment::open(&offer, rank, size).map_err(|error| error.to_string()),
                 None => Err(offer),
             };
-            self.say(Rank(0), ANSWER, opened.as_ref().err().map_or("", String::as_str))?;
-            refusal = self.hear(Rank(0), DECISION, deadline)?;
+            self.say(Rank(0), ANSWER, opened.as_ref().err().map_or("", String::as_str).as_bytes())?;
+            refusal = self.hear_text(Rank(0), DECISION, deadline)?;
             segment = opened.ok().or(segment);
         }
         let locality = select::after_proof(&refusal);
@@ -238,25 +243,31 @@ impl Forming {
         }
     }
 
-    fn say(&mut self, to: Rank, tag: Tag, text: &str) -> Result<(), TransportError> {
-        let region = Region::from_vec(text.bytes().take(MAX_TEXT).collect());
+    fn say(&mut self, to: Rank, tag: Tag, words: &[u8]) -> Result<(), TransportError> {
+        let region = Region::from_vec(words.iter().copied().take(MAX_TEXT).collect());
         let slice = region.read(0..region.len()).expect("nobody else has this region");
         self.wire.post_send(Envelope { peer: to.into(), tag, note: 0 }, slice).map_err(|refused| refused.error)
     }
 
-    fn hear(&mut self, from: Rank, tag: Tag, deadline: Instant) -> Result<String, TransportError> {
+    fn hear_text(&mut self, from: Rank, tag: Tag, deadline: Instant) -> Result<String, TransportError> {
+        Ok(String::from_utf8_lossy(&self.hear(from, tag, deadline)?).into_owned())
+    }
+
+    fn hear(&mut self, from: Rank, tag: Tag, deadline: Instant) -> Result<Vec<u8>, TransportError> {
         let began = Instant::now();
         self.wire.post_recv_loan(from.into(), tag, MAX_TEXT).map_err(|refused| refused.error)?;
         loop {
             self.poll();
-            for completion in self.done.drain(..) {
-                match completion {
-                    Completion::Arrived(arrival) if arrival.from.tag == tag => {
-                        return Ok(String::from_utf8_lossy(&arrival.loan).into_owned());
-                    }
-                    Completion::RecvFailed { error, .. } | Completion::PeerDown { error, .. } => return Err(error),
-                    _ => {}
-                }
+            // Others may have gone meanwhile, having all they needed; whoever drives the group hears of it later.
+            let ours = |completion: &Completion| match completion {
+                Completion::Arrived(arrival) => arrival.from.peer == from.into() && arrival.from.tag == tag,
+                Completion::RecvFailed { peer, tag: awaited, .. } => *peer == from.into() && *awaited == tag,
+                _ => false,
+            };
+            match self.done.iter().position(ours).map(|at| self.done.swap_remove(at)) {
+                Some(Completion::Arrived(arrival)) => return Ok(arrival.loan.to_vec()),
+                Some(Completion::RecvFailed { error, .. }) => return Err(error),
+                _ => {}
             }
             if Instant::now() >= deadline {
                 return Err(self.absent(&[from], "it does not answer about shared memory", began));
@@ -265,7 +276,7 @@ impl Forming {
         }
     }
 
-    fn finish(self, (segment, locality): (Option<GroupSegment>, Locality)) -> Group {
+    fn finish(self, (segment, locality): (Option<GroupSegment>, Locality), pairs: Pairs) -> Group {
         let own = PeerName {
             rank: Some(self.spec.rank),
             host: self.home.host.clone(),
@@ -274,17 +285,23 @@ impl Forming {
         };
         let name = |rank: Rank| if rank == self.spec.rank { own.clone() } else { self.wire.name(PeerId::from(rank)) };
         let members: Vec<PeerName> = self.spec.world_size.ranks().map(name).collect();
-        let kind = if segment.is_some() { WireKind::Shm } else { WireKind::Tcp };
-        let others = members.iter().filter(|name| name.rank != Some(self.spec.rank));
-        let links = others.map(|peer| Link { peer: peer.clone(), kind, reason: locality.reason.clone() }).collect();
-        Group {
-            wire: Box::new(self.wire),
-            rank: self.spec.rank,
-            world_size: self.spec.world_size,
-            members,
-            links,
-            segment,
-        }
+        let link = |peer: &PeerName| {
+            let rank = peer.rank.filter(|&rank| rank != self.spec.rank)?;
+            let paired = pairs.wire.as_ref().is_some_and(|wire| wire.has(rank.into()));
+            let kind = if segment.is_some() || paired { WireKind::Shm } else { WireKind::Tcp };
+            let reason = if segment.is_some() { &locality.reason } else { &pairs.reasons[rank.index()] };
+            Some(Link { peer: peer.clone(), kind, reason: reason.clone() })
+        };
+        let links = members.iter().filter_map(link).collect();
+        // Who had all it needed may have left already.
+        let early =
+            self.done.into_iter().filter(|completion| matches!(completion, Completion::PeerDown { .. })).collect();
+        let others = self.spec.world_size.ranks().filter(|&rank| rank != self.spec.rank).map(PeerId::from);
+        let wire: Box<dyn Wire> = match pairs.wire {
+            Some(shm) => Box::new(Mesh::new(self.wire, shm, others, early)),
+            None => Box::new(self.wire),
+        };
+        Group { wire, rank: self.spec.rank, world_size: self.spec.world_size, members, links, segment }
     }
 }
 

@@ -38,6 +38,25 @@ pub fn after_proof(refusal: &str) -> Locality {
     }
 }
 
+/// Why two ranks use sockets, as far as that is known before anybody has tried; `None` where the proof must be made.
+pub fn pair_before_proof(choice: WireChoice, own_boot: &str, other_boot: &str) -> Option<String> {
+    let reason = match choice {
+        WireChoice::Tcp => "GRADWIRE_TRANSPORT=tcp",
+        _ if own_boot.is_empty() || other_boot.is_empty() => "a host without a boot id to compare",
+        _ if own_boot != other_boot => "another host: its boot id differs",
+        _ => return None,
+    };
+    Some(reason.to_owned())
+}
+
+/// Why two ranks of one boot id use what they use: `refusal` says why memory could not be shared; empty, it is.
+pub fn pair_after_proof(refusal: &str) -> String {
+    match refusal {
+        "" => "same host: boot ids are equal and each reached the memory of the pair".to_owned(),
+        refusal => format!("one boot id, but no shared memory: {refusal}"),
+    }
+}
+
 /// Nothing is downgraded in silence: shared memory that was asked for by name and cannot be had is an error.
 ///
 /// # Errors
@@ -53,6 +72,23 @@ pub fn check(choice: WireChoice, locality: &Locality) -> Result<(), TransportErr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_pair_has_its_reason() {
+        for (choice, own, other, expected) in [
+            (WireChoice::Tcp, "a", "a", Some("GRADWIRE_TRANSPORT=tcp")),
+            (WireChoice::Auto, "a", "b", Some("differs")),
+            (WireChoice::Auto, "", "", Some("without a boot id")),
+            (WireChoice::Auto, "a", "a", None),
+            (WireChoice::Shm, "a", "a", None),
+        ] {
+            let answer = pair_before_proof(choice, own, other);
+            assert_eq!(answer.is_some(), expected.is_some());
+            assert!(answer.unwrap_or_default().contains(expected.unwrap_or_default()));
+        }
+        assert!(pair_after_proof("").starts_with("same host"));
+        assert!(pair_after_proof("permission denied").contains("permission denied"));
+    }
 
     #[test]
     fn every_answer_has_its_reason() {

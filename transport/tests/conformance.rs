@@ -43,6 +43,8 @@ promises! {
     over_sim by crate::promises::sim;
     over_bad_sim by crate::promises::bad_sim;
     over_shm by crate::promises::shm;
+    over_mesh by crate::promises::mesh;
+    over_mixed_mesh by crate::promises::mixed_mesh;
     over_tcp by crate::promises::tcp;
     over_tcp_lanes by crate::promises::tcp_lanes;
 }

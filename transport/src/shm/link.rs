@@ -18,6 +18,8 @@ const PIECE_BYTES: usize = 128 << 10;
 const MESSAGE_COST: u64 = 64;
 /// Records read before others get their turn.
 const TURN_RECORDS: usize = 256;
+/// Turns after which a full ring has been read.
+const RING_TURNS: usize = 16;
 /// Pieces written before others get their turn.
 const TURN_PIECES: usize = 4;
 /// Slots of the peer that our caller may hold; beyond, messages are copied out, so that the peer can always go on.
@@ -211,6 +213,16 @@ impl Link {
     fn lose(&mut self, cause: LossCause, done: &mut Vec<Completion>) {
         let error = TransportError::PeerLost { peer: Box::new(self.name.clone()), cause };
         self.end(&error, done);
+    }
+
+    /// Takes what the peer has written, then ends everything with `error`: another wire has found it to be gone.
+    pub(super) fn end_after_reading(&mut self, error: &TransportError, turn: &mut u64, done: &mut Vec<Completion>) {
+        for _ in 0..RING_TURNS {
+            if self.lost.is_some() || !matches!(self.read(turn, done), Ok(false)) {
+                break;
+            }
+        }
+        self.end(error, done);
     }
 
     /// Ends everything with `error`, and tells the peer if it is still there.

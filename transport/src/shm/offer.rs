@@ -23,6 +23,8 @@ pub struct ShmEnd {
     pub(super) segment: Segment,
     /// 0 for who made it, 1 for who opened it.
     pub(super) side: usize,
+    /// The process at the other end, and its bell, where it is known already.
+    other: Option<(u32, OwnedFd)>,
 }
 
 impl ShmOffer {
@@ -68,19 +70,27 @@ impl ShmOffer {
 pub(super) fn make(bell: u32) -> Result<(ShmOffer, ShmEnd), TransportError> {
     let segment = ring::create()?;
     ring::introduce(&segment, 0, bell);
-    Ok((ShmOffer(segment.offer()), ShmEnd { segment, side: 0 }))
+    Ok((ShmOffer(segment.offer()), ShmEnd { segment, side: 0, other: None }))
 }
 
 /// Opens what is offered.
 pub(super) fn take(offer: &ShmOffer, bell: u32) -> Result<ShmEnd, TransportError> {
     let segment = ring::open(&offer.0)?;
+    let other = find_other(&segment, 1)?;
     ring::introduce(&segment, 1, bell);
-    Ok(ShmEnd { segment, side: 1 })
+    Ok(ShmEnd { segment, side: 1, other: Some(other) })
 }
 
 /// The process at the other end, and its bell.
-pub(super) fn other(end: &ShmEnd) -> Result<(u32, OwnedFd), TransportError> {
-    let Some((pid, bell)) = ring::introduced(&end.segment, 1 - end.side) else {
+pub(super) fn other(end: &mut ShmEnd) -> Result<(u32, OwnedFd), TransportError> {
+    match end.other.take() {
+        Some(other) => Ok(other),
+        None => find_other(&end.segment, end.side),
+    }
+}
+
+fn find_other(segment: &Segment, side: usize) -> Result<(u32, OwnedFd), TransportError> {
+    let Some((pid, bell)) = ring::introduced(segment, 1 - side) else {
         let what = "the other process to open the shared memory that it was offered".to_owned();
         return Err(TransportError::Timeout { what, waited: std::time::Duration::ZERO });
     };
@@ -114,7 +124,9 @@ mod tests {
 
     #[test]
     fn memory_of_another_layout_or_nonce_is_refused() {
-        let (offer, _end) = make(0).unwrap();
+        let (_near, far) = rustix::pipe::pipe().unwrap();
+        let far = u32::try_from(std::os::fd::AsRawFd::as_raw_fd(&far)).unwrap();
+        let (offer, _end) = make(far).unwrap();
         assert!(take(&offer, 0).is_ok());
         assert!(take(&ShmOffer(SegmentOffer { nonce: offer.0.nonce ^ 1, ..offer.0 }), 0).is_err());
         assert!(take(&ShmOffer(SegmentOffer { pid: u32::MAX, ..offer.0 }), 0).is_err());

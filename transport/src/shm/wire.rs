@@ -99,8 +99,8 @@ impl ShmWire {
     ///
     /// # Errors
     /// `Timeout` where it has not accepted the offer yet; `Io` or `BadFrame` where its bell cannot be reached.
-    pub fn attach(&mut self, peer: PeerId, name: PeerName, end: ShmEnd) -> Result<(), TransportError> {
-        let (pid, bell) = offer::other(&end)?;
+    pub fn attach(&mut self, peer: PeerId, name: PeerName, mut end: ShmEnd) -> Result<(), TransportError> {
+        let (pid, bell) = offer::other(&mut end)?;
         let memory = PairMemory::new(end.segment, end.side, bell);
         let at = peer.index();
         if self.links.len() <= at {
@@ -115,10 +115,10 @@ impl ShmWire {
         Ok(())
     }
 
-    /// Ends all operations with `peer`, which another wire has found to be gone.
+    /// Ends all operations with `peer`, which another wire has found to be gone; what it had written is taken first.
     pub fn detach(&mut self, peer: PeerId, error: TransportError) {
         if let Some(Some(link)) = self.links.get_mut(peer.index()) {
-            link.end(&error, &mut self.pending);
+            link.end_after_reading(&error, &mut self.turn, &mut self.pending);
         }
     }
 
@@ -298,7 +298,9 @@ impl Wire for ShmWire {
     }
 
     fn disconnect(&mut self, peer: PeerId, error: TransportError) {
-        self.detach(peer, error);
+        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+            link.end(&error, &mut self.pending);
+        }
     }
 
     fn poll(&mut self, _now: Instant, done: &mut Vec<Completion>) {

@@ -1,4 +1,4 @@
-//! Pure: a wire in virtual time between peers of one process, with delay, loss, duplicates, partitions, slow and dead
+//! Does: a wire in virtual time between peers of one process, with delay, loss, duplicates, partitions, slow and dead
 //! peers, all drawn from a seed: the same seed, plan and calls give the same events at the same instants.
 //!
 //! Time is what `poll` is given; nothing sleeps. A driver polls every wire, and where nothing comes of it jumps its clock

@@ -1,4 +1,4 @@
-//! Pure: the waist, for the simulator.
+//! Does: the waist, for the simulator: what its rooms decide, behind one lock.
 
 use super::core::{Core, name};
 use super::link::Frame;

@@ -9,6 +9,7 @@ use crate::{
     RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::BorrowedFd;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -129,6 +130,26 @@ impl TcpWire {
             })
             .collect()
     }
+
+    /// Sleeps as [`Wire::park`] does, and until `beside` is readable.
+    pub(crate) fn park_beside(&mut self, until: Instant, beside: Option<BorrowedFd<'_>>) {
+        let until = self.entrance.deadline().map_or(until, |deadline| until.min(deadline));
+        let wait = until.saturating_duration_since(Instant::now());
+        let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        let mut fds = self.poll_fds();
+        fds.extend(beside.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        // Interrupted or refused, the caller polls and comes back.
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        let rung = !fds[0].revents().is_empty();
+        drop(fds);
+        if rung {
+            let mut counter = [0; 8];
+            // Empty already: another wake-up has taken it.
+            let _ = rustix::io::read(&self.bell.0, &mut counter);
+        }
+        // Whoever stands at the door is let in at the next poll.
+        self.turns = DOOR_TURNS - 1;
+    }
 }
 
 impl Wire for TcpWire {
@@ -222,21 +243,7 @@ impl Wire for TcpWire {
     }
 
     fn park(&mut self, until: Instant) {
-        let until = self.entrance.deadline().map_or(until, |deadline| until.min(deadline));
-        let wait = until.saturating_duration_since(Instant::now());
-        let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
-        let mut fds = self.poll_fds();
-        // Interrupted or refused, the caller polls and comes back.
-        let _ = rustix::event::poll(&mut fds, Some(&timeout));
-        let rung = !fds[0].revents().is_empty();
-        drop(fds);
-        if rung {
-            let mut counter = [0; 8];
-            // Empty already: another wake-up has taken it.
-            let _ = rustix::io::read(&self.bell.0, &mut counter);
-        }
-        // Whoever stands at the door is let in at the next poll.
-        self.turns = DOOR_TURNS - 1;
+        self.park_beside(until, None);
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

@@ -9,7 +9,7 @@ pub mod random;
 pub mod waiting;
 
 use gradwire_transport::{
-    Acceptance, Completion, Config, Envelope, FaultPlan, Identity, PeerId, PeerName, Rank, Region, RegionSlice,
+    Acceptance, Completion, Config, Envelope, FaultPlan, Identity, Mesh, PeerId, PeerName, Rank, Region, RegionSlice,
     RegionSliceMut, ShmOffer, ShmWire, SimNetwork, SimWire, Tag, TcpWire, Wire, WorldSize,
 };
 use std::net::SocketAddr;
@@ -103,6 +103,14 @@ pub fn blank(bytes: usize) -> (Arc<Region>, RegionSliceMut) {
 
 /// Wires over loopback sockets: each calls all before it and is called by all behind it.
 pub fn tcp(config: &Config, count: u32) -> World {
+    boxed(tcp_wires(config, count))
+}
+
+fn boxed<W: Wire + 'static>(wires: Vec<W>) -> World {
+    World::new(wires.into_iter().map(|wire| -> Box<dyn Wire> { Box::new(wire) }).collect(), None)
+}
+
+fn tcp_wires(config: &Config, count: u32) -> Vec<TcpWire> {
     let accept = Acceptance::Ranks(WorldSize::new(count).unwrap());
     let new = |rank| {
         let identity = Identity {
@@ -118,7 +126,7 @@ pub fn tcp(config: &Config, count: u32) -> World {
     };
     let (wires, addresses): (Vec<_>, Vec<_>) = (0..count).map(new).unzip();
     let deadline = Instant::now() + PATIENCE;
-    let connect = |rank: u32, mut wire: TcpWire| -> Box<dyn Wire> {
+    let connect = |rank: u32, mut wire: TcpWire| {
         for lower in 0..rank {
             let address = addresses[lower as usize];
             wire.dial(PeerId(lower), Some(u64::from(lower) + 1), &[address], deadline).unwrap();
@@ -129,15 +137,14 @@ pub fn tcp(config: &Config, count: u32) -> World {
             wire.park(deadline);
             wire.poll(Instant::now(), &mut done);
         }
-        Box::new(wire)
+        wire
     };
     let connect = &connect;
-    let wires = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let threads: Vec<_> =
             (0..count).zip(wires).map(|(rank, wire)| scope.spawn(move || connect(rank, wire))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-    World::new(wires, None)
+    })
 }
 
 pub fn tcp_lanes(config: &Config, count: u32) -> World {
@@ -146,6 +153,26 @@ pub fn tcp_lanes(config: &Config, count: u32) -> World {
 
 /// Wires over shared memory, each pair by an offer that is sent as bytes.
 pub fn shm(config: &Config, count: u32) -> World {
+    boxed(shm_wires(config, count, count))
+}
+
+/// Sockets for all, and shared memory between the first `near` of them.
+fn mesh_world(config: &Config, count: u32, near: u32) -> World {
+    let pairs = tcp_wires(config, count).into_iter().zip(shm_wires(config, count, near));
+    let join =
+        |(rank, (tcp, shm))| Mesh::new(tcp, shm, (0..count).filter(|&other| other != rank).map(PeerId), Vec::new());
+    boxed((0..).zip(pairs).map(join).collect())
+}
+
+pub fn mesh(config: &Config, count: u32) -> World {
+    mesh_world(config, count, count)
+}
+
+pub fn mixed_mesh(config: &Config, count: u32) -> World {
+    mesh_world(config, count, 2)
+}
+
+fn shm_wires(config: &Config, count: u32, near: u32) -> Vec<ShmWire> {
     let name = |rank| PeerName {
         rank: Some(Rank(rank)),
         host: "localhost".to_owned(),
@@ -153,13 +180,13 @@ pub fn shm(config: &Config, count: u32) -> World {
         address: "shared memory".to_owned(),
     };
     let mut wires: Vec<_> = (0..count).map(|_| ShmWire::new(config).unwrap()).collect();
-    for (a, b) in (0..count).flat_map(|b| (0..b).map(move |a| (a, b))) {
+    for (a, b) in (0..near).flat_map(|b| (0..b).map(move |a| (a, b))) {
         let (offer, ours) = wires[a as usize].offer().unwrap();
         let theirs = wires[b as usize].accept(&ShmOffer::decode(&offer.encode()).unwrap()).unwrap();
         wires[a as usize].attach(PeerId(b), name(b), ours).unwrap();
         wires[b as usize].attach(PeerId(a), name(a), theirs).unwrap();
     }
-    World::new(wires.into_iter().map(|wire| -> Box<dyn Wire> { Box::new(wire) }).collect(), None)
+    wires
 }
 
 /// Simulated wires, for what only they can do.
