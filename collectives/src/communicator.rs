@@ -10,7 +10,7 @@ use crate::messages::{Kind, Message};
 use crate::pending::{Done, Outcome, Ticket};
 use crate::plans::Plans;
 use crate::settings::Settings;
-use crate::{CollectiveError, Fingerprint, Verdict};
+use crate::{CollectiveError, Fingerprint};
 use gradwire_transport::{Group, Link, PeerName, Rank, WorldSize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -156,6 +156,13 @@ impl Communicator {
         self.shared.set_timeout(timeout);
     }
 
+    /// Has `watch` asked, every 50 ms or so, by a thread that waits for ranks at the shared segment: true gives the group up.
+    ///
+    /// Waits at a wire come back by themselves; for the bindings, which look for Ctrl-C. Only the first watch counts.
+    pub fn set_watch(&self, watch: impl Fn() -> bool + Send + Sync + 'static) {
+        self.shared.wishes().set_watch(Box::new(watch));
+    }
+
     /// Collectives begun so far.
     pub fn sequence(&self) -> u64 {
         self.shared.sequence()
@@ -177,8 +184,7 @@ impl Communicator {
     /// Ends the group at once, on every rank: everything under way fails with `reason`. Idempotent.
     pub fn abort(&self, reason: &str) {
         let reason = format!("{} (host {}) aborted: {reason}", self.rank, self.host());
-        self.shared.engine().end_group(Verdict::Aborted { reason }, true);
-        self.shared.ring();
+        self.shared.abort(reason);
     }
 
     /// Leaves the group in good order: sends what was posted, says goodbye, stops the progress thread. Idempotent.

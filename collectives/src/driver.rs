@@ -4,6 +4,7 @@
 use crate::engine::{Engine, Job};
 use crate::messages::Message;
 use crate::pending::Ticket;
+use crate::wishes::Wishes;
 use gradwire_transport::Wake;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 const NAP: Duration = Duration::from_millis(50);
 /// Longest sleep of a driver at the wire.
 const LONG: Duration = Duration::from_secs(1);
+/// How often a caller looks whether the progress thread has let go; that takes a few microseconds, or a very long time.
+const TRIES: u32 = 200;
 /// Sleep of a driver that must look for messages from any rank.
 const PROBE: Duration = Duration::from_millis(1);
 
@@ -29,6 +32,7 @@ pub(crate) struct Shared {
     closing: AtomicBool,
     driven: AtomicBool,
     unfinished: Arc<AtomicUsize>,
+    wishes: Arc<Wishes>,
     timeout_ms: AtomicU64,
     waker: Arc<dyn Wake>,
     spin_turns: u32,
@@ -36,21 +40,17 @@ pub(crate) struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    items: Vec<Item>,
+    jobs: Vec<Job>,
     sequence: u64,
     waiters: usize,
     thread_sleeps: bool,
-}
-
-enum Item {
-    Job(Job),
-    Message(Message),
 }
 
 impl Shared {
     pub(crate) fn new(engine: Engine, waker: Arc<dyn Wake>, spin_turns: u32, timeout: Duration) -> Self {
         let shared = Self {
             unfinished: Arc::clone(&engine.unfinished),
+            wishes: Arc::clone(&engine.wishes),
             engine: Mutex::new(engine),
             inbox: Mutex::new(Inbox::default()),
             bell: Condvar::new(),
@@ -67,13 +67,36 @@ impl Shared {
         shared
     }
 
-    /// The engine, for a moment: the progress thread lets go of it; a caller that drives keeps it until its operation ends.
+    /// The engine, for a moment: whoever drives it lets go.
     pub(crate) fn engine(&self) -> MutexGuard<'_, Engine> {
         self.claimants.fetch_add(1, Ordering::SeqCst);
         self.wake_driver();
         let engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
         self.claimants.fetch_sub(1, Ordering::SeqCst);
         engine
+    }
+
+    /// Ends the group, also while another thread holds the engine and waits for ranks.
+    pub(crate) fn abort(&self, reason: String) {
+        self.wishes.abort(reason);
+        loop {
+            self.wake_driver();
+            match self.engine.try_lock() {
+                Ok(mut engine) => engine.take_wishes(),
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().take_wishes(),
+                Err(TryLockError::WouldBlock) if self.wishes.any() => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                Err(TryLockError::WouldBlock) => true,
+            };
+            return self.ring();
+        }
+    }
+
+    /// What other threads want of the engine.
+    pub(crate) fn wishes(&self) -> &Wishes {
+        &self.wishes
     }
 
     pub(crate) fn set_timeout(&self, timeout: Duration) {
@@ -96,14 +119,13 @@ impl Shared {
         let job = make(inbox.sequence);
         inbox.sequence += 1;
         self.unfinished.fetch_add(1, Ordering::AcqRel);
-        inbox.items.push(Item::Job(job));
+        inbox.jobs.push(job);
     }
 
     /// Queues a user's message.
     pub(crate) fn submit_message(&self, message: Message) {
-        let mut inbox = self.inbox();
         self.unfinished.fetch_add(1, Ordering::AcqRel);
-        inbox.items.push(Item::Message(message));
+        self.wishes.send(message);
     }
 
     /// Tells whoever drives, or sleeps, that there is something new.
@@ -131,18 +153,21 @@ impl Shared {
         while !over() {
             if self.driven.load(Ordering::Acquire) {
                 // Another caller drives until its own operation ends; it rings then, and whenever something ends.
-                self.wait_for_driver(ticket);
+                self.wait_for_driver(ticket, || self.driven.load(Ordering::Acquire));
                 continue;
             }
-            let mut engine = match self.engine.try_lock() {
-                Ok(engine) => engine,
-                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-                Err(TryLockError::WouldBlock) => self.engine(),
+            let Some(mut engine) = self.take_over(&over) else {
+                self.wait_for_driver(ticket, || true);
+                continue;
             };
             self.driven.store(true, Ordering::Release);
-            self.drive(&mut engine, &over, until);
+            self.drive(&mut engine, &|| over() || self.claimants.load(Ordering::SeqCst) > 0, until);
             self.driven.store(false, Ordering::Release);
             drop(engine);
+            // Who aborts or describes the group wants it for a moment, and must not wait for our operation to end.
+            while self.claimants.load(Ordering::SeqCst) > 0 && !over() {
+                std::thread::yield_now();
+            }
             if self.unfinished.load(Ordering::Acquire) > 0 {
                 self.ring_waiters();
                 self.ring_thread();
@@ -150,10 +175,35 @@ impl Shared {
         }
     }
 
-    /// Another caller drives until its own operation ends; it rings then, and whenever something ends.
-    fn wait_for_driver(&self, ticket: &Ticket) {
+    /// The engine, from the progress thread where that one has it; None where it does not let go: it waits for ranks at the
+    /// shared segment.
+    fn take_over(&self, over: &dyn Fn() -> bool) -> Option<MutexGuard<'_, Engine>> {
+        let try_lock = || match self.engine.try_lock() {
+            Ok(engine) => Some(engine),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        if let Some(engine) = try_lock() {
+            return Some(engine);
+        }
+        self.claimants.fetch_add(1, Ordering::SeqCst);
+        self.wake_driver();
+        let mut engine = None;
+        for _ in 0..TRIES {
+            engine = try_lock();
+            if engine.is_some() || over() || self.driven.load(Ordering::Acquire) {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        self.claimants.fetch_sub(1, Ordering::SeqCst);
+        engine
+    }
+
+    /// Who drives rings when its own operation ends, and whenever something ends.
+    fn wait_for_driver(&self, ticket: &Ticket, still: impl Fn() -> bool) {
         let mut inbox = self.inbox();
-        if ticket.is_done() || !self.driven.load(Ordering::Acquire) {
+        if ticket.is_done() || !still() {
             return;
         }
         inbox.waiters += 1;
@@ -220,7 +270,7 @@ impl Shared {
     fn park(&self, engine: &mut Engine, over: &dyn Fn() -> bool, until: Option<Instant>) {
         self.parked.store(true, Ordering::SeqCst);
         // Whoever came before the flag was up is seen here; whoever comes after it wakes the wire.
-        if !over() && self.inbox().items.is_empty() && self.claimants.load(Ordering::SeqCst) == 0 {
+        if !over() && self.inbox().jobs.is_empty() && !self.wishes.any() && self.claimants.load(Ordering::SeqCst) == 0 {
             let nap = if engine.probes() { PROBE } else { LONG };
             let latest = Instant::now() + nap;
             let wake = [engine.next_deadline(), until].into_iter().flatten().fold(latest, Instant::min);
@@ -230,19 +280,15 @@ impl Shared {
     }
 
     fn take_in(&self, engine: &mut Engine) -> bool {
-        let items = {
+        let wished = engine.take_wishes();
+        let jobs = {
             let mut inbox = self.inbox();
-            if inbox.items.is_empty() {
-                return false;
+            if inbox.jobs.is_empty() {
+                return wished;
             }
-            std::mem::take(&mut inbox.items)
+            std::mem::take(&mut inbox.jobs)
         };
-        for item in items {
-            match item {
-                Item::Job(job) => engine.submit(job),
-                Item::Message(message) => engine.submit_message(message),
-            }
-        }
+        jobs.into_iter().for_each(|job| engine.submit(job));
         true
     }
 

@@ -39,9 +39,10 @@ impl Inquiry {
         }
     }
 
-    /// The verdict, once all have answered or the time is up.
+    /// The verdict, once all have told what they called or the time is up.
     pub(crate) fn verdict(&self, now: Instant) -> Option<Verdict> {
-        let all = self.answers.iter().all(Option::is_some);
+        // A rank that has not come yet may be the one that shows who is in the minority.
+        let all = self.answers.iter().all(|answer| answer.is_some_and(|answer| answer.fingerprint.is_some()));
         (all || now >= self.until).then(|| Verdict::conclude(self.sequence, &self.answers, self.waited))
     }
 
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_ends_when_all_have_answered_or_at_the_end_of_patience() {
+    fn it_ends_when_all_have_told_or_at_the_end_of_patience() {
         let (now, size) = (Instant::now(), WorldSize::new(2).unwrap());
         let begun = Answer { begun: 4, fingerprint: Some(1) };
         let mut inquiry = Inquiry::new(3, Duration::from_secs(9), (Rank(0), begun), size, now);
@@ -70,6 +71,8 @@ mod tests {
         assert_eq!(inquiry.verdict(now + PATIENCE), Some(late));
         inquiry.on_answer(Rank(1), 2, begun);
         assert_eq!(inquiry.verdict(now), None, "an answer to another question");
+        inquiry.on_answer(Rank(1), 3, Answer { begun: 3, fingerprint: None });
+        assert_eq!(inquiry.verdict(now), None, "it may come yet");
         inquiry.on_answer(Rank(1), 3, begun);
         assert!(inquiry.verdict(now).is_some());
     }

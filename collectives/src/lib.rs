@@ -27,6 +27,7 @@ mod schedule;
 mod settings;
 mod tree;
 mod verdict;
+mod wishes;
 
 pub use call::{Call, Piece};
 pub use collective::Collective;

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// How long the verdict may take to leave.
 const FAREWELL: Duration = Duration::from_millis(100);
+/// How often a thread that waits at the segment is asked whether to give up: an interruption may take that long.
+const WATCH: Duration = Duration::from_millis(50);
 
 /// Why a collective at the shared segment stopped.
 pub(crate) enum Stop {
@@ -88,6 +90,10 @@ impl Engine {
             Some(Control::Inquiry { sequence }) => {
                 let answer = self.answer(sequence);
                 self.tell(from.into(), &Control::Answer { sequence, answer });
+                if answer.fingerprint.is_none() {
+                    self.asked.retain(|(peer, _)| *peer != PeerId::from(from));
+                    self.asked.push((from.into(), sequence));
+                }
             }
             Some(Control::Answer { sequence, answer }) => {
                 if let Some(inquiry) = &mut self.inquiry {
@@ -183,6 +189,14 @@ impl Engine {
     /// What a rank that waits at the shared segment does meanwhile: everything else of the group.
     pub(super) fn while_waiting(&mut self, missing: &[Rank]) -> Result<(), Stop> {
         let now = Instant::now();
+        self.take_wishes();
+        if now.saturating_duration_since(self.watched) > WATCH {
+            self.watched = now;
+            if self.wishes.gives_up() {
+                let reason = format!("{} was interrupted", self.rank);
+                return Err(Stop::Verdict(Verdict::Aborted { reason }));
+            }
+        }
         self.poll(now);
         self.advance();
         self.messages.expire(now, &mut *self.wire);
@@ -220,6 +234,14 @@ impl Engine {
         let own = (self.rank, self.answer(sequence));
         self.inquiry = Some(Inquiry::new(sequence, waited, own, self.world_size, now));
         self.tell_all(&Control::Inquiry { sequence });
+    }
+
+    /// Tells who asked about collective number `sequence` before it had begun here.
+    pub(super) fn answer_late(&mut self, sequence: u64) {
+        let answer = self.answer(sequence);
+        for (peer, _) in self.asked.extract_if(.., |(_, number)| *number == sequence).collect::<Vec<_>>() {
+            self.tell(peer, &Control::Answer { sequence, answer });
+        }
     }
 
     fn answer(&self, sequence: u64) -> Answer {

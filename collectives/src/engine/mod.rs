@@ -10,6 +10,7 @@ use crate::messages::{Message, Messages};
 use crate::pending::{Done, Outcome, Ticket};
 use crate::plans::Plans;
 use crate::verdict::Verdict;
+use crate::wishes::Wishes;
 use crate::{Fingerprint, Reduction};
 use gradwire_transport::{
     Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WorldSize,
@@ -55,6 +56,7 @@ pub(crate) struct Engine {
     pub(crate) plans: Plans,
     pub(crate) local: Option<Local>,
     pub(crate) unfinished: Arc<AtomicUsize>,
+    pub(crate) wishes: Arc<Wishes>,
     pub(crate) ended: usize,
     queue: VecDeque<Job>,
     running: Vec<Running>,
@@ -62,6 +64,9 @@ pub(crate) struct Engine {
     begun: u64,
     remembered: VecDeque<(u64, u64)>,
     inquiry: Option<Inquiry>,
+    /// Who asked about a collective that had not begun here.
+    asked: Vec<(PeerId, u64)>,
+    watched: Instant,
     odd_length: Option<Rank>,
     lost: Vec<Option<LossCause>>,
     at_segment: Option<u64>,
@@ -91,6 +96,9 @@ impl Engine {
             plans,
             local,
             unfinished: Arc::new(AtomicUsize::new(0)),
+            wishes: Arc::new(Wishes::default()),
+            asked: Vec::new(),
+            watched: Instant::now(),
             ended: 0,
             queue: VecDeque::new(),
             running: Vec::new(),
@@ -119,6 +127,7 @@ impl Engine {
             self.remembered.pop_front();
         }
         self.remembered.push_back((job.sequence, job.fingerprint.0));
+        self.answer_late(job.sequence);
         match &self.over {
             Some(verdict) => {
                 let error = verdict.error(self.operation(&job), &self.members);
@@ -126,6 +135,19 @@ impl Engine {
             }
             None => self.queue.push_back(job),
         }
+    }
+
+    /// Takes what other threads want; whether there was anything.
+    pub(crate) fn take_wishes(&mut self) -> bool {
+        if !self.wishes.any() {
+            return false;
+        }
+        let (messages, abort) = self.wishes.take();
+        messages.into_iter().for_each(|message| self.submit_message(message));
+        if let Some(reason) = abort {
+            self.end_group(Verdict::Aborted { reason }, true);
+        }
+        true
     }
 
     /// Takes a user's message.
