@@ -4,7 +4,7 @@ use crate::buffer::{Access, Memory};
 use crate::operation::{Operation, Part};
 use crate::settings::Options;
 use crate::store::PythonStore;
-use crate::wait::{apart, by_turns, maybe_seconds, seconds};
+use crate::wait::{Interruption, apart, by_turns, maybe_seconds, seconds};
 use crate::{errors, forked};
 use gradwire_collectives::{
     Call, Collective, CollectiveError, Communicator, DType, Description, Pending, Piece, Reduction,
@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 #[pyclass(frozen, module = "gradwire._native")]
 pub(crate) struct Group {
     communicator: Arc<Communicator>,
+    interruption: Interruption,
     generation: u32,
 }
 
@@ -65,7 +66,11 @@ impl Group {
             Communicator::new(group, &label, settings)
         })?;
         match formed {
-            Ok(communicator) => Ok(Self { communicator: Arc::new(communicator), generation: forked::generation() }),
+            Ok(communicator) => {
+                let interruption = Interruption::default();
+                communicator.set_watch(interruption.watch());
+                Ok(Self { communicator: Arc::new(communicator), interruption, generation: forked::generation() })
+            }
             Err(error) => Err(errors::collective(py, &error)),
         }
     }
@@ -188,7 +193,7 @@ impl Group {
 impl Group {
     fn operation(&self, py: Python<'_>, pending: Result<Pending, CollectiveError>) -> PyResult<Operation> {
         match pending {
-            Ok(pending) => Ok(Operation::new(vec![Part::Collective(pending)])),
+            Ok(pending) => Ok(Operation::new(vec![Part::Collective(pending, self.interruption.clone())])),
             Err(error) => Err(errors::collective(py, &error)),
         }
     }
@@ -197,10 +202,10 @@ impl Group {
     /// wait for this one in vain.
     fn see_through(&self, py: Python<'_>, pending: &Pending) -> PyResult<()> {
         match by_turns(py, None, |slice| pending.wait(Some(slice))) {
-            Ok(Some(Err(error))) => Err(errors::collective(py, &error)),
+            Ok(Some(Err(error))) => Err(self.interruption.or(py, &error)),
             Ok(_) => Ok(()),
             Err(interruption) => {
-                let reason = format!("interrupted by {}", interruption.get_type(py));
+                let reason = format!("it was interrupted ({})", interruption.value(py).get_type());
                 py.detach(|| self.communicator.abort(&reason));
                 Err(interruption)
             }

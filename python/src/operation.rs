@@ -1,8 +1,7 @@
 //! Does: operations under way, as Python holds them: one object for one or several that belong together.
 
 use crate::callbacks::call_soon;
-use crate::errors;
-use crate::wait::{by_turns, maybe_seconds};
+use crate::wait::{Interruption, by_turns, maybe_seconds};
 use gradwire_collectives as collectives;
 use pyo3::prelude::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +11,7 @@ use std::time::Duration;
 /// One operation under way.
 #[derive(Clone)]
 pub(crate) enum Part {
-    Collective(collectives::Pending),
+    Collective(collectives::Pending, Interruption),
 }
 
 /// How one ended.
@@ -23,19 +22,19 @@ pub(crate) enum Ended {
 impl Part {
     fn wait(&self, timeout: Duration) -> Option<Ended> {
         match self {
-            Self::Collective(pending) => pending.wait(Some(timeout)).map(Ended::Collective),
+            Self::Collective(pending, _) => pending.wait(Some(timeout)).map(Ended::Collective),
         }
     }
 
     fn is_done(&self) -> bool {
         match self {
-            Self::Collective(pending) => pending.is_done(),
+            Self::Collective(pending, _) => pending.is_done(),
         }
     }
 
     fn on_done(&self, callback: impl FnOnce() + Send + 'static) {
         match self {
-            Self::Collective(pending) => pending.on_done(move |_| callback()),
+            Self::Collective(pending, _) => pending.on_done(move |_| callback()),
         }
     }
 }
@@ -60,7 +59,8 @@ impl Operation {
             match by_turns(py, left, |slice| part.wait(slice))? {
                 None => return Ok(false),
                 Some(Ended::Collective(Err(error))) => {
-                    failure.get_or_insert_with(|| errors::collective(py, &error));
+                    let Part::Collective(_, interruption) = part;
+                    failure.get_or_insert_with(|| interruption.or(py, &error));
                 }
                 Some(Ended::Collective(Ok(_))) => {}
             }

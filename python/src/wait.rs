@@ -1,12 +1,41 @@
 //! Does: waits without the GIL, and looks for Ctrl-C while it does.
 
+use crate::errors;
+use gradwire_collectives::CollectiveError;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long Ctrl-C may go unnoticed.
 const SLICE: Duration = Duration::from_millis(100);
+
+/// What a signal handler raised while the engine held the main thread, where no error can be handed up.
+#[derive(Clone, Default)]
+pub(crate) struct Interruption(Arc<Mutex<Option<PyErr>>>);
+
+impl Interruption {
+    /// Looks for signals; true once one has been raised.
+    pub(crate) fn watch(&self) -> impl Fn() -> bool + Send + Sync + 'static {
+        let kept = Arc::clone(&self.0);
+        move || {
+            // None: the interpreter is going down, and so is the group.
+            let raised = Python::try_attach(|py| py.check_signals()).unwrap_or(Ok(())).err();
+            let found = raised.is_some();
+            if found {
+                *kept.lock().unwrap_or_else(PoisonError::into_inner) = raised;
+            }
+            found
+        }
+    }
+
+    /// What was raised, or else the exception for `error`, which the interruption has brought about.
+    pub(crate) fn or(&self, py: Python<'_>, error: &CollectiveError) -> PyErr {
+        let raised = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        raised.unwrap_or_else(|| errors::collective(py, error))
+    }
+}
 
 /// Seconds as Python gives them.
 ///
@@ -58,10 +87,10 @@ pub(crate) fn apart<T: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> T 
             // Nobody listens any more after an interruption.
             let _ = send.send(work());
         })
-        .map_err(|error| super::errors::plain(format!("cannot start a thread: {error}")))?;
-    let receive = std::sync::Mutex::new(receive);
+        .map_err(|error| errors::plain(format!("cannot start a thread: {error}")))?;
+    let receive = Mutex::new(receive);
     let came = by_turns(py, None, |slice| {
-        let receive = receive.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
         match receive.recv_timeout(slice) {
             Ok(result) => Some(Ok(result)),
             Err(RecvTimeoutError::Timeout) => None,
@@ -70,6 +99,6 @@ pub(crate) fn apart<T: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> T 
     })?;
     match came {
         Some(Ok(result)) => Ok(result),
-        _ => Err(super::errors::plain("a thread of gradwire panicked; its message is on standard error".to_owned())),
+        _ => Err(errors::plain("a thread of gradwire panicked; its message is on standard error".to_owned())),
     }
 }
