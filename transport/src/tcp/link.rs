@@ -173,7 +173,8 @@ impl Link {
                         self.advance(at, filled);
                     }
                     Ok(None) => break,
-                    Err(error) if self.heard_goodbye && error.kind() == ErrorKind::UnexpectedEof => {
+                    // The other lanes may end before the goodbye is heard on the first; a process that died ends that too.
+                    Err(error) if (self.heard_goodbye || at > 0) && error.kind() == ErrorKind::UnexpectedEof => {
                         self.lanes[at].ended = true;
                     }
                     Err(error) => return Err(broken(error)),

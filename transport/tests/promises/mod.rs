@@ -39,6 +39,10 @@ impl World {
         self.simulated.as_ref().map_or_else(Instant::now, |(_, now)| *now)
     }
 
+    pub fn is_simulated(&self) -> bool {
+        self.simulated.is_some()
+    }
+
     pub fn wire(&mut self, at: usize) -> &mut dyn Wire {
         &mut **self.wires[at].as_mut().expect("this wire has not been dropped")
     }
