@@ -70,9 +70,9 @@ pub struct Group {
 /// `Timeout` naming the ranks that did not come, and where they were looked for; `Authentication` for another token;
 /// `Config` for a wire that was asked for and cannot be had.
 pub fn form_group(spec: GroupSpec, deadline: Instant) -> Result<Group, TransportError> {
+    let began = Instant::now();
     let mut forming = Forming::begin(spec)?;
     forming.publish()?;
-    let began = Instant::now();
     for rank in forming.spec.world_size.ranks().take(forming.spec.rank.index()) {
         forming.dial(rank, began, deadline)?;
     }
