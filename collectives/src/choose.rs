@@ -1,13 +1,25 @@
 //! Pure: which algorithm for which call.
+//!
+//! The limits of all-reduce are from `benches/algorithms.rs`. What one call costs a rank, in messages and in buffers sent:
+//! short `n - 1` and `n - 1`, doubling `log2 n` and `log2 n`, direct `2 (n - 1)` and `2 (n - 1) / n`, ring `2 (n - 1)` and
+//! `2 (n - 1) / n` to its neighbour only; in series they take 1, `log2 n`, 2 and `2 (n - 1)` steps.
 
 use crate::call::Shape;
 use crate::chunk::parts;
-use crate::{Action, Collective, DType, Place, Reduction, Schedule, Span, direct, ring, tree};
+use crate::{Action, Collective, DType, Place, Reduction, Schedule, Span, direct, recursive_doubling, ring, tree};
 use gradwire_transport::{Rank, WorldSize};
 
-/// A buffer of at most this many bytes is sent whole to everybody: below it, a step costs more than the bytes.
+/// A buffer of at most this many bytes is sent whole to everybody, of a few ranks: a step costs more than the bytes.
 const SHORT_BYTES: usize = 16 << 10;
-/// From this many bytes on, a ring's neighbours-only traffic is worth its steps.
+/// The most ranks that all send to all.
+const SHORT_RANKS: u32 = 8;
+/// A buffer of at most this many bytes of more ranks goes by doubling: fewer messages cost less than fewer bytes. For few
+/// ranks it is no faster, and a rank that calls another collective shows at once only where all hear from all.
+const DOUBLING_BYTES: usize = 64 << 10;
+/// From this many bytes on, an all-reduce is bound by its bytes: between two ranks, a step less is worth less than half the
+/// sums; among more, a ring's neighbours-only traffic is worth its steps.
+const LONG_BYTES: usize = 1 << 20;
+/// The same for what is only moved.
 const RING_BYTES: usize = 256 << 10;
 /// Bytes of a segment: it stays in the second-level cache between the socket and the sum.
 const SEGMENT_BYTES: usize = 128 << 10;
@@ -21,16 +33,23 @@ pub enum Algorithm {
     Direct,
     /// Everybody sends all to everybody.
     Short,
+    /// Everything with a partner, twice as far away each round.
+    Doubling,
     /// By a binomial tree.
     Tree,
 }
 
-const ALGORITHMS: [(&str, Algorithm); 4] =
-    [("ring", Algorithm::Ring), ("direct", Algorithm::Direct), ("short", Algorithm::Short), ("tree", Algorithm::Tree)];
+const ALGORITHMS: [(&str, Algorithm); 5] = [
+    ("ring", Algorithm::Ring),
+    ("direct", Algorithm::Direct),
+    ("short", Algorithm::Short),
+    ("doubling", Algorithm::Doubling),
+    ("tree", Algorithm::Tree),
+];
 
 /// What each collective can be made with.
 const POSSIBLE: [(&str, &[Algorithm]); 3] = [
-    ("all_reduce", &[Algorithm::Ring, Algorithm::Direct, Algorithm::Short]),
+    ("all_reduce", &[Algorithm::Ring, Algorithm::Direct, Algorithm::Short, Algorithm::Doubling]),
     ("all_gather", &[Algorithm::Ring, Algorithm::Direct]),
     ("broadcast", &[Algorithm::Ring, Algorithm::Tree]),
 ];
@@ -68,10 +87,14 @@ impl Chooser {
             return *wish;
         }
         let half = matches!(dtype, DType::F16 | DType::BF16);
+        let ranks = world_size.get();
         match collective {
-            Collective::AllReduce { .. } if bytes <= SHORT_BYTES && world_size.get() <= 8 => Algorithm::Short,
-            // A ring rounds 16-bit floats at every step; folding in rank order rounds them once.
-            Collective::AllReduce { .. } if half || bytes < RING_BYTES => Algorithm::Direct,
+            Collective::AllReduce { .. } if ranks == 2 && bytes < LONG_BYTES => Algorithm::Short,
+            Collective::AllReduce { .. } if ranks <= SHORT_RANKS && bytes <= SHORT_BYTES => Algorithm::Short,
+            // Doubling and a ring round 16-bit floats at every step; folding in rank order rounds them once.
+            Collective::AllReduce { .. } if half => Algorithm::Direct,
+            Collective::AllReduce { .. } if ranks > SHORT_RANKS && bytes <= DOUBLING_BYTES => Algorithm::Doubling,
+            Collective::AllReduce { .. } if bytes < LONG_BYTES => Algorithm::Direct,
             Collective::AllReduce { .. } => Algorithm::Ring,
             Collective::AllGather if bytes < RING_BYTES => Algorithm::Direct,
             Collective::AllGather => Algorithm::Ring,
@@ -101,7 +124,10 @@ impl Chooser {
             Collective::AllReduce { op } | Collective::Reduce { op, .. } if alone => finish(shape.len, op),
             Collective::AllReduce { op } => match algorithm {
                 Algorithm::Ring => ring::all_reduce(rank, world_size, shape.len, segment, op == Reduction::Avg),
-                Algorithm::Short => direct::all_reduce_short(rank, world_size, shape.len),
+                Algorithm::Short => direct::all_reduce_short(rank, world_size, shape.len, segment),
+                Algorithm::Doubling => {
+                    recursive_doubling::all_reduce(rank, world_size, shape.len, segment, op == Reduction::Avg)
+                }
                 _ => direct::all_reduce(rank, world_size, shape.len, segment),
             },
             Collective::Reduce { root, .. } => direct::reduce(rank, world_size, root, shape.len, segment),

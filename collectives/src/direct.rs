@@ -16,15 +16,19 @@ fn span(place: Place, range: Range<usize>) -> Span {
     Span { place, start: range.start, len: range.len() }
 }
 
-/// All-reduce of a short buffer in place: everybody sends all to everybody. One step; `n - 1` times the buffer is sent.
-pub fn all_reduce_short(rank: Rank, world_size: WorldSize, len: usize) -> Schedule {
-    let mut schedule = Schedule::default();
-    if len > 0 {
-        let span = span(Place::Output, 0..len);
+/// All-reduce in place: everybody sends all to everybody and folds all. One step; `n - 1` times the buffer is sent, which for
+/// two ranks is as little as a ring sends, in half its steps.
+///
+/// What is sent is a copy in scratch: a fold must not write what a send still waits to read, behind others in a full queue.
+pub fn all_reduce_short(rank: Rank, world_size: WorldSize, len: usize, segment: usize) -> Schedule {
+    let mut schedule = Schedule { scratch_len: len, ..Schedule::default() };
+    for span in segments(Place::Output, 0..len, segment) {
+        let sent = Span { place: Place::Scratch, ..span };
+        let copied = Some(schedule.push(Action::Copy { from: span, into: sent }, [None, None]));
         for to in others(rank, world_size) {
-            schedule.push(Action::Send { to, span }, [None, None]);
+            schedule.push(Action::Send { to, span: sent }, [copied, None]);
         }
-        schedule.push(Action::FoldAll { own: span, span }, [None, None]);
+        schedule.push(Action::FoldAll { own: span, span }, [copied, None]);
     }
     schedule
 }

@@ -20,6 +20,7 @@ mod messages;
 mod pending;
 mod plan;
 mod plans;
+mod recursive_doubling;
 pub mod reduce;
 mod ring;
 mod same_host;

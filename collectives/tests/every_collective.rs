@@ -47,6 +47,33 @@ fn all_reduce_sums_and_averages() {
 }
 
 #[test]
+fn every_algorithm_of_all_reduce_gives_all_ranks_the_same_bits() {
+    for (algorithm, size) in ["ring", "direct", "short", "doubling"].into_iter().flat_map(|a| [(a, 3), (a, 4), (a, 6)])
+    {
+        let settings = Settings { algorithms: Some(format!("all_reduce:{algorithm}")), ..Settings::default() };
+        let results = group(size, Way::Tcp, settings, |c| {
+            [0, 1, 7, 5000, 300_001].map(|len| {
+                // Thirds: each order of the sum rounds in its own way.
+                let buffer = floats((0..len).map(|i| mark(c.rank().0, i) / 3.0));
+                c.run(call(Collective::AllReduce { op: Reduction::Avg }, &[], &[&buffer])).unwrap();
+                values(&buffer)
+            })
+        });
+        for (rank, result) in results.iter().enumerate() {
+            for (first, own) in results[0].iter().zip(result) {
+                let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+                assert!(bits(first) == bits(own), "{algorithm}: rank {rank} of {size} differs from rank 0");
+                for (i, value) in own.iter().enumerate() {
+                    let expected = (0..size).map(|rank| mark(rank, i)).sum::<f32>() / (3 * size) as f32;
+                    let bound = 4.0 * f32::EPSILON * expected.abs();
+                    assert!((value - expected).abs() <= bound, "{algorithm}, {size} ranks, element {i}: {value}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn broadcast_and_reduce_know_their_root() {
     everywhere(|way, size| {
         group(size, way, Settings::default(), |c| {

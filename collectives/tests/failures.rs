@@ -74,6 +74,23 @@ fn a_rank_that_calls_something_else_is_named_by_all() {
 }
 
 #[test]
+fn doubling_names_the_rank_that_combines_otherwise_or_more() {
+    let settings = Settings { algorithms: Some("all_reduce:doubling".into()), ..Settings::default() };
+    for odd in [0, 1, 2].map(Rank) {
+        for (op, len) in [(Reduction::Max, 5000), (Reduction::Sum, 5001)] {
+            let errors = group(3, Way::Tcp, settings.clone(), |c| {
+                let (collective, len) = if c.rank() == odd { (Collective::AllReduce { op }, len) } else { (SUM, 5000) };
+                let buffer = floats(vec![1.0; len]);
+                c.run(call(collective, &[], &[&buffer])).unwrap_err()
+            });
+            for error in &errors {
+                assert_eq!(blamed(error), [odd], "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn abort_releases_everybody_with_the_reason() {
     for way in WAYS {
         let errors = group(3, way, Settings::default(), |c| {

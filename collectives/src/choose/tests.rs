@@ -209,11 +209,14 @@ use std::ops::Range;
 
 /// Runs `make` for every world and many lengths; `make` gives each rank's schedule, input, output and what should come out.
 fn everywhere(make: impl Fn(Rank, WorldSize, usize) -> (Schedule, Vec<u64>, Vec<u64>, Option<Vec<u64>>)) {
-    for n in (1..=9).chain([13, 16, 17]) {
+    for n in (1..=9).chain([13, 16, 17, 33]) {
         let world_size = WorldSize::new(n).unwrap();
         let n = n as usize;
-        for len in [0, 1, n - 1, n, n + 1, 100, 20 * n + 3] {
-            for seed in 0..3 {
+        // The largest world takes long to simulate: less of it.
+        let (lens, seeds) =
+            if n > 17 { (vec![1, n + 1], 1) } else { (vec![0, 1, n - 1, n, n + 1, 100, 20 * n + 3], 3) };
+        for len in lens {
+            for seed in 0..seeds {
                 let (mut ranks, mut expected) = (Vec::new(), Vec::new());
                 for rank in world_size.ranks() {
                     let (schedule, input, output, result) = make(rank, world_size, len);
@@ -235,10 +238,11 @@ const SEGMENT: usize = 7;
 #[test]
 fn all_reduces_sum() {
     type Make = fn(Rank, WorldSize, usize) -> Schedule;
-    let algorithms: [Make; 3] = [
+    let algorithms: [Make; 4] = [
         |rank, size, len| ring::all_reduce(rank, size, len, SEGMENT, true),
         |rank, size, len| direct::all_reduce(rank, size, len, SEGMENT),
-        direct::all_reduce_short,
+        |rank, size, len| recursive_doubling::all_reduce(rank, size, len, SEGMENT, true),
+        |rank, size, len| direct::all_reduce_short(rank, size, len, SEGMENT),
     ];
     for algorithm in algorithms {
         everywhere(|rank, size, len| {
@@ -261,6 +265,20 @@ fn a_ring_sends_no_more_than_it_must() {
                 .sum();
             let bound = 2 * (n as usize - 1) * (1000 + 64);
             assert!(sent <= bound, "{rank} of {n} sends {sent} elements, of {bound}");
+        }
+    }
+}
+
+#[test]
+fn doubling_takes_as_many_rounds_as_the_world_doubles() {
+    for n in 2..=33 {
+        let size = WorldSize::new(n).unwrap();
+        for rank in size.ranks() {
+            let schedule = recursive_doubling::all_reduce(rank, size, 100, 100, false);
+            let sends = schedule.steps.iter().filter(|step| matches!(step.action, Action::Send { .. })).count();
+            let (rounds, extra) = (n.ilog2() as usize, n - (1 << n.ilog2()));
+            let expected = if rank.0 >= n - extra { 1 } else { rounds + usize::from(rank.0 < extra) };
+            assert_eq!(sends, expected, "{rank} of {n}");
         }
     }
 }
@@ -367,5 +385,22 @@ fn wishes_are_followed_and_nonsense_is_refused() {
     assert_eq!(Chooser::default().algorithm(&sum, DType::F32, 1 << 24, size), Algorithm::Ring);
     for wrong in ["ring", "all_reduce:fast", "all_gather:tree", "nothing:ring"] {
         assert!(Chooser::new(Some(wrong)).unwrap_err().to_string().contains("all_reduce:ring"), "{wrong}");
+    }
+}
+
+#[test]
+fn the_choice_grows_with_the_bytes_and_rounds_halves_once() {
+    use Algorithm::{Direct, Doubling, Ring, Short};
+    let sum = Collective::AllReduce { op: Reduction::Sum };
+    let choice = |dtype, ranks, bytes| Chooser::default().algorithm(&sum, dtype, bytes, WorldSize::new(ranks).unwrap());
+    let bytes = [8, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 1 << 28];
+    for (ranks, expected) in [
+        (2, [Short, Short, Short, Short, Ring, Ring]),
+        (8, [Short, Short, Direct, Direct, Ring, Ring]),
+        (9, [Doubling, Doubling, Doubling, Direct, Ring, Ring]),
+    ] {
+        assert_eq!(bytes.map(|bytes| choice(DType::F32, ranks, bytes)), expected, "{ranks} ranks");
+        let halves = bytes.map(|bytes| choice(DType::BF16, ranks, bytes));
+        assert!(halves.iter().all(|algorithm| matches!(algorithm, Short | Direct)), "{ranks} ranks: {halves:?}");
     }
 }
