@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
+__all__ = ["__version__", "after_fork", "Operation", "Group", "PsClient", "PsTable", "PsPending", "PsServers"]
+
 __version__: str
 
 def after_fork() -> None:

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy
 
@@ -373,7 +373,7 @@ class Communicator:
         if _is_list(buffer):
             return list(buffer)
         rows = _rows(buffer, self.world_size, argument)
-        view = buffer if hasattr(buffer, "dtype") else memoryview(buffer)
+        view: Any = buffer if hasattr(buffer, "dtype") else memoryview(cast(Any, buffer))
         return [view[rank * rows : (rank + 1) * rows] for rank in range(self.world_size)]
 
     def _part_of(self, inputs: list[Buffer], argument: str) -> Buffer:

@@ -92,6 +92,12 @@ def test_the_stub_tells_what_the_module_holds() -> None:
             check(f"{name}.{member}", one, static.__func__ if isinstance(static, staticmethod) else static)
 
 
+def test_mypy_finds_no_difference_between_stub_and_module() -> None:
+    command = [sys.executable, "-m", "mypy.stubtest", "gradwire._native"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_misspelt_setting_is_named_with_the_nearest_that_there_is() -> None:
     with pytest.warns(RuntimeWarning, match="GRADWIRE_TRANSPROT.*did you mean GRADWIRE_TRANSPORT"):
         Config.from_environment({"GRADWIRE_TRANSPROT": "tcp"})

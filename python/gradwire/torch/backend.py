@@ -24,6 +24,8 @@ from .tensors import Staging, rank_views
 from .work import Work
 
 NAME = "gradwire"
+#: Inputs and outputs of collectives that make up one operation of c10d.
+_Calls = list[tuple[list[Tensor], list[Tensor]]]
 _CLOSE_TIMEOUT_S = 5.0
 
 # c10d's wrapper of TORCH_DISTRIBUTED_DEBUG=DETAIL does not keep the Python half of a backend alive.
@@ -91,11 +93,11 @@ class GradwireBackend(c10d.Backend):
     allreduce_coalesced = allreduce
 
     def broadcast(self, tensors: Sequence[Tensor], opts: Any = c10d.BroadcastOptions()) -> Work | None:
-        calls = [([], [tensor]) for tensor in tensors]
+        calls: _Calls = [([], [tensor]) for tensor in tensors]
         return self._each("broadcast", calls, list(tensors), opts, root=opts.rootRank)
 
     def reduce(self, tensors: Sequence[Tensor], opts: Any = c10d.ReduceOptions()) -> Work | None:
-        calls = [([], [tensor]) for tensor in tensors]
+        calls: _Calls = [([], [tensor]) for tensor in tensors]
         return self._each("reduce", calls, list(tensors), opts, opts.reduceOp, root=opts.rootRank)
 
     def allgather(
@@ -238,7 +240,7 @@ class GradwireBackend(c10d.Backend):
     def _each(
         self,
         name: str,
-        calls: list[tuple[list[Tensor], list[Tensor]]],
+        calls: _Calls,
         results: list[Any],
         opts: Any,
         reduce_op: Any = None,
@@ -251,7 +253,7 @@ class GradwireBackend(c10d.Backend):
         background = bool(opts.asyncOp)
         factor = getattr(reduce_op, "factor", None) if _kind(reduce_op) == c10d.ReduceOp.PREMUL_SUM else None
         staging = Staging(factor, in_place=not (calls and calls[0][0]))
-        operations = []
+        operations: list[Any] = []
         for inputs, outputs in calls:
             operations.append(
                 self._group.run(

@@ -137,7 +137,7 @@ class Work(dist._Work):
 
 def look_through() -> None:
     """Makes `torch.distributed.Work`'s questions reach a work made here. Other backends' works answer as before."""
-    outer = c10d.Work
+    outer: Any = c10d.Work
     if getattr(outer, "_gradwire_looks_through", False):
         return
     is_completed, source_rank, result = outer.is_completed, outer.source_rank, outer.result
