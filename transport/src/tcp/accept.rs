@@ -120,7 +120,7 @@ impl Entrance {
         taken: impl Fn(PeerId) -> bool,
     ) -> Vec<Arrived> {
         self.take_in(now);
-        let mut arrived = Vec::new();
+        let mut arrived: Vec<Arrived> = Vec::new();
         let mut at = 0;
         while at < self.guests.len() {
             match self.guests[at].advance(me, now) {
@@ -131,7 +131,10 @@ impl Entrance {
                 }
                 Progress::Ready(hello) => {
                     let guest = self.guests.swap_remove(at);
-                    arrived.extend(self.seat(guest, hello, now, peers, &taken));
+                    // Two of one rank may finish their hellos together.
+                    let here = |peer| taken(peer) || arrived.iter().any(|other| other.peer == peer);
+                    let seated = self.seat(guest, hello, now, peers + arrived.len(), &here);
+                    arrived.extend(seated);
                 }
             }
         }
@@ -161,6 +164,11 @@ impl Entrance {
         taken: &impl Fn(PeerId) -> bool,
     ) -> Option<Arrived> {
         let rank = hello.identity.rank.map(PeerId::from);
+        let arriving = |peer: PeerId| {
+            let same_rank = |party: &&Party| party.identity.rank.map(PeerId::from) == Some(peer);
+            self.parties.iter().find(same_rank).is_some_and(|party| party.identity != hello.identity)
+        };
+        let taken = |peer| taken(peer) || arriving(peer);
         match (self.accept, rank) {
             (Acceptance::Ranks(size), Some(peer)) if peer.0 < size.get() && hello.wants != 0 && !taken(peer) => {}
             (Acceptance::Anyone { max_peers }, _) if peers + self.parties.len() < max_peers => {}
