@@ -159,11 +159,14 @@ impl Engine {
 
     /// The group ended while `job` was at the segment: by our own verdict, or by that of another rank (`None`).
     pub(super) fn end_at_segment(&mut self, job: Job, verdict: Option<Verdict>) {
+        // The verdict is about this collective, which has not ended here.
+        self.at_segment = Some(job.sequence);
         match (&self.over, verdict) {
             (None, Some(verdict)) => self.end_group(verdict, true),
-            (None, None) => self.hear_verdict(),
+            (None, None) => self.hear_verdict("a rank ended the group and did not say why".to_owned()),
             (Some(_), _) => {}
         }
+        self.at_segment = None;
         if let Some(local) = &mut self.local {
             local.abort();
         }
@@ -172,17 +175,25 @@ impl Engine {
         }
     }
 
-    /// Another rank has ended the group at the segment: waits a moment for it to say why.
-    pub(super) fn hear_verdict(&mut self) {
+    /// Another rank has ended the group: waits a moment for its verdict, which travels apart from the data, before it ends
+    /// here with `otherwise`.
+    pub(super) fn hear_verdict(&mut self, otherwise: String) {
+        if std::mem::replace(&mut self.hearing, true) {
+            return;
+        }
         let until = Instant::now() + FAREWELL;
         while self.over.is_none() && Instant::now() < until {
             self.poll(Instant::now());
-            if self.over.is_none() {
+            // What the teller had completed has had its time: a verdict that has been heard counts at once.
+            if let Some((_, verdict, _)) = self.heard.take() {
+                self.end_group(verdict, true);
+            } else if self.over.is_none() {
                 self.wire.park(until);
             }
         }
+        self.hearing = false;
         if self.over.is_none() {
-            self.end_group(Verdict::Aborted { reason: "a rank ended the group and did not say why".to_owned() }, true);
+            self.end_group(Verdict::Aborted { reason: otherwise }, true);
         }
     }
 
@@ -330,7 +341,7 @@ impl Engine {
                         self.end_group(Verdict::Failed { ranks: vec![rank], cause }, true);
                     }
                 }
-                (_, cause) => self.end_group(Verdict::Aborted { reason: format!("{peer}: {cause}") }, true),
+                (_, cause) => self.hear_verdict(format!("{peer}: {cause}")),
             },
             Halt::Wire(error) => self.end_group(Verdict::Aborted { reason: error.to_string() }, true),
             Halt::Call(error) => {
@@ -368,7 +379,7 @@ impl Engine {
             let cause = cause.to_string();
             self.end_group(Verdict::Failed { ranks, cause }, true);
         } else if let Some(reason) = aborted {
-            self.end_group(Verdict::Aborted { reason }, true);
+            self.hear_verdict(reason);
         }
     }
 }
