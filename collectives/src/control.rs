@@ -83,6 +83,35 @@ impl Control {
     }
 }
 
+/// Between the words and the verdict in the text of an abort.
+const SEAL: char = '\u{1f}';
+/// Longest text that a wire carries whole.
+const MAX_SEALED: usize = 2000;
+
+/// `reason` with the verdict behind it, for the text of an abort: whoever sees the end before the message knows it too.
+pub(crate) fn seal(reason: &str, verdict: &Verdict) -> String {
+    let bytes = Control::Verdict { sequence: 0, verdict: verdict.clone() }.encode();
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let sealed = format!("{reason}{SEAL}{hex}");
+    if sealed.len() <= MAX_SEALED { sealed } else { reason.to_owned() }
+}
+
+/// The words in the text of an abort.
+pub(crate) fn words(text: &str) -> &str {
+    text.split_once(SEAL).map_or(text, |(words, _)| words)
+}
+
+/// The verdict in the text of an abort.
+pub(crate) fn unseal(text: &str) -> Option<Verdict> {
+    let (_, hex) = text.split_once(SEAL)?;
+    let digits = hex.as_bytes().as_chunks::<2>().0;
+    let byte = |pair: &[u8; 2]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    match Control::decode(&digits.iter().map(byte).collect::<Option<Vec<u8>>>()?)? {
+        Control::Verdict { verdict, .. } => Some(verdict),
+        _ => None,
+    }
+}
+
 fn put(out: &mut Vec<u8>, kind: u8, words: &[u64]) {
     out.push(kind);
     words.iter().for_each(|word| out.extend(word.to_le_bytes()));
@@ -151,6 +180,14 @@ mod tests {
         }
         let cut = Control::Verdict { sequence: 1, verdict: Verdict::Aborted { reason: long } }.encode();
         assert!(cut.len() <= MAX_BYTES && Control::decode(&cut).is_some());
+    }
+
+    #[test]
+    fn an_abort_carries_the_verdict_behind_its_words() {
+        let verdict = Verdict::Failed { ranks: vec![Rank(3)], cause: "gone".into() };
+        let text = seal("rank 3 failed", &verdict);
+        assert_eq!((words(&text), unseal(&text)), ("rank 3 failed", Some(verdict)));
+        assert_eq!((words("enough"), unseal("enough"), unseal("a\u{1f}zz")), ("enough", None, None));
     }
 
     proptest! {

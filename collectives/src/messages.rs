@@ -206,7 +206,7 @@ impl Messages {
             TransportError::PeerLost { cause, .. } => CollectiveError::RankFailed {
                 operation: Box::new(self.operation(&message)),
                 ranks: vec![Member::of(peer, &self.members)],
-                cause: cause.to_string(),
+                cause: crate::control::words(&cause.to_string()).to_owned(),
             },
             other => CollectiveError::Transport(other.clone()),
         };

@@ -53,7 +53,7 @@ impl Engine {
         self.settle_messages();
         for peer in self.others() {
             let name = Box::new(self.wire.name(peer));
-            let cause = LossCause::Aborted(reason.clone());
+            let cause = LossCause::Aborted(control::seal(&reason, &verdict));
             self.wire.disconnect(peer, TransportError::PeerLost { peer: name, cause });
         }
         // What is still lent to the wire comes back here and is dropped.
@@ -172,6 +172,14 @@ impl Engine {
         }
         if let Some(verdict) = self.over.clone() {
             self.fail_job(&job, &verdict);
+        }
+    }
+
+    /// Another rank has ended the group and said `text`: takes the verdict in it, or waits for it.
+    fn end_by(&mut self, text: &str) {
+        match control::unseal(text) {
+            Some(verdict) => self.end_group(verdict, true),
+            None => self.hear_verdict(control::words(text).to_owned()),
         }
     }
 
@@ -341,7 +349,7 @@ impl Engine {
                         self.end_group(Verdict::Failed { ranks: vec![rank], cause }, true);
                     }
                 }
-                (_, cause) => self.hear_verdict(format!("{peer}: {cause}")),
+                (_, cause) => self.end_by(&format!("{peer}: {cause}")),
             },
             Halt::Wire(error) => self.end_group(Verdict::Aborted { reason: error.to_string() }, true),
             Halt::Call(error) => {
@@ -379,7 +387,7 @@ impl Engine {
             let cause = cause.to_string();
             self.end_group(Verdict::Failed { ranks, cause }, true);
         } else if let Some(reason) = aborted {
-            self.hear_verdict(reason);
+            self.end_by(&reason);
         }
     }
 }
