@@ -168,3 +168,23 @@ fn urls_and_environments_are_read_as_launchers_write_them() {
         assert!(refused.contains(said), "{url}: {refused}");
     }
 }
+
+#[test]
+fn many_stores_write_one_folder_at_once() {
+    let folder = std::env::temp_dir().join(format!("gradwire-drafts-{}", std::process::id()));
+    std::thread::scope(|scope| {
+        for writer in 0..4 {
+            let folder = &folder;
+            scope.spawn(move || {
+                for number in 0..500 {
+                    FileStore::new(folder).unwrap().set(&format!("{writer}"), format!("{number}").as_bytes()).unwrap();
+                }
+            });
+        }
+    });
+    let store = FileStore::new(&folder).unwrap();
+    for writer in 0..4 {
+        assert_eq!(store.get(&format!("{writer}"), Instant::now() + PATIENCE).unwrap(), b"499");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}

@@ -6,7 +6,6 @@ use std::fmt::Write;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// How often a file that is not there yet is looked for.
@@ -15,7 +14,6 @@ const LOOK: Duration = Duration::from_millis(5);
 /// A store in a folder. Use a folder of its own for each run: values of an earlier run are not told apart.
 pub struct FileStore {
     folder: PathBuf,
-    written: AtomicU64,
 }
 
 impl FileStore {
@@ -25,7 +23,7 @@ impl FileStore {
     /// `Io` when it cannot be made.
     pub fn new(folder: &Path) -> Result<Self, TransportError> {
         fs::create_dir_all(folder).map_err(|error| TransportError::io(format!("make {}", folder.display()), error))?;
-        Ok(Self { folder: folder.to_owned(), written: AtomicU64::new(0) })
+        Ok(Self { folder: folder.to_owned() })
     }
 
     fn path(&self, key: &str) -> PathBuf {
@@ -43,8 +41,10 @@ impl FileStore {
 impl Store for FileStore {
     fn set(&self, key: &str, value: &[u8]) -> Result<(), TransportError> {
         let path = self.path(key);
-        let number = self.written.fetch_add(1, Ordering::Relaxed);
-        let draft = self.folder.join(format!(".{}-{number}-{key_len}", std::process::id(), key_len = key.len()));
+        // Nobody else's draft: neither another store's in this process nor, in a shared folder, another host's.
+        let mut own = [0; 16];
+        getrandom::fill(&mut own).expect("the system gives random bytes");
+        let draft = self.folder.join(format!(".{:032x}", u128::from_le_bytes(own)));
         fs::write(&draft, value)
             .and_then(|()| fs::rename(&draft, &path))
             .map_err(|error| TransportError::io(format!("write {}", path.display()), error))
