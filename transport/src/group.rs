@@ -194,7 +194,11 @@ impl Forming {
         self.wire.poll(Instant::now(), &mut done);
         for completion in done {
             match completion {
-                Completion::PeerUp(peer) => self.here[peer.index()] = true,
+                Completion::PeerUp(up) => {
+                    self.here[up.index()] = true;
+                    // It may have come twice, giving up a call that it did not hear answered in time.
+                    self.done.retain(|earlier| !matches!(earlier, Completion::PeerDown { peer, .. } if *peer == up));
+                }
                 other => self.done.push(other),
             }
         }

@@ -167,3 +167,34 @@ fn an_address_that_nobody_listens_at_is_passed_over() {
         guest.join().unwrap().unwrap();
     });
 }
+
+#[test]
+fn who_did_not_hear_its_welcome_may_call_again_and_another_of_its_rank_may_not() {
+    let mut host = wire(0, "right", Acceptance::Ranks(WorldSize::new(2).unwrap()));
+    let address = host.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let dialled = |identity: Identity| {
+        move || {
+            let config = Config { token: Some("right".to_owned()), ..Config::default() };
+            let mut guest = TcpWire::new(&config, identity, Acceptance::Nobody).unwrap();
+            guest.dial(PeerId(0), Some(100), &[address], Instant::now() + PATIENCE).map(|()| guest)
+        }
+    };
+    let other = Identity { nonce: 7, ..identity(1) };
+    let mut done = Vec::new();
+    let mut guests = Vec::new();
+    for identity in [identity(1), identity(1), other] {
+        let call = std::thread::spawn(dialled(identity));
+        let until = Instant::now() + PATIENCE;
+        while !call.is_finished() {
+            assert!(Instant::now() < until, "the call does not end");
+            host.poll(Instant::now(), &mut done);
+            std::thread::yield_now();
+        }
+        guests.push(call.join().unwrap());
+    }
+    assert!(guests[0].is_ok() && guests[1].is_ok());
+    let refused = guests[2].as_ref().err().expect("another process has this rank").to_string();
+    assert!(refused.contains("two processes were started with one rank"), "{refused}");
+    let ups = done.iter().filter(|event| matches!(event, Completion::PeerUp(_))).count();
+    assert_eq!(ups, 2, "{done:?}");
+}

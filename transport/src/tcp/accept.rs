@@ -117,7 +117,7 @@ impl Entrance {
         me: &Me,
         now: Instant,
         peers: usize,
-        taken: impl Fn(PeerId) -> bool,
+        taken: impl Fn(PeerId, &Identity) -> bool,
     ) -> Vec<Arrived> {
         self.take_in(now);
         let mut arrived: Vec<Arrived> = Vec::new();
@@ -132,7 +132,9 @@ impl Entrance {
                 Progress::Ready(hello) => {
                     let guest = self.guests.swap_remove(at);
                     // Two of one rank may finish their hellos together.
-                    let here = |peer| taken(peer) || arrived.iter().any(|other| other.peer == peer);
+                    let here = |peer, who: &Identity| {
+                        taken(peer, who) || arrived.iter().any(|other| other.peer == peer && other.identity != *who)
+                    };
                     let seated = self.seat(guest, hello, now, peers + arrived.len(), &here);
                     arrived.extend(seated);
                 }
@@ -161,14 +163,14 @@ impl Entrance {
         hello: Hello,
         now: Instant,
         peers: usize,
-        taken: &impl Fn(PeerId) -> bool,
+        taken: &impl Fn(PeerId, &Identity) -> bool,
     ) -> Option<Arrived> {
         let rank = hello.identity.rank.map(PeerId::from);
         let arriving = |peer: PeerId| {
             let same_rank = |party: &&Party| party.identity.rank.map(PeerId::from) == Some(peer);
             self.parties.iter().find(same_rank).is_some_and(|party| party.identity != hello.identity)
         };
-        let taken = |peer| taken(peer) || arriving(peer);
+        let taken = |peer| taken(peer, &hello.identity) || arriving(peer);
         match (self.accept, rank) {
             (Acceptance::Ranks(size), Some(peer)) if peer.0 < size.get() && hello.wants != 0 && !taken(peer) => {}
             (Acceptance::Anyone { max_peers }, _) if peers + self.parties.len() < max_peers => {}

@@ -5,7 +5,7 @@ use super::outgoing::Cargo;
 use super::{Link, TcpWire};
 use crate::region::Loan;
 use crate::{
-    Completion, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
+    Completion, Envelope, Identity, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
     RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -88,8 +88,9 @@ impl TcpWire {
 
     fn let_in(&mut self, now: Instant) {
         let live = self.links.values().filter(|link| link.lost.is_none()).count();
-        let links = &self.links;
-        let taken = |peer: PeerId| links.contains_key(&peer);
+        let identities = &self.identities;
+        // Who calls again did not hear our welcome in time, and has no other connection to us.
+        let taken = |peer: PeerId, who: &Identity| identities.get(&peer).is_some_and(|here| here != who);
         for arrived in self.entrance.advance(&self.me, now, live, taken) {
             if arrived.streams.iter().all(|stream| stream.set_nonblocking(true).is_ok()) {
                 self.install(arrived.peer, arrived.identity, arrived.address, arrived.streams);
