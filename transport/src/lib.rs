@@ -4,6 +4,7 @@
 //! held in two ways: *posted* (a slice of the caller's own [`Region`], for payloads that end where they land) and *lent*
 //! (the wire's own memory, read or written in place: [`SendLoan`], [`RecvLoan`]).
 
+mod beside;
 mod completion;
 mod config;
 mod error;
@@ -23,8 +24,10 @@ pub mod shm;
 pub mod sim;
 mod slab;
 pub mod tcp;
+pub mod verbs;
 mod wire;
 
+pub use beside::{Beside, Words};
 pub use completion::{Arrival, Completion};
 pub use config::{Config, WireChoice};
 pub use error::{LossCause, PostError, RegisterError, TransportError};
@@ -38,4 +41,5 @@ pub use rendezvous::{FileStore, MemoryStore, Store, TcpStore, open_store};
 pub use shm::{GroupSegment, ShmEnd, ShmOffer, ShmWire};
 pub use sim::{FaultPlan, SimNetwork, SimWire};
 pub use tcp::{Acceptance, TcpWire};
+pub use verbs::{VerbsConfig, VerbsWire};
 pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};

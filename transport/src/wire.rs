@@ -169,6 +169,18 @@ pub trait OneSided: Wire {
     ) -> Result<(), PostError<RegionSliceMut>>;
 }
 
+/// Whether an access of `bytes` stays within the `capacity` of its other side.
+///
+/// # Errors
+/// `MessageTooLong`, before anything is sent.
+pub(crate) fn fits(peer: PeerName, tag: Tag, bytes: u64, capacity: u64) -> Result<(), TransportError> {
+    let whole = |count| usize::try_from(count).unwrap_or(usize::MAX);
+    if bytes <= capacity {
+        return Ok(());
+    }
+    Err(TransportError::MessageTooLong { peer: Box::new(peer), tag, bytes: whole(bytes), capacity: whole(capacity) })
+}
+
 impl fmt::Debug for dyn Wire {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Wire")

@@ -47,6 +47,10 @@ promises! {
     over_mixed_mesh by crate::promises::mixed_mesh;
     over_tcp by crate::promises::tcp;
     over_tcp_lanes by crate::promises::tcp_lanes;
+    over_verbs by crate::promises::verbs;
+    over_verbs_lanes by crate::promises::verbs_lanes;
+    over_breaking_verbs by crate::promises::breaking_verbs;
+    over_failing_verbs by crate::promises::failing_verbs;
 }
 
 mod one_sided_over_sim {

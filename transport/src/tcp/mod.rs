@@ -20,7 +20,7 @@ use link::Link;
 use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -114,6 +114,16 @@ impl TcpWire {
     /// Who `peer` said it is.
     pub fn identity(&self, peer: PeerId) -> Option<&Identity> {
         self.identities.get(&peer)
+    }
+
+    /// The addresses by which this process reaches its peers, each once.
+    pub fn local_addresses(&self) -> Vec<IpAddr> {
+        let streams = self.links.values().flat_map(|link| link.lanes.first()).map(|lane| &lane.stream);
+        let mut all: Vec<IpAddr> =
+            streams.filter_map(|stream| stream.local_addr().ok()).map(|at| at.ip().to_canonical()).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     /// Where this wire listens.
