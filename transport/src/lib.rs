@@ -23,6 +23,7 @@ pub mod shm;
 pub mod sim;
 mod slab;
 pub mod tcp;
+pub mod verbs;
 mod wire;
 
 pub use completion::{Arrival, Completion};

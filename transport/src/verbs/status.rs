@@ -22,13 +22,18 @@ impl Status {
     /// What it says and what to do.
     fn texts(self) -> (&'static str, &'static str) {
         match self.code {
-            1 => ("the message is longer than the receive or the device allows", "report this: both ends agree on lengths"),
+            1 => (
+                "the message is longer than the receive or the device allows",
+                "report this: both ends agree on lengths",
+            ),
             2 => ("the queue pair is not able to do this", "report this with the device's name and firmware"),
             4 => (
                 "memory is not, or no longer, registered as needed",
                 "do not free or remap memory that a call still uses",
             ),
-            FLUSHED => ("it was in the queue when the queue pair failed", "look at the first failure of this queue pair"),
+            FLUSHED => {
+                ("it was in the queue when the queue pair failed", "look at the first failure of this queue pair")
+            }
             6 => ("a memory window could not be bound", "report this"),
             7 => ("the device answered what makes no sense", "look at the device's log (dmesg)"),
             8 => ("memory was accessed locally that is not registered for it", "report this"),

@@ -1,0 +1,15 @@
+//! Does: RDMA by libibverbs, found when the program runs.
+
+pub mod adapter;
+mod async_events;
+mod completion_queue;
+mod context;
+pub mod device;
+mod ffi;
+pub mod gid;
+mod library;
+mod listing;
+mod memory_region;
+mod queue_pair;
+pub mod settings;
+pub mod status;
