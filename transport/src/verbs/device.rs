@@ -35,7 +35,6 @@ const QUEUE_PAIRS_AT_FIRST: usize = 8;
 pub struct Device {
     queue_pairs: HashMap<u32, Open>,
     regions: HashMap<u64, MemoryRegion>,
-    next_region: u64,
     sleep: OwnedFd,
     completions: Arc<CompletionQueue>,
     domain: Arc<ProtectionDomain>,
@@ -115,7 +114,6 @@ impl Device {
         Ok(Self {
             queue_pairs: HashMap::new(),
             regions: HashMap::new(),
-            next_region: 0,
             sleep,
             completions,
             domain,
@@ -175,6 +173,13 @@ impl Device {
         }
     }
 
+    /// Whether the processor may copy the span into the work request.
+    fn may_go_inline(&self, span: &Span, work: Work) -> bool {
+        let region = || self.regions.get(&span.key.into());
+        let small = span.bytes > 0 && span.bytes as usize <= self.limits.inline_bytes;
+        small && !matches!(work, Work::Read(_)) && region().is_some_and(|region| region.is_readable(span))
+    }
+
     fn known(&self, number: u32) -> io::Result<&Open> {
         let gone = || io::Error::new(io::ErrorKind::NotConnected, format!("queue pair {number} is closed"));
         self.queue_pairs.get(&number).ok_or_else(gone)
@@ -193,9 +198,8 @@ impl Adapter for Device {
     unsafe fn register(&mut self, start: *mut u8, bytes: usize, access: Access) -> Result<Key, RegisterError> {
         // SAFETY: the caller keeps the memory mapped until it is deregistered.
         let region = unsafe { MemoryRegion::register(&self.domain, start, bytes, access) }?;
-        self.next_region += 1;
-        let key = region.key(self.next_region);
-        self.regions.insert(self.next_region, region);
+        let key = region.key();
+        self.regions.insert(key.handle, region);
         Ok(key)
     }
 
@@ -252,7 +256,10 @@ impl Adapter for Device {
     }
 
     fn post(&mut self, queue_pair: u32, number: u64, span: Span, work: Work, signalled: bool) -> io::Result<()> {
-        self.known(queue_pair)?.queue_pair.post(number, span, work, signalled)
+        let open = self.known(queue_pair)?;
+        let inline = self.may_go_inline(&span, work);
+        // SAFETY: what goes inline lies in registered memory, which whoever registered it keeps mapped.
+        unsafe { open.queue_pair.post(number, span, work, signalled, inline) }
     }
 
     fn post_recv(&mut self, queue_pair: u32, number: u64, span: Span) -> io::Result<()> {

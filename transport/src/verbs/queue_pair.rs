@@ -50,7 +50,6 @@ pub(super) struct QueuePair {
     raw: NonNull<ibv_qp>,
     post_send: PostSend,
     post_recv: PostRecv,
-    inline_bytes: usize,
     domain: Arc<ProtectionDomain>,
     _completions: Arc<CompletionQueue>,
 }
@@ -89,7 +88,6 @@ impl QueuePair {
             raw,
             post_send: context.ops().post_send,
             post_recv: context.ops().post_recv,
-            inline_bytes: limits.inline_bytes,
             domain: Arc::clone(domain),
             _completions: Arc::clone(completions),
         };
@@ -153,9 +151,17 @@ impl QueuePair {
     }
 
     /// Posts to the send queue.
-    pub(super) fn post(&self, number: u64, span: Span, work: Work, signalled: bool) -> io::Result<()> {
-        // Only sends go inline, since their memory is the wire's own: a write's may be a GPU's, which no processor reads.
-        let inline = matches!(work, Work::Send) && span.bytes as usize <= self.inline_bytes;
+    ///
+    /// # Safety
+    /// With `inline`, the span's memory must be readable by the processor.
+    pub(super) unsafe fn post(
+        &self,
+        number: u64,
+        span: Span,
+        work: Work,
+        signalled: bool,
+        inline: bool,
+    ) -> io::Result<()> {
         let (opcode, remote, word) = match work {
             Work::Send => (WR_SEND, None, 0),
             Work::Write(remote, None) => (WR_RDMA_WRITE, Some(remote), 0),
@@ -176,8 +182,8 @@ impl QueuePair {
             _unused: [0; 9],
         };
         let mut refused = null_mut();
-        // SAFETY: the queue pair is there for as long as `self`; request and place are read during the call only, and
-        // whoever posts keeps the memory that they name, as the adapter asks.
+        // SAFETY: the queue pair is there for as long as `self`; request and place are read during the call only. What they
+        // name is reached by the device alone, which keeps to registered memory, or is readable as the caller promises.
         answer(unsafe { (self.post_send)(self.raw.as_ptr(), &raw mut request, &raw mut refused) })
     }
 
@@ -187,7 +193,7 @@ impl QueuePair {
         let num_sge = (span.bytes > 0).into();
         let mut request = ibv_recv_wr { wr_id: number, next: null_mut(), sg_list: &raw mut place, num_sge };
         let mut refused = null_mut();
-        // SAFETY: as for `post`.
+        // SAFETY: as for `post`; nothing is copied during the call.
         answer(unsafe { (self.post_recv)(self.raw.as_ptr(), &raw mut request, &raw mut refused) })
     }
 
