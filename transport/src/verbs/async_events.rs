@@ -9,7 +9,7 @@ use std::ptr::null_mut;
 
 /// What an event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum About {
+pub(super) enum About {
     QueuePair,
     Port,
     All,
@@ -45,7 +45,7 @@ pub(super) fn read(context: &Context, port: u8, troubles: &mut Vec<Trouble>) {
 }
 
 /// What a code of `enum ibv_event_type` is about, whether work cannot go on, and what to say of it, if anything.
-fn words(code: u32) -> (About, bool, Option<&'static str>) {
+pub(super) fn words(code: u32) -> (About, bool, Option<&'static str>) {
     use About::{All, Port, QueuePair};
     match code {
         0 => (All, true, Some("its completion queue has overflowed")),

@@ -1,5 +1,7 @@
 //! Does: RDMA by libibverbs, found when the program runs.
 
+#[cfg(all(test, feature = "abi-check"))]
+mod abi_check;
 pub mod adapter;
 mod async_events;
 mod completion_queue;
