@@ -2,6 +2,7 @@
 
 use super::Forming;
 use super::pairs::Pairs;
+use crate::verbs::device::Device;
 use crate::verbs::{self, VerbsWire};
 use crate::{Beside, PeerId, Rank, TransportError, Wire, Words, select};
 use std::time::Instant;
@@ -21,9 +22,9 @@ impl Forming {
         if tried.is_empty() {
             return Ok(());
         }
-        let opened = verbs::open(&self.spec.config.verbs, &self.wire.local_addresses());
+        let opened = Device::open(&self.spec.config.verbs, &self.wire.local_addresses());
         let (mut wire, device) = match opened {
-            Ok((adapter, reason)) => (Ok(VerbsWire::new(&self.spec.config, adapter)), reason),
+            Ok((device, reason)) => (Ok(VerbsWire::new(&self.spec.config, Box::new(device))), reason),
             Err(error) => (Err(error.to_string()), String::new()),
         };
         for &other in &tried {

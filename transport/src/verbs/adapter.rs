@@ -46,6 +46,9 @@ pub struct Key {
     pub local: u32,
     /// For the peer's.
     pub remote: u32,
+    /// By what work requests name the first byte: its address, or for [`Access::Exposed`] its place in its page, since
+    /// devices map whole pages.
+    pub first: u64,
 }
 
 /// What may be done with registered memory.
@@ -55,7 +58,7 @@ pub enum Access {
     Read,
     /// They may write it too, and so may whoever has the remote key.
     Write,
-    /// As `Write`, by offsets from 0 instead of addresses, and it may be read remotely.
+    /// As `Write`, by offsets from [`Key::first`] instead of addresses, and it may be read remotely.
     Exposed,
 }
 

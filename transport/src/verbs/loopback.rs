@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Depth of both queues of a queue pair.
 const DEPTH: usize = 256;
+/// Where the first byte of exposed memory is; a device counts from the beginning of its page.
+const EXPOSED_FIRST: u64 = 48;
 
 /// The network that adapters of one process share.
 #[derive(Clone, Default)]
@@ -199,8 +201,11 @@ impl State {
         let memory =
             self.memory.get(&remote.key).filter(|memory| memory.access != Access::Read).ok_or(REMOTE_ACCESS)?;
         let address = usize::try_from(remote.address).map_err(|_| REMOTE_ACCESS)?;
-        let base = if memory.access == Access::Exposed { memory.start } else { 0 };
-        let address = base.checked_add(address).ok_or(REMOTE_ACCESS)?;
+        let address = match memory.access {
+            Access::Exposed => memory.start.checked_add(address).and_then(|at| at.checked_sub(EXPOSED_FIRST as usize)),
+            _ => Some(address),
+        };
+        let address = address.ok_or(REMOTE_ACCESS)?;
         memory.holds(address, bytes as usize).then_some(address).ok_or(REMOTE_ACCESS)
     }
 }
@@ -250,7 +255,8 @@ impl Adapter for Loopback {
         let key = state.next;
         state.memory.insert(key, Memory { start: start as usize, bytes, access });
         self.registered += 1;
-        Ok(Key { handle: key.into(), local: key, remote: key })
+        let first = if access == Access::Exposed { EXPOSED_FIRST } else { start as u64 };
+        Ok(Key { handle: key.into(), local: key, remote: key, first })
     }
 
     fn deregister(&mut self, handle: u64) {

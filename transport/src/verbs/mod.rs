@@ -1,44 +1,43 @@
-//! RDMA verbs: queue pairs over RoCE v2, InfiniBand or soft-RoCE. A wire beside sockets, which connect it and tell who is lost.
+//! RDMA verbs: queue pairs over RoCE v2, InfiniBand or soft-RoCE, by libibverbs, which is found when the program runs. A wire
+//! beside sockets: they connect it, and tell who is lost.
 
-mod adapter;
+#[cfg(all(test, feature = "abi-check"))]
+mod abi_check;
+pub mod adapter;
+mod async_events;
+mod completion_queue;
+mod context;
+pub mod device;
 mod fault;
+mod ffi;
+pub mod gid;
 mod grants;
 mod joining;
 mod lane;
+mod library;
 mod link;
+mod listing;
 mod loopback;
+mod memory_region;
 mod nic;
 mod one_sided;
 mod proposal;
+mod queue_pair;
 mod record;
 mod recovery;
 mod registered_pool;
 mod registrations;
 mod sending;
-mod settings;
-mod status;
+pub mod settings;
+pub mod status;
 mod waist;
 mod wire;
 
-pub use adapter::{Access, Adapter, Endpoint, Event, Key, Limits, Remote, Span, Trouble, What, Work};
 pub use fault::Fault;
 pub use loopback::{Fabric, Loopback};
 pub use registrations::RegistrationCount;
 pub use settings::VerbsConfig;
-pub use status::Status;
 pub use wire::{VerbsCount, VerbsWire};
-
-use crate::TransportError;
-use std::net::IpAddr;
-
-/// Opens the RDMA device that fits `config` and the addresses by which peers are reached; with the reason for the choice.
-///
-/// # Errors
-/// `Config` with why there is none.
-pub fn open(config: &VerbsConfig, addresses: &[IpAddr]) -> Result<(Box<dyn Adapter>, String), TransportError> {
-    let _ = (config, addresses);
-    Err(TransportError::Config { setting: "verbs".to_owned(), reason: "no device".to_owned() })
-}
 
 /// A proposal that says why there are no queue pairs.
 pub(crate) fn refusal(why: &str) -> Vec<u8> {

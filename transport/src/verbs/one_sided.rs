@@ -53,11 +53,12 @@ impl OneSided for VerbsWire {
         // SAFETY: the slice keeps its region mapped, and is kept until it is deregistered or the device is closed.
         let key = unsafe { self.nic.adapter.register(start, bytes, MemoryAccess::Exposed) }?;
         self.exposed.insert(key.remote, (key.handle, slice));
-        Ok(RemoteSlice { key: key.remote.into(), offset: 0, bytes: bytes as u64 })
+        // Where the first byte is, for the device, travels in the key's upper half: it lies within a page.
+        Ok(RemoteSlice { key: key.first << 32 | u64::from(key.remote), offset: 0, bytes: bytes as u64 })
     }
 
     fn withdraw(&mut self, remote: RemoteSlice) -> Option<RegionSliceMut> {
-        let (handle, slice) = self.exposed.remove(&u32::try_from(remote.key).ok()?)?;
+        let (handle, slice) = self.exposed.remove(&(remote.key as u32))?;
         self.nic.adapter.deregister(handle);
         Some(slice)
     }

@@ -334,7 +334,8 @@ impl Link {
             let bytes = (whole - *next).min(nic.limits.message_bytes);
             let span =
                 Span { address: start + *next as u64, bytes: bytes as u32, key: lease.map_or(0, |lease| lease.local) };
-            let there = Remote { address: remote.offset + *next as u64, key: remote.key as u32 };
+            let first = (remote.key >> 32).saturating_add(remote.offset);
+            let there = Remote { address: first.saturating_add(*next as u64), key: remote.key as u32 };
             let work = if is_put { Work::Write(there, None) } else { Work::Read(there) };
             *next += bytes;
             let is_last = *next == whole;
