@@ -167,7 +167,11 @@ impl Link {
             self.end_frame(nic);
         }
         let delivered = matches!(self.phase, Phase::Sockets(_)) || self.lanes.iter().all(Lane::is_idle);
-        settled && self.said_goodbye && self.carried.is_empty() && delivered && !matches!(self.phase, Phase::Apart { .. })
+        settled
+            && self.said_goodbye
+            && self.carried.is_empty()
+            && delivered
+            && !matches!(self.phase, Phase::Apart { .. })
     }
 
     /// Sends the frame that is being written.

@@ -1,5 +1,7 @@
 //! What the promises are made with: wires of one process that are each other's peers, and a clock that suits them.
 
+#[macro_use]
+pub mod each;
 pub mod loans;
 pub mod loss;
 pub mod messages;
@@ -8,6 +10,7 @@ pub mod order;
 pub mod random;
 pub mod waiting;
 
+use gradwire_transport::verbs::adapter::Adapter;
 use gradwire_transport::verbs::{Fabric, VerbsConfig};
 use gradwire_transport::{
     Acceptance, Beside, Completion, Config, Envelope, FaultPlan, Identity, Mesh, PeerId, PeerName, Rank, Region,
@@ -176,13 +179,24 @@ fn joined(config: &Config, count: u32, better: Vec<Box<dyn Beside>>) -> World {
 
 /// Queue pairs of a network within this process.
 pub fn verbs_on(fabric: &Fabric, config: &Config, count: u32) -> World {
+    verbs_world(config, count, || Box::new(fabric.adapter()))
+}
+
+/// Sockets for all, with queue pairs beside them, of a device for each.
+pub fn verbs_world(config: &Config, count: u32, open: impl FnMut() -> Box<dyn Adapter>) -> World {
+    let wires = verbs_wires(config, count, open).into_iter();
+    joined(config, count, wires.map(|wire| -> Box<dyn Beside> { Box::new(wire) }).collect())
+}
+
+/// Wires that are connected by each other's proposals.
+pub fn verbs_wires(config: &Config, count: u32, mut open: impl FnMut() -> Box<dyn Adapter>) -> Vec<VerbsWire> {
     let name = |rank| PeerName {
         rank: Some(Rank(rank)),
         host: "localhost".to_owned(),
         pid: std::process::id(),
         address: "loopback".to_owned(),
     };
-    let mut wires: Vec<_> = (0..count).map(|_| VerbsWire::new(config, Box::new(fabric.adapter()))).collect();
+    let mut wires: Vec<_> = (0..count).map(|_| VerbsWire::new(config, open())).collect();
     for (a, b) in (0..count).flat_map(|b| (0..b).map(move |a| (a, b))) {
         let mut proposals = [(a, b), (b, a)].map(|(here, there)| {
             let wire = &mut wires[here as usize];
@@ -195,7 +209,7 @@ pub fn verbs_on(fabric: &Fabric, config: &Config, count: u32) -> World {
             assert!(wires[here as usize].is_up(PeerId(there)));
         }
     }
-    joined(config, count, wires.into_iter().map(|wire| -> Box<dyn Beside> { Box::new(wire) }).collect())
+    wires
 }
 
 pub fn verbs(config: &Config, count: u32) -> World {
