@@ -74,7 +74,7 @@ impl Library {
         let handle = unsafe { libc::dlopen(FILE.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
         if handle.is_null() {
             return Err(format!(
-                "{} is not installed: {}; install libibverbs and its providers (Debian: `apt-get install libibverbs1 \
+                "{} cannot be loaded: {}; install libibverbs and its providers (Debian: `apt-get install libibverbs1 \
                  ibverbs-providers`, Fedora: `dnf install libibverbs`)",
                 FILE.to_string_lossy(),
                 last_complaint()

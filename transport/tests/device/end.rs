@@ -71,19 +71,18 @@ impl End {
 
     /// The events of `count` requests, slept for rather than spun for.
     pub fn wait(&mut self, count: usize) -> Vec<Event> {
-        let began = Instant::now();
         loop {
             self.device.poll(&mut self.events);
+            if self.events.len() < count {
+                self.device.arm();
+                self.device.poll(&mut self.events);
+            }
             if self.events.len() >= count {
                 return std::mem::take(&mut self.events);
             }
-            self.device.arm();
-            self.device.poll(&mut self.events);
-            if self.events.len() < count {
-                assert!(began.elapsed() < DEADLINE, "only {:?} and {:?}", self.events, self.troubles);
-                readable(&self.device, Duration::from_secs(1));
-                self.device.wake_up(&mut self.troubles);
-            }
+            let woken = readable(&self.device, DEADLINE);
+            assert!(woken, "slept for too long with {:?}, {:?} of {count}", self.events, self.troubles);
+            self.device.wake_up(&mut self.troubles);
         }
     }
 

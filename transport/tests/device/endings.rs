@@ -1,7 +1,7 @@
 //! Does: stopping, closing, dying, and what is left.
 
 use crate::end::{DEADLINE, ERRORS, End, LINK, pair, readable, shared};
-use gradwire_transport::verbs::adapter::{Access, Adapter, What, Work};
+use gradwire_transport::verbs::adapter::{Access, Adapter, Endpoint, What, Work};
 use gradwire_transport::verbs::status::{FLUSHED, REMOTE_ACCESS, RETRIES};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -23,7 +23,9 @@ fn stopping_ends_all_that_is_posted_in_events() {
     let mut ended: Vec<u64> = Vec::new();
     for event in a.wait(limits.recv_depth + limits.send_depth) {
         let What::Failed(status) = event.what else { panic!("{event:?}") };
-        assert_eq!((status.code, event.queue_pair), (FLUSHED, a.queue_pair), "{status}");
+        // Where posting takes long, the device has given up on the first by itself.
+        assert!(status.code == FLUSHED || event.number == 10_000, "{status}");
+        assert_eq!(event.queue_pair, a.queue_pair);
         ended.push(event.number);
     }
     ended.sort_unstable();
@@ -44,6 +46,19 @@ fn stopping_before_connecting_ends_the_receives_too_or_closing_forgets_them() {
     assert!(a.events.is_empty(), "{:?}", a.events);
     assert!(a.device.post_recv(a.queue_pair, 1, a.span(0, 8)).is_err());
     assert!(a.device.post(a.queue_pair, 1, a.span(0, 8), Work::Send, true).is_err());
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn an_address_that_cannot_be_reached_is_named() {
+    let _link = shared();
+    let (mut a, own) = End::new(Access::Write);
+    let nowhere = Endpoint { gid: [0; 16], ..own };
+    let error = a.device.connect(a.queue_pair, &nowhere).unwrap_err().to_string();
+    assert!(
+        error.contains(&a.device.name()) && error.contains("at ::") && error.contains("GRADWIRE_IB_HCA"),
+        "{error}"
+    );
 }
 
 #[test]

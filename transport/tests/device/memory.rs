@@ -1,6 +1,6 @@
 //! Does: what may be done with registered memory, and what may not.
 
-use crate::end::{BYTES, End, pair, shared};
+use crate::end::{BYTES, End, LINK, pair, shared};
 use gradwire_transport::RegisterError;
 use gradwire_transport::verbs::adapter::{Access, Adapter, Remote, Span, What, Work};
 use gradwire_transport::verbs::status::REMOTE_ACCESS;
@@ -104,20 +104,24 @@ fn memory_that_may_only_be_read_is_sent_from_but_not_opened_for_writing() {
 fn the_limit_of_locked_memory_is_named() {
     use rustix::process::{Resource, Rlimit};
     use rustix::thread::CapabilitySet;
-    let _link = shared();
+    // Alone, since the limit is the process's.
+    let _alone = LINK.write().unwrap_or_else(std::sync::PoisonError::into_inner);
     let (mut a, _) = End::new(Access::Write);
-    // The other tests' threads keep the capability, which lifts the limit for them.
-    let mut held = rustix::thread::capabilities(None).unwrap();
-    held.effective.remove(CapabilitySet::IPC_LOCK);
-    rustix::thread::set_capabilities(None, held).unwrap();
     let before = rustix::process::getrlimit(Resource::Memlock);
-    rustix::process::setrlimit(Resource::Memlock, Rlimit { current: Some(64 << 10), maximum: before.maximum }).unwrap();
-    // SAFETY: the memory stays until the device is dropped, which comes first.
-    let registered = unsafe { a.device.register(a.memory.as_ptr().cast_mut().cast(), BYTES, Access::Write) };
+    let low = Rlimit { current: Some(64 << 10), maximum: before.maximum };
+    rustix::process::setrlimit(Resource::Memlock, low).unwrap();
+    // A thread of its own gives up the capability that lifts the limit.
+    let registered = std::thread::scope(|scope| {
+        let register = || {
+            let mut held = rustix::thread::capabilities(None).unwrap();
+            held.effective.remove(CapabilitySet::IPC_LOCK);
+            rustix::thread::set_capabilities(None, held).unwrap();
+            // SAFETY: the memory stays until the device is dropped, which comes first.
+            unsafe { a.device.register(a.memory.as_ptr().cast_mut().cast(), BYTES, Access::Write) }
+        };
+        scope.spawn(register).join().unwrap()
+    });
     rustix::process::setrlimit(Resource::Memlock, before).unwrap();
     let error = registered.unwrap_err();
-    assert!(
-        matches!(error, RegisterError::LockedMemoryLimit { bytes: BYTES, limit_bytes: 65_536 }),
-        "{error}: is the process allowed to lock memory without limit?"
-    );
+    assert!(matches!(error, RegisterError::LockedMemoryLimit { bytes: BYTES, limit_bytes: 65_536 }), "{error}");
 }

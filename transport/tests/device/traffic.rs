@@ -39,8 +39,8 @@ fn a_send_arrives_in_the_receive_that_was_posted_for_it() {
         b.assert_filled(5, bytes, number as u8);
     }
     let mut none = Vec::new();
-    a.device.post(a.queue_pair, 1, a.span(0, 8), Work::Send, false).unwrap();
     b.post_recv(50, b.span(0, 8));
+    a.device.post(a.queue_pair, 1, a.span(0, 8), Work::Send, false).unwrap();
     assert_eq!(b.wait_for_one().0, 50);
     a.device.poll(&mut none);
     assert!(none.is_empty(), "nobody asked for a signal: {none:?}");
@@ -53,11 +53,13 @@ fn what_goes_inline_may_change_at_once() {
     let (mut a, mut b) = pair(Access::Write);
     let inline = a.device.limits().inline_bytes;
     assert!(inline >= 64, "soft-RoCE and every device that we know let 64 bytes go inline");
-    // No receive yet, so that the send is under way for long.
+    b.post_recv(2, b.span(0, inline));
     a.fill(0, inline, 3);
+    // A long write before it, so that it has not gone when the memory changes.
+    let rest = BYTES - inline;
+    a.device.post(a.queue_pair, 0, a.span(inline, rest), Work::Write(b.place(inline), None), false).unwrap();
     a.post(1, a.span(0, inline), Work::Send);
     a.fill(0, inline, 4);
-    b.post_recv(2, b.span(0, inline));
     assert_eq!(b.wait_for_one(), (2, What::Received(inline as u32, None)));
     b.assert_filled(0, inline, 3);
     assert_eq!(a.wait_for_one(), (1, What::Done));
