@@ -77,9 +77,4 @@ pub trait Beside: Wire {
 
     /// Words of a peer.
     fn hear(&mut self, _peer: PeerId, _words: Words, _now: Instant) {}
-
-    /// Why `peer` is reached as it is now, where that is not what its group was formed with.
-    fn reason(&self, _peer: PeerId) -> Option<String> {
-        None
-    }
 }

@@ -215,6 +215,10 @@ impl Wire for Mesh {
         self.better.iter().find(|wire| wire.has(peer)).map_or(WireKind::Tcp, |wire| wire.kind(peer))
     }
 
+    fn reason(&self, peer: PeerId) -> Option<String> {
+        self.better.iter().find_map(|wire| wire.reason(peer))
+    }
+
     fn name(&self, peer: PeerId) -> PeerName {
         self.tcp.name(peer)
     }

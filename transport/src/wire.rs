@@ -80,6 +80,11 @@ pub trait Wire: Send {
     /// Which kind of wire leads to `peer`.
     fn kind(&self, peer: PeerId) -> WireKind;
 
+    /// Why `peer` is reached as it is now, where that is not what its group was formed with.
+    fn reason(&self, _peer: PeerId) -> Option<String> {
+        None
+    }
+
     /// Who `peer` is, for messages to people.
     fn name(&self, peer: PeerId) -> PeerName;
 

@@ -13,7 +13,7 @@ use crate::verdict::Verdict;
 use crate::wishes::Wishes;
 use crate::{Fingerprint, Reduction};
 use gradwire_transport::{
-    Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WorldSize,
+    Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WireKind, WorldSize,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -189,6 +189,11 @@ impl Engine {
     /// What was exchanged with `peer` over the wire.
     pub(crate) fn traffic(&self, peer: Rank) -> Traffic {
         self.wire.traffic(peer.into())
+    }
+
+    /// By which wire `peer` is reached now, and why, where that is not what the group was formed with.
+    pub(crate) fn way(&self, peer: Rank) -> (WireKind, Option<String>) {
+        (self.wire.kind(peer.into()), self.wire.reason(peer.into()))
     }
 
     /// The verdict that ended the group.

@@ -255,11 +255,4 @@ impl Beside for VerbsWire {
         }
         self.pending = done;
     }
-
-    fn reason(&self, peer: PeerId) -> Option<String> {
-        match &self.links.get(peer.index())?.as_ref()?.phase {
-            Phase::Sockets(reason) => Some(reason.clone()),
-            _ => None,
-        }
-    }
 }

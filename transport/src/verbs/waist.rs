@@ -26,6 +26,13 @@ impl Wire for VerbsWire {
         }
     }
 
+    fn reason(&self, peer: PeerId) -> Option<String> {
+        match &self.links.get(peer.index())?.as_ref()?.phase {
+            Phase::Sockets(reason) => Some(format!("no RDMA any more: {reason}")),
+            _ => None,
+        }
+    }
+
     fn name(&self, peer: PeerId) -> PeerName {
         match self.links.get(peer.index()) {
             Some(Some(link)) => link.name.clone(),
