@@ -38,7 +38,7 @@ struct Liar(TcpWire);
 
 impl Liar {
     fn new(servers: &LocalServers) -> Self {
-        let me = Identity { rank: None, host: "liar".into(), pid: 1, boot_id: String::new(), nonce: 5 };
+        let me = Identity { rank: None, host: "liar".into(), pid: 1, boot_id: String::new(), nonce: 5, rdma: false };
         let mut wire = TcpWire::new(&Config::default(), me, Acceptance::Nobody).unwrap();
         let address = servers.addresses()[0].parse().unwrap();
         wire.dial(PeerId(0), None, &[address], Instant::now() + Duration::from_secs(5)).unwrap();

@@ -101,7 +101,12 @@ class PsClient:
 
     @staticmethod
     def connect(
-        addresses: Sequence[str], token: str | None, worker: int | None, timeout_s: float, reconnect_s: float
+        addresses: Sequence[str],
+        token: str | None,
+        worker: int | None,
+        timeout_s: float,
+        reconnect_s: float,
+        options: Mapping[str, Any],
     ) -> PsClient:
         """Connects to the servers, one a shard."""
 
@@ -167,7 +172,7 @@ class PsServers:
     """Servers of this process."""
 
     @staticmethod
-    def start(servers: int, token: str | None) -> PsServers:
+    def start(servers: int, token: str | None, options: Mapping[str, Any]) -> PsServers:
         """Starts servers on free ports of 127.0.0.1."""
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy
 
 from . import _native
+from .config import Config
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.
         timeout_s: seconds that a request may wait, for a server or for other workers.
         reconnect_s: seconds that a server is dialled before it counts as lost.
 
+    The wire is the best that both ends have, as GRADWIRE_TRANSPORT and GRADWIRE_IB_* say: RDMA between hosts, else TCP.
+
     Raises:
         AuthenticationError: another token.
         ServerLostError: nobody answers; the error names the shard and its address.
@@ -190,14 +193,16 @@ def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.
         addresses = addresses.split(",")
     addresses = [address.strip() for address in addresses]
     token = token if token is not None else os.environ.get("GRADWIRE_TOKEN")
-    return Client(_native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s)), rank)
+    options = Config.from_environment().options()
+    native = _native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s), options)
+    return Client(native, rank)
 
 
 class LocalCluster:
     """Servers within this process, for notebooks and tests: `with LocalCluster(servers=2) as cluster: cluster.connect()`."""
 
     def __init__(self, servers=1, *, token=None):
-        self._native, self._token = _native.PsServers.start(servers, token), token
+        self._native, self._token = _native.PsServers.start(servers, token, Config.from_environment().options()), token
 
     @property
     def addresses(self):

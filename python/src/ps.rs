@@ -2,6 +2,7 @@
 
 use crate::buffer::{Access, Memory};
 use crate::errors;
+use crate::settings::Options;
 use crate::wait::{by_turns, maybe_seconds, seconds};
 use gradwire_ps::{
     Adam, ClientSettings, Combine, DType, LocalServers, Mode, PsError, ServerSettings, Sgd, TableOptions, UpdateRule,
@@ -69,7 +70,7 @@ fn dtype(name: &str) -> PyResult<DType> {
 impl PsClient {
     /// Connects to the servers, one a shard.
     #[staticmethod]
-    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s))]
+    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s, options))]
     fn connect(
         py: Python<'_>,
         addresses: Vec<String>,
@@ -77,9 +78,11 @@ impl PsClient {
         worker: Option<u32>,
         timeout_s: f64,
         reconnect_s: f64,
+        options: Options,
     ) -> PyResult<Self> {
         let (timeout, reconnect) = (seconds(timeout_s, "timeout_s")?, seconds(reconnect_s, "reconnect_s")?);
-        let settings = ClientSettings { token, worker, timeout, reconnect, ..ClientSettings::default() };
+        let transport = options.wires(ClientSettings::default().transport)?;
+        let settings = ClientSettings { token, worker, timeout, reconnect, transport };
         let inner = py.detach(|| gradwire_ps::Client::connect(&addresses, settings));
         Ok(Self { inner: inner.map_err(|error| errors::ps(py, &error))? })
     }
@@ -263,8 +266,9 @@ impl PsPending {
 impl PsServers {
     /// Starts servers on free ports of 127.0.0.1.
     #[staticmethod]
-    fn start(py: Python<'_>, servers: u32, token: Option<String>) -> PyResult<Self> {
-        let settings = ServerSettings { token, ..ServerSettings::default() };
+    fn start(py: Python<'_>, servers: u32, token: Option<String>, options: Options) -> PyResult<Self> {
+        let transport = options.wires(ServerSettings::default().transport)?;
+        let settings = ServerSettings { token, transport, ..ServerSettings::default() };
         let inner = py.detach(|| LocalServers::start(servers, settings)).map_err(|error| errors::ps(py, &error))?;
         Ok(Self { addresses: inner.addresses().to_vec(), inner: Mutex::new(Some(inner)) })
     }

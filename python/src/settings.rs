@@ -76,6 +76,18 @@ impl Options {
         let settings = Settings { timeout, algorithms: self.algorithms, same_host: true, cores: self.cores.max(1) };
         Ok((config, settings))
     }
+
+    /// `base`, with the wires that these say. A server shares no memory with its clients: `shm` means the best that is left.
+    ///
+    /// # Errors
+    /// As for [`Options::parse`].
+    pub(crate) fn wires(self, base: Config) -> PyResult<Config> {
+        let wire = match wire_of(self.transport.as_deref().unwrap_or("auto"))? {
+            WireChoice::Shm => WireChoice::Auto,
+            wire => wire,
+        };
+        Ok(Config { wire, verbs: self.ib.parse()?, ..base })
+    }
 }
 
 fn wire_of(name: &str) -> PyResult<WireChoice> {

@@ -1,6 +1,6 @@
 //! Pure: what a wire owes the sockets beside it, and they to it: they tell who is lost, and carry a few words.
 
-use crate::{PeerId, Tag, TransportError, Wire};
+use crate::{PeerId, PeerName, Tag, TransportError, Wire};
 use rustix::fd::BorrowedFd;
 use std::time::Instant;
 
@@ -69,6 +69,22 @@ pub trait Beside: Wire {
     fn speaks(&self) -> bool {
         false
     }
+
+    /// Makes a link to `peer`, which the sockets reach; what to tell it, or why there can be none.
+    ///
+    /// # Errors
+    /// The reason, for people.
+    fn greet(&mut self, _peer: PeerId, _name: PeerName, _now: Instant) -> Result<Words, String> {
+        Err("this wire makes no links by itself".to_owned())
+    }
+
+    /// Connects the link to `peer` by its first words; the reason, where that cannot be: the link is forgotten then.
+    fn accept(&mut self, _peer: PeerId, _theirs: Words, _now: Instant) -> Option<String> {
+        Some("this wire makes no links by itself".to_owned())
+    }
+
+    /// Forgets `peer`, as if there had never been a link.
+    fn forget(&mut self, _peer: PeerId) {}
 
     /// The next words to be carried to a peer.
     fn next_words(&mut self) -> Option<(PeerId, Words)> {

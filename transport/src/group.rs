@@ -105,6 +105,7 @@ impl Forming {
             pid: std::process::id(),
             boot_id: home.boot_id.clone(),
             nonce,
+            rdma: false,
         };
         let wire = TcpWire::new(&spec.config, identity, Acceptance::Ranks(spec.world_size))?;
         let here = vec![false; spec.world_size.get() as usize];

@@ -1,10 +1,16 @@
 //! Does: one wire out of several: messages go by shared memory or RDMA verbs to the peers that they reach, to all others, and
 //! control messages, over sockets. The sockets also tell who is lost, and carry the other wires' own words.
 
+mod meeting;
+
+pub(crate) use meeting::open_device;
+pub use meeting::open_verbs;
+
 use crate::{
     Beside, Completion, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
-    RegisterError, SendLoan, Tag, TcpWire, Traffic, TransportError, Wake, Wire, WireKind, Words,
+    RegisterError, SendLoan, Tag, TcpWire, Traffic, TransportError, Wake, Wire, WireChoice, WireKind, Words,
 };
+use meeting::Guest;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +30,11 @@ pub struct Mesh {
     better: Vec<Box<dyn Beside>>,
     /// Whether some peer is reached by sockets only.
     mixed: bool,
+    /// Whether peers come and go.
+    public: bool,
+    choice: WireChoice,
+    /// Callers that have not proposed yet.
+    guests: Vec<Guest>,
     ending: Vec<Ending>,
     down: Vec<PeerId>,
     scratch: Vec<Completion>,
@@ -55,6 +66,9 @@ impl Mesh {
     ) -> Self {
         let mut mesh = Self {
             mixed: false,
+            public: false,
+            choice: WireChoice::Auto,
+            guests: Vec::new(),
             tcp,
             better,
             ending: Vec::new(),
@@ -84,34 +98,34 @@ impl Mesh {
 
     /// Carries the words of other wires to their peers.
     fn carry_words(&mut self) {
-        for wire in &mut self.better {
-            while let Some((peer, words)) = wire.next_words() {
-                let bytes = words.encode();
-                let Some(mut loan) = self.tcp.lend(peer, bytes.len()) else { continue };
-                loan.copy_from_slice(&bytes);
-                // Who is lost is told of by its own completion.
-                let _ = self.tcp.post_loan(Envelope { peer, tag: Words::TAG, note: 0 }, loan);
-                self.posted = true;
+        for at in 0..self.better.len() {
+            while let Some((peer, words)) = self.better[at].next_words() {
+                self.say(peer, &words);
             }
         }
     }
 
-    /// Hands words to the wire that they are for; whether the completion was about words at all.
-    fn hear(&mut self, completion: &Completion, now: Instant) -> bool {
-        match completion {
-            Completion::Arrived(arrival) if arrival.from.tag == Words::TAG => {
-                let peer = arrival.from.peer;
-                let wire = self.better.iter_mut().find(|wire| wire.has(peer));
-                match (wire, Words::decode(&arrival.loan)) {
-                    (Some(wire), Some(words)) => wire.hear(peer, words, now),
-                    _ => tracing::warn!(peer = %self.tcp.name(peer), "words that make no sense"),
-                }
-                self.listen(peer);
-                true
-            }
-            Completion::RecvFailed { tag, .. } => *tag == Words::TAG,
-            _ => false,
+    /// Sends words. Who is lost is told of by its own completion.
+    fn say(&mut self, peer: PeerId, words: &Words) {
+        let bytes = words.encode();
+        if let Some(mut loan) = self.tcp.lend(peer, bytes.len()) {
+            loan.copy_from_slice(&bytes);
+            let _ = self.tcp.post_loan(Envelope { peer, tag: Words::TAG, note: 0 }, loan);
+            self.posted = true;
         }
+    }
+
+    /// Hands words to the wire that they are for.
+    fn hear(&mut self, from: PeerId, bytes: &[u8], now: Instant, done: &mut Vec<Completion>) {
+        let words = Words::decode(bytes);
+        if let (Some(words), true) = (&words, self.is_guest(from)) {
+            return self.settle(from, words.clone(), now, done);
+        }
+        match (self.better.iter_mut().find(|wire| wire.has(from)), words) {
+            (Some(wire), Some(words)) => wire.hear(from, words, now),
+            _ => tracing::warn!(peer = %self.tcp.name(from), "words that make no sense"),
+        }
+        self.listen(from);
     }
 
     fn route(&mut self, peer: PeerId, tag: Tag) -> &mut dyn Wire {
@@ -139,7 +153,11 @@ impl Mesh {
         for completion in came.drain(..) {
             match completion {
                 Completion::PeerDown { peer, error } => self.go_down(peer, error, now, done),
-                other if self.hear(&other, now) => {}
+                Completion::Arrived(arrival) if arrival.from.tag == Words::TAG => {
+                    self.hear(arrival.from.peer, &arrival.loan, now, done);
+                }
+                Completion::RecvFailed { tag: Words::TAG, .. } => {}
+                Completion::PeerUp(peer) => self.take_in(peer, now, done),
                 other => done.push(other),
             }
         }
@@ -298,6 +316,7 @@ impl Wire for Mesh {
 
     fn poll(&mut self, now: Instant, done: &mut Vec<Completion>) {
         self.turns = self.turns.wrapping_add(1);
+        self.tidy_up(now);
         self.poll_better(now, done);
         self.carry_words();
         let due = self.posted || self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= SOCKET_PAUSE);

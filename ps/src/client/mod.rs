@@ -20,7 +20,7 @@ use crate::status::{PAGE, ShardStatus};
 use crate::{DType, KeyRange, PsError};
 use driver::Driver;
 use engine::{Cargo, Engine, NewRequest};
-use gradwire_transport::{Acceptance, Config, TcpWire};
+use gradwire_transport::Config;
 use pending::{Call, What};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -104,8 +104,7 @@ impl Client {
     pub fn connect(addresses: &[String], settings: ClientSettings) -> Result<Self, PsError> {
         let token = settings.token.clone().filter(|token| !token.is_empty());
         let config = Config { token, ..settings.transport.clone() };
-        let wire = TcpWire::new(&config, dial::identity(dial::random()?), Acceptance::Nobody)?;
-        Self::over(Box::new(wire), addresses, settings)
+        Self::over(dial::dialer(&config, addresses)?, addresses, settings)
     }
 
     /// Connects over a given wire.

@@ -2,8 +2,8 @@
 
 use super::Forming;
 use super::pairs::Pairs;
-use crate::verbs::device::Device;
-use crate::verbs::{self, VerbsWire};
+use crate::mesh::open_device;
+use crate::verbs::{VerbsWire, refusal};
 use crate::{Beside, PeerId, Rank, TransportError, Wire, Words, select};
 use std::time::Instant;
 
@@ -22,64 +22,40 @@ impl Forming {
         if tried.is_empty() {
             return Ok(());
         }
-        let opened = Device::open(&self.spec.config.verbs, &self.wire.local_addresses());
-        let (mut wire, device) = match opened {
-            Ok((device, reason)) => (Ok(VerbsWire::new(&self.spec.config, Box::new(device))), reason),
-            Err(error) => (Err(error.to_string()), String::new()),
-        };
+        let mut opened =
+            open_device(&self.spec.config, &self.wire.local_addresses()).map_err(|error| error.to_string());
+        let mut ours = Vec::new();
         for &other in &tried {
-            let proposal = self.proposal_for(other, wire.as_mut());
-            self.say(other, Words::TAG, &proposal)?;
+            let words = self.words_for(other, opened.as_mut().map(|(wire, _)| wire));
+            self.say(other, Words::TAG, &words.clone().unwrap_or_else(|why| Words::Proposal(refusal(&why))).encode())?;
+            ours.push(words);
         }
-        for &other in &tried {
+        for (&other, ours) in tried.iter().zip(ours) {
             let theirs = self.hear(other, Words::TAG, deadline)?;
-            let refusal = match &mut wire {
-                Ok(wire) => consider(wire, other, &theirs),
-                Err(why) => Some(format!("this end: {why}")),
+            let refused = match (&mut opened, ours, Words::decode(&theirs)) {
+                (Ok((wire, _)), Ok(_), Some(theirs)) => wire.accept(other.into(), theirs, Instant::now()),
+                (_, Err(why), _) => Some(format!("this end: {why}")),
+                _ => Some("the other end speaks otherwise".to_owned()),
             };
-            if let Some(refusal) = &refusal {
-                select::check_verbs(choice, refusal)?;
+            if let Some(why) = &refused {
+                select::check_verbs(choice, why)?;
             }
+            let device = opened.as_ref().map_or("", |(_, device)| device);
             let reason = &mut pairs.reasons[other.index()];
-            *reason = match refusal {
+            *reason = match refused {
                 None => format!("RDMA by {device}"),
-                Some(refusal) if reason.is_empty() => format!("no RDMA: {refusal}"),
-                Some(refusal) => format!("{reason}; no RDMA: {refusal}"),
+                Some(why) if reason.is_empty() => format!("no RDMA: {why}"),
+                Some(why) => format!("{reason}; no RDMA: {why}"),
             };
         }
-        if let Ok(wire) = wire {
+        if let Ok((wire, _)) = opened {
             pairs.better.push(Box::new(wire));
         }
         Ok(())
     }
 
-    /// What to tell `other`: queue pairs for it, or why there are none.
-    fn proposal_for(&self, other: Rank, wire: Result<&mut VerbsWire, &mut String>) -> Vec<u8> {
-        let made = match wire {
-            Ok(wire) => {
-                let peer = PeerId::from(other);
-                let attached = wire.attach(peer, self.wire.name(peer), Instant::now());
-                attached.map_err(|error| error.to_string()).map(|()| wire.next_words())
-            }
-            Err(why) => Err(why.clone()),
-        };
-        let words = match made {
-            Ok(Some((_, words))) => words,
-            Ok(None) => Words::Proposal(verbs::refusal("it has nothing to say")),
-            Err(why) => Words::Proposal(verbs::refusal(&why)),
-        };
-        words.encode()
+    fn words_for(&self, other: Rank, wire: Result<&mut VerbsWire, &mut String>) -> Result<Words, String> {
+        let peer = PeerId::from(other);
+        wire.map_err(|why| why.clone())?.greet(peer, self.wire.name(peer), Instant::now())
     }
-}
-
-/// Connects to `other` by what it proposes; why not, where that cannot be.
-fn consider(wire: &mut VerbsWire, other: Rank, theirs: &[u8]) -> Option<String> {
-    let peer = PeerId::from(other);
-    let Some(Words::Proposal(proposal)) = Words::decode(theirs) else { return Some("it speaks otherwise".to_owned()) };
-    if let Some(refusal) = wire.refusal(peer, &proposal) {
-        wire.forget(peer);
-        return Some(refusal);
-    }
-    wire.hear(peer, Words::Proposal(proposal), Instant::now());
-    None
 }

@@ -111,6 +111,11 @@ impl TcpWire {
         }
     }
 
+    /// Who this process says it is.
+    pub fn own_identity(&self) -> &Identity {
+        &self.me.identity
+    }
+
     /// Who `peer` said it is.
     pub fn identity(&self, peer: PeerId) -> Option<&Identity> {
         self.identities.get(&peer)
@@ -175,6 +180,7 @@ pub fn pair(a: &Config, b: &Config) -> Result<(TcpWire, TcpWire), TransportError
         pid: std::process::id(),
         boot_id: String::new(),
         nonce: u64::from(rank) + 1,
+        rdma: false,
     };
     let accept = Acceptance::Ranks(WorldSize::new(2).expect("two is a size"));
     let mut a = TcpWire::new(a, identity(0), accept)?;

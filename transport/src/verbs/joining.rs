@@ -43,25 +43,13 @@ impl VerbsWire {
     }
 
     /// Why the link to `peer` cannot begin, by our own first proposal and by the one that came; `None`: it can.
-    pub fn refusal(&self, peer: PeerId, theirs: &[u8]) -> Option<String> {
+    fn refusal(&self, peer: PeerId, theirs: &Words) -> Option<String> {
         let ours = self.links.get(peer.index())?.as_ref()?.ours.as_ref()?;
-        let Some(theirs) = Proposal::decode(theirs) else {
-            return Some("the other end's proposal makes no sense".to_owned());
-        };
-        match conclude(ours, &theirs) {
-            Conclusion::Sockets(reason) => Some(reason),
-            Conclusion::Connect(..) => None,
-        }
-    }
-
-    /// Forgets a peer, as if it had never been attached.
-    pub fn forget(&mut self, peer: PeerId) {
-        if let Some(slot) = self.links.get_mut(peer.index())
-            && let Some(mut link) = slot.take()
-        {
-            link.close(&mut self.nic);
-            self.routes.retain(|_, (at, _)| *at != peer.index());
-            self.words.retain(|(other, _)| *other != peer);
+        let Words::Proposal(theirs) = theirs else { return Some("the other end speaks otherwise".to_owned()) };
+        match Proposal::decode(theirs).map(|theirs| conclude(ours, &theirs)) {
+            Some(Conclusion::Connect(..)) => None,
+            Some(Conclusion::Sockets(reason)) => Some(reason),
+            None => Some("the other end's proposal makes no sense".to_owned()),
         }
     }
 
@@ -168,6 +156,31 @@ impl VerbsWire {
 }
 
 impl Beside for VerbsWire {
+    fn greet(&mut self, peer: PeerId, name: PeerName, now: Instant) -> Result<Words, String> {
+        self.attach(peer, name, now).map_err(|error| error.to_string())?;
+        let ours = self.words.iter().position(|(other, _)| *other == peer).and_then(|at| self.words.remove(at));
+        ours.map(|(_, words)| words).ok_or_else(|| "it has nothing to say".to_owned())
+    }
+
+    fn accept(&mut self, peer: PeerId, theirs: Words, now: Instant) -> Option<String> {
+        let refusal = self.refusal(peer, &theirs);
+        match &refusal {
+            Some(_) => self.forget(peer),
+            None => self.hear(peer, theirs, now),
+        }
+        refusal
+    }
+
+    fn forget(&mut self, peer: PeerId) {
+        if let Some(slot) = self.links.get_mut(peer.index())
+            && let Some(mut link) = slot.take()
+        {
+            link.close(&mut self.nic);
+            self.routes.retain(|_, (at, _)| *at != peer.index());
+            self.words.retain(|(other, _)| *other != peer);
+        }
+    }
+
     fn leave(&mut self) -> bool {
         let mut left = self.words.is_empty();
         for link in self.links.iter_mut().flatten().filter(|link| link.lost.is_none()) {

@@ -29,6 +29,7 @@ struct State {
     next: u32,
     /// Messages that found no receive posted.
     not_ready: u64,
+    carried_out: u64,
     /// Work requests that fail, of a million, and the state of the draw.
     faults: (u64, u64),
     /// How many may fail yet.
@@ -87,6 +88,16 @@ impl Fabric {
     /// Messages that found no receive posted.
     pub fn not_ready(&self) -> u64 {
         self.state().not_ready
+    }
+
+    /// Work requests that were carried out.
+    pub fn messages(&self) -> u64 {
+        self.state().carried_out
+    }
+
+    /// Queue pairs that are open.
+    pub fn queue_pairs(&self) -> usize {
+        self.state().pairs.len()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -157,6 +168,7 @@ impl State {
             return Err(RETRIES);
         }
         let from = self.local(span)?;
+        self.carried_out += 1;
         match work {
             Work::Send => {
                 let (number, into) = self.next_recv(other)?;

@@ -127,6 +127,7 @@ fn tcp_wires(config: &Config, count: u32) -> Vec<TcpWire> {
             pid: std::process::id(),
             boot_id: String::new(),
             nonce: u64::from(rank) + 1,
+            rdma: false,
         };
         let mut wire = TcpWire::new(config, identity, accept).unwrap();
         let address = wire.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
