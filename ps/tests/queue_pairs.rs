@@ -114,7 +114,8 @@ fn a_client_without_rdma_uses_sockets_and_one_that_insists_is_told_why_not() {
     let server = serve(&fabric);
     fabric.go_down();
     ones_add_up(std::slice::from_ref(&server), 2, 3, || dialer(Some(&fabric), WireChoice::Auto));
-    let refused = Client::over(dialer(Some(&fabric), WireChoice::Verbs), &[server.address.clone()], settings(None));
+    let refused =
+        Client::over(dialer(Some(&fabric), WireChoice::Verbs), std::slice::from_ref(&server.address), settings(None));
     let text = refused.err().expect("verbs cannot be had").to_string();
     assert!(text.contains("GRADWIRE_TRANSPORT=verbs") && text.contains("open a queue pair"), "{text}");
 }
@@ -124,13 +125,18 @@ fn clients_come_and_go_and_nothing_of_them_stays() {
     let fabric = Fabric::default();
     let server = serve(&fabric);
     for _ in 0..40 {
-        let client = Client::over(dialer(Some(&fabric), WireChoice::Verbs), &[server.address.clone()], settings(None));
+        let client = Client::over(
+            dialer(Some(&fabric), WireChoice::Verbs),
+            std::slice::from_ref(&server.address),
+            settings(None),
+        );
         let client = client.unwrap();
         assert_eq!(client.status().unwrap().len(), 1);
         client.close();
     }
     let client =
-        Client::over(dialer(Some(&fabric), WireChoice::Verbs), &[server.address.clone()], settings(None)).unwrap();
+        Client::over(dialer(Some(&fabric), WireChoice::Verbs), std::slice::from_ref(&server.address), settings(None))
+            .unwrap();
     let until = std::time::Instant::now() + Duration::from_secs(20);
     while fabric.queue_pairs() > 2 {
         assert!(std::time::Instant::now() < until, "{} queue pairs are left", fabric.queue_pairs());
@@ -142,12 +148,20 @@ fn clients_come_and_go_and_nothing_of_them_stays() {
 fn an_error_of_a_server_comes_over_queue_pairs_too() {
     let fabric = Fabric::default();
     let server = serve(&fabric);
-    let client =
-        Client::over(dialer(Some(&fabric), WireChoice::Verbs), &[server.address.clone()], settings(Some(0))).unwrap();
+    let client = Client::over(
+        dialer(Some(&fabric), WireChoice::Verbs),
+        std::slice::from_ref(&server.address),
+        settings(Some(0)),
+    )
+    .unwrap();
     let options = |workers| TableOptions { rule: UpdateRule::Sum, mode: Mode::Sync { workers }, combine: Combine::Sum };
     client.dense("t", &[10], DType::F32, options(1)).unwrap();
-    let other =
-        Client::over(dialer(Some(&fabric), WireChoice::Verbs), &[server.address.clone()], settings(Some(1))).unwrap();
+    let other = Client::over(
+        dialer(Some(&fabric), WireChoice::Verbs),
+        std::slice::from_ref(&server.address),
+        settings(Some(1)),
+    )
+    .unwrap();
     let refused = other.dense("t", &[11], DType::F32, options(1)).err().expect("another shape");
     assert!(matches!(refused, PsError::Refused { .. }), "{refused}");
 }

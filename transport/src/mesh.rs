@@ -332,7 +332,8 @@ impl Wire for Mesh {
     fn park(&mut self, until: Instant) {
         let until = self.ending.iter().fold(until, |until, ending| until.min(ending.until));
         let until = self.better.iter().filter_map(|wire| wire.deadline()).fold(until, Instant::min);
-        let quiet = self.better.iter_mut().fold(true, |quiet, wire| wire.fall_asleep() && quiet);
+        // Each is asked: one that is not would sleep on.
+        let quiet = self.better.iter_mut().map(|wire| wire.fall_asleep()).filter(|quiet| !quiet).count() == 0;
         self.carry_words();
         if quiet && !self.posted && self.early.is_empty() {
             let beside: Vec<_> = self.better.iter().map(|wire| wire.sleep_on()).collect();
@@ -351,7 +352,9 @@ impl Wire for Mesh {
         let until_better = until - FAREWELL.min(until.saturating_duration_since(now) / 2);
         let mut done = Vec::new();
         // All together: what a wire has to say may have to go over the sockets.
-        while Instant::now() < until_better && !self.better.iter_mut().fold(true, |left, wire| wire.leave() && left) {
+        while Instant::now() < until_better
+            && self.better.iter_mut().filter_map(|wire| (!wire.leave()).then_some(())).count() > 0
+        {
             self.poll(Instant::now(), &mut done);
             done.clear();
             self.park(until_better.min(Instant::now() + Duration::from_millis(10)));

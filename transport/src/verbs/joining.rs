@@ -231,11 +231,11 @@ impl Beside for VerbsWire {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        let apart = |link: &Box<Link>| match link.phase {
+        let apart = |link: &Link| match link.phase {
             Phase::Apart { since: Some(since) } if link.lost.is_none() => Some(since + ANSWER),
             _ => None,
         };
-        self.links.iter().flatten().filter_map(apart).min()
+        self.links.iter().flatten().filter_map(|link| apart(link)).min()
     }
 
     fn speaks(&self) -> bool {
