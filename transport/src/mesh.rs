@@ -20,6 +20,8 @@ const SOCKET_TURNS: u32 = 32;
 const SOCKET_PAUSE: Duration = Duration::from_micros(20);
 /// How long a peer's end that another wire shows waits for the sockets to tell of it, and of what was said last.
 const LAST_WORDS: Duration = Duration::from_millis(100);
+/// Words of one peer that may come at once.
+const LISTENING: usize = 8;
 /// What a shutdown keeps for the sockets' goodbye.
 const FAREWELL: Duration = Duration::from_millis(200);
 
@@ -81,12 +83,17 @@ impl Mesh {
         };
         for peer in peers {
             match mesh.better.iter().find(|wire| wire.has(peer)) {
-                Some(wire) if wire.speaks() => mesh.listen(peer),
+                Some(wire) if wire.speaks() => mesh.begin_listening(peer),
                 Some(_) => {}
                 None => mesh.mixed = true,
             }
         }
         mesh
+    }
+
+    /// Waits for a peer's words, several at once: all that it says may come this way one day.
+    fn begin_listening(&mut self, peer: PeerId) {
+        (0..LISTENING).for_each(|_| self.listen(peer));
     }
 
     /// Waits for a peer's next words. A peer that is lost is told of by its own completion.
@@ -125,7 +132,24 @@ impl Mesh {
             (Some(wire), Some(words)) => wire.hear(from, words, now),
             _ => tracing::warn!(peer = %self.tcp.name(from), "words that make no sense"),
         }
-        self.listen(from);
+    }
+
+    /// Hears what a peer that is gone had said and nobody had listened to yet.
+    fn hear_out(&mut self, peer: PeerId, now: Instant, done: &mut Vec<Completion>) {
+        let mut any = true;
+        while std::mem::take(&mut any) && self.tcp.post_recv_loan(peer, Words::TAG, Words::MAX_BYTES).is_ok() {
+            let mut came = Vec::new();
+            self.tcp.poll(now, &mut came);
+            for completion in came {
+                match completion {
+                    Completion::Arrived(arrival) if arrival.from.peer == peer && arrival.from.tag == Words::TAG => {
+                        self.hear(peer, &arrival.loan, now, done);
+                        any = true;
+                    }
+                    other => self.early.push(other),
+                }
+            }
+        }
     }
 
     fn route(&mut self, peer: PeerId, tag: Tag) -> &mut dyn Wire {
@@ -148,13 +172,14 @@ impl Mesh {
     fn poll_sockets(&mut self, now: Instant, done: &mut Vec<Completion>) {
         (self.looked, self.posted) = (Some(now), false);
         let mut came = std::mem::take(&mut self.scratch);
-        self.tcp.poll(now, &mut came);
         came.append(&mut self.early);
+        self.tcp.poll(now, &mut came);
         for completion in came.drain(..) {
             match completion {
                 Completion::PeerDown { peer, error } => self.go_down(peer, error, now, done),
                 Completion::Arrived(arrival) if arrival.from.tag == Words::TAG => {
                     self.hear(arrival.from.peer, &arrival.loan, now, done);
+                    self.listen(arrival.from.peer);
                 }
                 Completion::RecvFailed { tag: Words::TAG, .. } => {}
                 Completion::PeerUp(peer) => self.take_in(peer, now, done),
@@ -201,6 +226,9 @@ impl Mesh {
     /// The sockets have told of a peer's end: what came by a better wire before it is handed over, then everything else fails.
     fn go_down(&mut self, peer: PeerId, error: TransportError, now: Instant, done: &mut Vec<Completion>) {
         let mut came = Vec::new();
+        if self.better.iter().any(|wire| wire.speaks() && wire.has(peer)) {
+            self.hear_out(peer, now, done);
+        }
         if let Some(wire) = self.better.iter_mut().find(|wire| wire.has(peer)) {
             wire.detach(peer, error.clone());
             wire.poll(now, &mut came);

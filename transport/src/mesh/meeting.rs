@@ -58,7 +58,7 @@ impl Mesh {
             (Ok(_), None) => Some("the link is gone already".to_owned()),
         };
         match refused {
-            None => self.listen(peer),
+            None => self.begin_listening(peer),
             Some(why) => {
                 tracing::debug!(peer = %self.tcp.name(peer), why, "reached over sockets");
                 if let Err(error) = select::check_verbs(choice, &why) {
@@ -120,7 +120,7 @@ impl Mesh {
         };
         self.say(peer, &ours);
         match refused {
-            None => self.listen(peer),
+            None => self.begin_listening(peer),
             Some(why) => tracing::debug!(peer = %self.tcp.name(peer), why, "reached over sockets"),
         }
         done.push(Completion::PeerUp(peer));
