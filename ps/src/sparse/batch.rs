@@ -60,6 +60,15 @@ impl<'a> Ids<'a> {
         self.0.len()
     }
 
+    /// The ids, up to `N` at a time, with how many there are of them.
+    pub(crate) fn blocks<const N: usize>(&self) -> impl Iterator<Item = ([u64; N], usize)> + use<'a, N> {
+        self.0.chunks(N).map(|chunk| {
+            let mut ids = [0; N];
+            ids.iter_mut().zip(chunk).for_each(|(to, &id)| *to = u64::from_le_bytes(id));
+            (ids, chunk.len())
+        })
+    }
+
     pub(crate) fn iter(&self) -> impl ExactSizeIterator<Item = u64> + use<'a> {
         self.0.iter().map(|&id| u64::from_le_bytes(id))
     }

@@ -164,6 +164,20 @@ impl<C: Real> Store<C> {
         step.run(value, gradient, first, second);
     }
 
+    /// Looks for the rows of `ids`, a block at a time, with the memory of the next block asked for before.
+    fn in_blocks(&self, ids: Ids<'_>, mut each: impl FnMut(&[u64], &[Option<u32>])) {
+        let mut blocks = ids.blocks::<AHEAD>();
+        let mut next = blocks.next();
+        next.iter().for_each(|(ids, count)| ids[..*count].iter().for_each(|&id| self.index.prefetch(id)));
+        while let Some((ids, count)) = next {
+            next = blocks.next();
+            next.iter().for_each(|(ids, count)| ids[..*count].iter().for_each(|&id| self.index.prefetch(id)));
+            let mut rows = [None; AHEAD];
+            rows.iter_mut().zip(&ids[..count]).for_each(|(row, &id)| *row = self.index.find(id));
+            each(&ids[..count], &rows[..count]);
+        }
+    }
+
     /// Writes one row, in the table's type.
     fn store(&self, id: u64, row: Option<u32>, scratch: &mut [C], out: &mut [u8]) {
         match row {
@@ -189,7 +203,9 @@ impl<C: Real> Rows for Store<C> {
     }
 
     fn absent(&self, ids: Ids<'_>) -> u64 {
-        ids.iter().filter(|&id| self.index.find(id).is_none()).count() as u64
+        let mut absent = 0;
+        self.in_blocks(ids, |_, rows| absent += rows.iter().filter(|row| row.is_none()).count());
+        absent as u64
     }
 
     fn bytes_for(&self, more: u64) -> u64 {
@@ -205,31 +221,38 @@ impl<C: Real> Rows for Store<C> {
     }
 
     fn read(&self, ids: Ids<'_>, out: &mut [u8]) {
-        let bytes = self.dim * self.dtype.bytes();
+        let mut out = out.chunks_exact_mut(self.dim * self.dtype.bytes());
         let mut scratch = vec![C::default(); self.dim];
-        let (mut ids, mut out) = (ids.iter(), out.chunks_exact_mut(bytes));
-        let mut found = [(0, None); AHEAD];
-        while ids.len() > 0 {
-            let some = ids.len().min(AHEAD);
-            for (place, id) in found.iter_mut().zip(ids.by_ref().take(some)) {
-                let row = self.index.find(id);
-                row.inspect(|&row| kernel::prefetch(&self.arena.row(row)[..self.dim]));
-                *place = (id, row);
+        // A block's rows are on their way while the next one's are looked for.
+        let mut before: ([u64; AHEAD], [Option<u32>; AHEAD], usize) = ([0; AHEAD], [None; AHEAD], 0);
+        let mut flush = |(ids, rows, count): &([u64; AHEAD], [Option<u32>; AHEAD], usize)| {
+            for ((id, row), out) in ids.iter().zip(rows).take(*count).zip(&mut out) {
+                self.store(*id, *row, &mut scratch, out);
             }
-            for (&(id, row), out) in found[..some].iter().zip(&mut out) {
-                self.store(id, row, &mut scratch, out);
-            }
-        }
+        };
+        self.in_blocks(ids, |ids, rows| {
+            rows.iter().flatten().for_each(|&row| kernel::prefetch(&self.arena.row(row)[..self.dim]));
+            flush(&before);
+            before.0[..ids.len()].copy_from_slice(ids);
+            before.1[..ids.len()].copy_from_slice(rows);
+            before.2 = ids.len();
+        });
+        flush(&before);
     }
 
     fn apply(&mut self, rule: &UpdateRule, n: u64, batch: &Batch<'_>, divisor: f64, now_ms: u64) {
         let step = Step::<C>::new(rule, n);
         let mut gradient = vec![C::default(); self.dim];
-        let each = self.dim * batch.dtype.bytes();
-        for (id, bytes) in batch.ids.iter().zip(batch.rows.chunks_exact(each)) {
-            if let Some(row) = self.used(id, now_ms) {
-                C::load(batch.dtype, bytes, &mut gradient);
-                self.update(&step, row, &mut gradient, divisor);
+        let mut rows = batch.rows.chunks_exact(self.dim * batch.dtype.bytes());
+        for (ids, count) in batch.ids.blocks::<AHEAD>() {
+            for row in ids[..count].iter().filter_map(|&id| self.index.find(id)) {
+                kernel::prefetch(self.arena.row(row));
+            }
+            for (&id, bytes) in ids[..count].iter().zip(&mut rows) {
+                if let Some(row) = self.used(id, now_ms) {
+                    C::load(batch.dtype, bytes, &mut gradient);
+                    self.update(&step, row, &mut gradient, divisor);
+                }
             }
         }
     }
