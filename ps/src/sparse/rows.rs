@@ -8,7 +8,7 @@ use super::initial::table_key;
 use super::usage::Usage;
 use super::{Batch, Ids, Initializer, SparseSpec};
 use crate::kernel::{self, Real, Step};
-use crate::{DType, UpdateRule};
+use crate::{Adam, DType, UpdateRule};
 use hashbrown::HashTable;
 
 /// Rows that are looked for at a time, so that the memory of many is on its way at once.
@@ -58,6 +58,13 @@ pub(crate) fn bytes_when_full(spec: &SparseSpec) -> Option<u64> {
     let [first, second] = spec.rule.state_of_row(spec.dim as usize);
     let row = (spec.dim as usize + first + second) * computed;
     spec.share()?.checked_mul(row as u64 + MOST_EXTRA).or(Some(u64::MAX))
+}
+
+/// `rule` at its `n`-th application. Adam is that of `torch.optim.SparseAdam`, which adds epsilon before it corrects the root.
+fn step_of<C: Real>(rule: &UpdateRule, n: u64) -> Step<C> {
+    let UpdateRule::Adam(adam) = *rule else { return Step::new(rule, n) };
+    let correction = (1.0 - adam.beta2.powi(i32::try_from(n).unwrap_or(i32::MAX))).sqrt();
+    Step::new(&UpdateRule::Adam(Adam { epsilon: adam.epsilon / correction, ..adam }), n)
 }
 
 /// Rows of elements that are computed as `C`: the values, then the optimizer's state, without a gap.
@@ -241,7 +248,7 @@ impl<C: Real> Rows for Store<C> {
     }
 
     fn apply(&mut self, rule: &UpdateRule, n: u64, batch: &Batch<'_>, divisor: f64, now_ms: u64) {
-        let step = Step::<C>::new(rule, n);
+        let step = step_of::<C>(rule, n);
         let mut gradient = vec![C::default(); self.dim];
         let mut rows = batch.rows.chunks_exact(self.dim * batch.dtype.bytes());
         for (ids, count) in batch.ids.blocks::<AHEAD>() {
@@ -278,7 +285,7 @@ impl<C: Real> Rows for Store<C> {
     }
 
     fn apply_sum(&mut self, rule: &UpdateRule, n: u64, divisor: f64, now_ms: u64) {
-        let step = Step::<C>::new(rule, n);
+        let step = step_of::<C>(rule, n);
         let empty = Sum { slots: HashTable::new(), ids: Vec::new(), values: Vec::new() };
         let mut sum = std::mem::replace(&mut self.sum, empty);
         // Which rows are made and evicted then depends on nothing but the ids.
