@@ -31,8 +31,6 @@ impl Part {
             Turn::TooEarly => return None,
             Turn::Wait => {
                 let bytes = memory.copy(gradient.1)?;
-                let (client, clock) = (from.header.client, from.header.clock);
-                self.unpark(|known| (known.from.header.client, known.from.header.clock) == (client, clock), memory);
                 self.parked.push(Parked { from: *from, dtype: gradient.0, bytes });
                 return Some(false);
             }
@@ -44,10 +42,17 @@ impl Part {
         }
         loop {
             let Order::Bounded { progress, .. } = &self.order else { return Some(false) };
-            let may_go = |parked: &Parked| progress.turn(parked.from.header.clock, rank(&parked.from)) == Turn::Now;
-            let Some(at) = self.parked.iter().position(may_go) else { return Some(false) };
+            let turn = |parked: &Parked| progress.turn(parked.from.header.clock, rank(&parked.from));
+            let ready = |parked: &Parked| matches!(turn(parked), Turn::Now | Turn::Duplicate);
+            let Some(at) = self.parked.iter().position(ready) else { return Some(false) };
+            let counted = turn(&self.parked[at]) == Turn::Duplicate;
             let Parked { from, dtype, bytes } = self.parked.swap_remove(at);
-            self.apply_bounded(&from, (dtype, &bytes), rates, divisor, out);
+            if counted {
+                // It came twice while it waited.
+                self.wait_or_answer(from, out);
+            } else {
+                self.apply_bounded(&from, (dtype, &bytes), rates, divisor, out);
+            }
             memory.give_back(bytes);
         }
     }

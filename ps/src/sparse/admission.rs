@@ -19,11 +19,15 @@ pub(crate) struct Sketch {
 impl Sketch {
     /// Admits an id the `wanted`-th time. `rows`: about how many there will be.
     pub(crate) fn new(wanted: u8, rows: u64, key: u64) -> Self {
-        let counters = (rows.saturating_mul(4)).clamp(1 << 16, 1 << 24).next_power_of_two();
-        Self { key, wanted, counters: vec![0; counters as usize], raised: 0 }
+        Self { key, wanted, counters: vec![0; Self::bytes_for(rows) as usize], raised: 0 }
     }
 
     /// Bytes that a sketch for so many rows takes.
+    pub(crate) fn bytes_for(rows: u64) -> u64 {
+        rows.saturating_mul(4).clamp(1 << 16, 1 << 24).next_power_of_two()
+    }
+
+    /// Bytes taken.
     pub(crate) fn bytes(&self) -> u64 {
         self.counters.len() as u64
     }

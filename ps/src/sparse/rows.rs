@@ -44,7 +44,7 @@ pub(crate) trait Rows: Send {
     fn told(&self) -> (&Evicted, u64);
 }
 
-/// No rows yet. `key`: any number that clients do not know.
+/// No rows yet; [`least_bytes`] are set aside. `key`: any number that clients do not know.
 pub(crate) fn new(spec: &SparseSpec, key: u64) -> Box<dyn Rows> {
     match spec.dtype {
         DType::F64 => Box::new(Store::<f64>::new(spec, key)),
@@ -52,12 +52,20 @@ pub(crate) fn new(spec: &SparseSpec, key: u64) -> Box<dyn Rows> {
     }
 }
 
-/// Bytes that a full table of `spec` takes on this shard, where it has a capacity.
-pub(crate) fn bytes_when_full(spec: &SparseSpec) -> Option<u64> {
+/// Bytes to set aside before a table of `spec` is made: where it has a capacity, all that it will take.
+pub(crate) fn least_bytes(spec: &SparseSpec) -> u64 {
     let computed = if spec.dtype == DType::F64 { 8 } else { 4 };
     let [first, second] = spec.rule.state_of_row(spec.dim as usize);
-    let row = (spec.dim as usize + first + second) * computed;
-    spec.share()?.checked_mul(row as u64 + MOST_EXTRA).or(Some(u64::MAX))
+    let row = ((spec.dim as usize + first + second) * computed) as u64 + MOST_EXTRA;
+    let full = spec.share().map_or(0, |share| share.saturating_mul(row));
+    let sketch = if spec.admission > 1 { Sketch::bytes_for(expected_rows(spec)) } else { 0 };
+    // A table costs something even while it holds nothing.
+    full.saturating_add(sketch).saturating_add(8192)
+}
+
+/// About how many rows there will be.
+fn expected_rows(spec: &SparseSpec) -> u64 {
+    spec.share().unwrap_or(1 << 20)
 }
 
 /// `rule` at its `n`-th application. Adam is that of `torch.optim.SparseAdam`, which adds epsilon before it corrects the root.
@@ -107,8 +115,8 @@ impl<C: Real> Store<C> {
             share,
             index: Index::new(key),
             arena: Arena::new(dim + state[0] + state[1], share),
-            usage: spec.eviction.map(Usage::new),
-            sketch: (spec.admission > 1).then(|| Sketch::new(spec.admission, share.unwrap_or(1 << 20), key)),
+            usage: spec.eviction.map(|eviction| Usage::new(eviction, share.unwrap_or(0))),
+            sketch: (spec.admission > 1).then(|| Sketch::new(spec.admission, expected_rows(spec), key)),
             unadmitted: 0,
             evicted: Evicted::default(),
             sum: Sum { slots: HashTable::new(), ids: Vec::new(), values: Vec::new() },

@@ -55,11 +55,11 @@ pub(crate) struct Means<'a> {
 impl SparseTable {
     /// The share of the shard that `spec` names, empty. The spec has been checked. `key`: any number that clients do not know.
     pub(crate) fn new(spec: SparseSpec, key: u64, now: Instant, memory: &mut Memory) -> Result<Self, Refusal> {
-        let rows = rows::new(&spec, key);
-        let least_bytes = rows.bytes().saturating_add(rows::bytes_when_full(&spec).unwrap_or(0)).saturating_add(256);
+        let least_bytes = rows::least_bytes(&spec);
         if !memory.take(least_bytes) {
             return Err(no_room(&spec, memory, least_bytes));
         }
+        let rows = rows::new(&spec, key);
         let order = match spec.mode {
             Mode::Sync { workers } => Order::Clocks { gathering: Gathering::new(workers), unacknowledged: Vec::new() },
             Mode::Ssp { workers, staleness } => Order::Bounded {
@@ -238,8 +238,6 @@ impl SparseTable {
             }
             Turn::Wait => {
                 let Some(payload) = means.memory.copy(payload) else { return Ok(None) };
-                let same = |known: &mut Kept| key(&known.from, &known.payload) == key(from, &payload);
-                parked.extract_if(.., same).for_each(|known| means.memory.give_back(known.payload));
                 parked.push(Kept { from: *from, count: batch.ids.len(), payload });
                 return Ok(Some(false));
             }
@@ -274,11 +272,14 @@ impl SparseTable {
     fn unpark(&mut self, now_ms: u64, means: &mut Means<'_>) {
         loop {
             let Order::Bounded { progress, parked, under_way, .. } = &mut self.order else { return };
-            let may_go = |kept: &Kept| progress.turn(kept.from.header.clock, rank(&kept.from)) == Turn::Now;
-            let Some(at) = parked.iter().position(may_go) else { return };
+            let turn = |kept: &Kept| progress.turn(kept.from.header.clock, rank(&kept.from));
+            let Some(at) = parked.iter().position(|kept| matches!(turn(kept), Turn::Now | Turn::Duplicate)) else {
+                return;
+            };
+            let counted = turn(&parked[at]) == Turn::Duplicate;
             let Kept { from, count, payload } = parked.swap_remove(at);
             let batch = Batch::known(&payload, from.header.dtype.unwrap_or(DType::F32), count);
-            let come = has_come(under_way, &from, &batch, &self.spec);
+            let come = if counted { Ok(true) } else { has_come(under_way, &from, &batch, &self.spec) };
             match come.and_then(|come| self.check_room(batch.ids, means.memory).map(|()| come)) {
                 Ok(true) => self.acknowledge(&from, means.out),
                 Ok(false) => self.apply_bounded(&from, &batch, now_ms, means),
@@ -463,11 +464,6 @@ fn has_come(
         Some(parts) => Ok(parts.has(batch.part)),
         None => Ok(false),
     }
-}
-
-/// What tells a parked part from others.
-fn key(from: &Wait, payload: &[u8]) -> (u64, u64, Vec<u8>) {
-    (from.header.client, from.header.clock, payload[..4].to_vec())
 }
 
 fn wrong_part(spec: &SparseSpec, batch: &Batch<'_>) -> Refusal {

@@ -31,9 +31,11 @@ pub(crate) struct Usage {
 }
 
 impl Usage {
-    pub(crate) fn new(eviction: Eviction) -> Self {
+    /// `rows`: as many are expected, and set aside at once; the system gives the memory when it is written.
+    pub(crate) fn new(eviction: Eviction, rows: u64) -> Self {
         let levels = if eviction == Eviction::Lfu { LEVELS } else { 1 };
-        Self { eviction, marks: Vec::new(), lists: vec![List { first: NONE, last: NONE }; levels] }
+        let marks = Vec::with_capacity(usize::try_from(rows).unwrap_or(0));
+        Self { eviction, marks, lists: vec![List { first: NONE, last: NONE }; levels] }
     }
 
     /// Bytes taken.
@@ -125,7 +127,7 @@ mod tests {
 
     /// Uses rows in the given order (each time at the next second), then evicts all of them.
     fn evict_all(eviction: Eviction, uses: &[u32]) -> Vec<u64> {
-        let mut usage = Usage::new(eviction);
+        let mut usage = Usage::new(eviction, 0);
         let mut known = 0;
         for (&row, now) in uses.iter().zip(0..) {
             if row == known {
@@ -147,7 +149,7 @@ mod tests {
 
     #[test]
     fn a_row_expires_its_lifetime_after_its_last_use() {
-        let mut usage = Usage::new(Eviction::Ttl(Duration::from_secs(10)));
+        let mut usage = Usage::new(Eviction::Ttl(Duration::from_secs(10)), 0);
         usage.begin(0, 70, 0);
         usage.begin(1, 71, 4_000);
         usage.touch(0, 8_000);
