@@ -9,7 +9,8 @@
 use gradwire_ps::header::{Header, Kind};
 use gradwire_ps::shard::{Action, Shard};
 use gradwire_ps::{
-    Adagrad, Combine, DType, Epoch, Initializer, KeyRange, Limits, Mode, SparseSpec, UpdateRule, open_sparse_body,
+    Adagrad, Combine, DType, Epoch, Eviction, Initializer, KeyRange, Limits, Mode, SparseSpec, UpdateRule,
+    open_sparse_body,
 };
 use gradwire_transport::PeerId;
 use std::hint::black_box;
@@ -25,20 +26,23 @@ const CALLS: usize = 100;
 fn main() {
     let rows = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(10_000_000u64);
     println!("one shard, one core, float32, dim {DIM}, {rows} rows; requests without a wire, time on the core");
-    for (name, rule) in [
-        ("no state", UpdateRule::Sum),
-        ("row-wise Adagrad", UpdateRule::Adagrad(Adagrad { row_wise: true, ..Adagrad::default() })),
+    let adagrad = UpdateRule::Adagrad(Adagrad { row_wise: true, ..Adagrad::default() });
+    for (name, rule, eviction) in [
+        ("no state", UpdateRule::Sum, None),
+        ("row-wise Adagrad", adagrad, None),
+        ("row-wise Adagrad, LRU", adagrad, Some(Eviction::Lru)),
     ] {
-        measure(name, rule, rows);
+        let capacity = eviction.map(|_| rows);
+        measure(name, &SparseSpec { rule, eviction, capacity, ..spec() }, rows);
     }
 }
 
-fn spec(rule: UpdateRule) -> SparseSpec {
+fn spec() -> SparseSpec {
     SparseSpec {
         name: "bench".into(),
         dim: DIM as u64,
         dtype: DType::F32,
-        rule,
+        rule: UpdateRule::Sum,
         mode: Mode::Async,
         combine: Combine::Sum,
         initializer: Initializer::Uniform { low: -0.1, high: 0.1 },
@@ -92,9 +96,8 @@ impl Bench {
     }
 }
 
-fn measure(name: &str, rule: UpdateRule, rows: u64) {
-    let spec = spec(rule);
-    let mut bench = Bench::new(&spec);
+fn measure(name: &str, spec: &SparseSpec, rows: u64) {
+    let mut bench = Bench::new(spec);
     let before = resident_bytes();
     let began = on_core_ns();
     let gradients = 0.5f32.to_le_bytes().repeat(MESSAGE * DIM);
@@ -103,7 +106,7 @@ fn measure(name: &str, rule: UpdateRule, rows: u64) {
         bench.push(&ids, &gradients[..ids.len() / 8 * DIM * 4]);
     }
     let made = on_core_ns() - began;
-    let state = if matches!(rule, UpdateRule::Sum) { 0 } else { 1 };
+    let state = if spec.rule == UpdateRule::Sum { 0 } else { 1 };
     let (raw, counted) = ((DIM + state) * 4, bench.shard.status(0).memory_bytes);
     let (resident, rows_f) = (resident_bytes() - before, rows as f64);
     println!(
@@ -113,7 +116,7 @@ fn measure(name: &str, rule: UpdateRule, rows: u64) {
         counted as f64 / rows_f,
         rows_f / made as f64 * 1e3,
     );
-    verify(&mut bench, rows, rule);
+    verify(&mut bench, rows, spec);
     let flat = vec![1.0f32; rows as usize * DIM];
     let mut random = Random(7);
     let (mut pulls, mut copies, mut pushes) = (Vec::new(), Vec::new(), Vec::new());
@@ -139,15 +142,15 @@ fn measure(name: &str, rule: UpdateRule, rows: u64) {
 }
 
 /// What was pushed is read, of some rows, before anything is timed.
-fn verify(bench: &mut Bench, rows: u64, rule: UpdateRule) {
-    let mut fresh = Bench::new(&spec(rule));
+fn verify(bench: &mut Bench, rows: u64, spec: &SparseSpec) {
+    let mut fresh = Bench::new(spec);
     for id in [0, 1, rows / 2, rows - 1] {
         let value = |bench: &mut Bench| match bench.ask(Kind::SparsePull, 1, &id.to_le_bytes()) {
             Action::Value { slice, .. } => f32::from_le_bytes(slice[..4].try_into().unwrap()),
             other => panic!("{other:?}"),
         };
         let (begun, pushed) = (value(&mut fresh), value(bench));
-        let step = if matches!(rule, UpdateRule::Sum) { 0.5 } else { -0.01 };
+        let step = if spec.rule == UpdateRule::Sum { 0.5 } else { -0.01 };
         assert!((pushed - begun - step).abs() < 1e-6, "row {id}: {begun} became {pushed}");
     }
 }
