@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from .backend import NAME, GradwireBackend, create
 from .optimizer import DistributedOptimizer
+from .splitting import leave_out_strangers
 from .work import look_through
 
 __all__ = ["DistributedOptimizer", "GradwireBackend", "register"]
@@ -19,3 +20,4 @@ def register() -> None:
     if NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
     look_through()
+    leave_out_strangers(NAME)

@@ -20,6 +20,7 @@ from .. import _native
 from ..communicator import Description
 from ..config import Config
 from . import monitor, sparse
+from .coalescing import Coalescing
 from .tensors import Staging, rank_views
 from .work import Work
 
@@ -63,11 +64,12 @@ class GradwireBackend(c10d.Backend):
         self._timeout = config.timeout_s
         self._sequence = 0
         self._barriers = 0
+        self._coalescing: Coalescing | None = None
         _live.add(self)
 
     # What c10d asks of every backend. Reading an inherited `supports_*` calls itself for ever: each is defined here.
     supports_splitting = property(lambda self: True)
-    supports_coalescing = property(lambda self: False)
+    supports_coalescing = property(lambda self: True)
     supports_shrinking = property(lambda self: False)
     supports_reconfigure = property(lambda self: False)
     supports_window = property(lambda self: False)
@@ -183,13 +185,21 @@ class GradwireBackend(c10d.Backend):
         (tensor,) = tensors
         staging = Staging()
         self._sequence += 1
-        return Work(self._group.send(staging.input(tensor), dst, tag), [tensor])
+        return self._begun(Work(self._group.send(staging.input(tensor), dst, tag), [tensor]))
 
     def recv(self, tensors: Sequence[Tensor], src: int, tag: int = 0) -> Work:
         return self._receive(tensors, src, tag)
 
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
         return self._receive(tensors, None, tag)
+
+    def start_coalescing(self) -> None:
+        """What is called from here on becomes one work, which `end_coalescing` returns."""
+        self._coalescing = Coalescing()
+
+    def end_coalescing(self) -> Work:
+        window, self._coalescing = self._coalescing, None
+        return (window or Coalescing()).end()
 
     def split(self, store: Any, ranks: Sequence[int], opts: Any) -> GradwireBackend:
         """A group of `ranks`; to one that is not among them, a group of its own, since c10d cannot be given None."""
@@ -235,7 +245,10 @@ class GradwireBackend(c10d.Backend):
         staging = Staging()
         self._sequence += 1
         operation = self._group.recv(staging.output(tensor), source, tag)
-        return Work(operation, [tensor], staging.finish())
+        return self._begun(Work(operation, [tensor], staging.finish()))
+
+    def _begun(self, work: Work) -> Work:
+        return work if self._coalescing is None else self._coalescing.add(work)
 
     def _each(
         self,
@@ -250,16 +263,17 @@ class GradwireBackend(c10d.Backend):
         """Carries out `calls` of (inputs, outputs), one after the other, as one operation."""
         self._sequence += 1
         seconds = opts.timeout.total_seconds()
-        background = bool(opts.asyncOp)
+        background = bool(opts.asyncOp) or self._coalescing is not None
         factor = getattr(reduce_op, "factor", None) if _kind(reduce_op) == c10d.ReduceOp.PREMUL_SUM else None
         staging = Staging(factor, in_place=not (calls and calls[0][0]))
+        changes = name != "reduce" or self.rank() == root
         operations: list[Any] = []
         for inputs, outputs in calls:
             operations.append(
                 self._group.run(
                     name,
                     [staging.input(one) for one in inputs],
-                    [staging.output(one) for one in outputs],
+                    [staging.output(one, changes=changes) for one in outputs],
                     op=None if reduce_op is None else _OPS[_kind(reduce_op)],
                     root=root,
                     timeout_s=seconds if seconds > 0 else None,
@@ -269,7 +283,7 @@ class GradwireBackend(c10d.Backend):
         finish = staging.finish()
         if background:
             operation = operations[0] if len(operations) == 1 else _native.Operation.join(operations)
-            return Work(operation, results, finish)
+            return self._begun(Work(operation, results, finish))
         if finish is not None:
             with torch.no_grad():
                 finish()
