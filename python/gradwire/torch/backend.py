@@ -21,6 +21,7 @@ from ..communicator import Description
 from ..config import Config
 from . import monitor, sparse
 from .coalescing import Coalescing
+from .reconfigure import look_up_place, new_handle, place_among, warn_of_new_size
 from .tensors import Staging, rank_views
 from .work import Work
 
@@ -51,27 +52,23 @@ class GradwireBackend(c10d.Backend):
     def __init__(self, store: Any, rank: int, size: int, options: Any, name: str) -> None:
         super().__init__(rank, size)
         self._options = options
-        config = Config.from_environment(timeout_s=options._timeout.total_seconds())
-        self._group = _native.Group.form(
-            name,
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout_s=config.timeout_s,
-            options=config.options(),
-            environment={},
-        )
-        self._timeout = config.timeout_s
+        self._store = store
+        self._name = name
+        self._timeout = Config.from_environment(timeout_s=options._timeout.total_seconds()).timeout_s
         self._sequence = 0
         self._barriers = 0
         self._coalescing: Coalescing | None = None
-        _live.add(self)
+        self._handle = new_handle()
+        self._numbers: set[int] = set()
+        self._formed: _native.Group | None = None
+        if not getattr(options, "enable_reconfigure", False):
+            self._form(store, rank, size, name)
 
     # What c10d asks of every backend. Reading an inherited `supports_*` calls itself for ever: each is defined here.
     supports_splitting = property(lambda self: True)
     supports_coalescing = property(lambda self: True)
     supports_shrinking = property(lambda self: False)
-    supports_reconfigure = property(lambda self: False)
+    supports_reconfigure = property(lambda self: True)
     supports_window = property(lambda self: False)
     _supports_time_estimate = property(lambda self: False)
 
@@ -81,6 +78,39 @@ class GradwireBackend(c10d.Backend):
 
     def getBackendName(self) -> str:
         return NAME
+
+    def rank(self) -> int:
+        """This process's place; after `reconfigure`, the new one."""
+        return super().rank() if self._formed is None else self._formed.rank
+
+    def size(self) -> int:
+        """The number of ranks; after `reconfigure`, the new one."""
+        return super().size() if self._formed is None else self._formed.world_size
+
+    def get_reconfigure_handle(self) -> str:
+        """What names this process to the others in `reconfigure`."""
+        return self._handle
+
+    def reconfigure(self, opts: Any) -> Work:
+        """Leaves the group as it is, in whatever state, and meets the ranks of `opts.handles` in a new one.
+
+        Raises:
+            ValueError: the handles or the uuid cannot be right. Nothing was changed.
+            RendezvousTimeoutError: not all came within the time-out.
+        """
+        rank, size = place_among(opts.handles, self._handle)
+        if opts.uuid in self._numbers:
+            raise ValueError(f"reconfigure: uuid {opts.uuid} has been used before: give a new one each time")
+        self._numbers.add(opts.uuid)
+        if self._formed is not None:
+            self._formed.close(_CLOSE_TIMEOUT_S)
+        store = c10d.PrefixStore(f"reconfigure/{opts.uuid}", self._store)
+        seconds = opts.timeout.total_seconds() if opts.timeout is not None else self._timeout
+        self._form(store, rank, size, f"{self._name}/{opts.uuid}", seconds)
+        warn_of_new_size(super().size(), size)
+        if (rank, size) != (super().rank(), super().size()):
+            look_up_place(GradwireBackend)
+        return Work(None, [])
 
     def describe(self) -> Description:
         """Which wire leads to which rank, and why; `str()` of it is for people."""
@@ -216,22 +246,26 @@ class GradwireBackend(c10d.Backend):
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout.total_seconds()
-        self._group.set_timeout(self._timeout)
+        if self._formed is not None:
+            self._formed.set_timeout(self._timeout)
 
     def get_error(self) -> Any:
         try:
-            self._group.check()
+            if self._formed is not None:
+                self._formed.check()
         except RuntimeError:
             return c10d.ErrorType.COMM_ERROR
         return c10d.ErrorType.SUCCESS
 
     def abort(self) -> None:
-        self._group.abort("abort() was called")
+        if self._formed is not None:
+            self._formed.abort("abort() was called")
         _live.discard(self)
 
     def shutdown(self) -> None:
         """Leaves the group; what was sent is delivered first."""
-        self._group.close(_CLOSE_TIMEOUT_S)
+        if self._formed is not None:
+            self._formed.close(_CLOSE_TIMEOUT_S)
         _live.discard(self)
 
     def _get_sequence_number_for_group(self) -> int:
@@ -239,6 +273,27 @@ class GradwireBackend(c10d.Backend):
 
     def _set_sequence_number_for_group(self) -> None:
         """Nothing: every rank counts from 0."""
+
+    @property
+    def _group(self) -> _native.Group:
+        if self._formed is None:
+            raise RuntimeError("the group was made with enable_reconfigure=True and has no ranks yet: call reconfigure() first")
+        return self._formed
+
+    def _form(self, store: Any, rank: int, size: int, name: str, seconds: float | None = None) -> None:
+        config = Config.from_environment(timeout_s=self._timeout)
+        self._formed = _native.Group.form(
+            name,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout_s=seconds or config.timeout_s,
+            options=config.options(),
+            environment={},
+        )
+        self._formed.set_timeout(self._timeout)
+        self._sequence = self._barriers = 0
+        _live.add(self)
 
     def _receive(self, tensors: Sequence[Tensor], source: int | None, tag: int) -> Work:
         (tensor,) = tensors
@@ -300,6 +355,7 @@ def create(opts: Any, backend_options: Any) -> GradwireBackend:
     options = backend_options or c10d.Backend.Options(NAME, timeout=opts.timeout)
     options.global_ranks_in_group = opts.global_ranks_in_group
     options.group_name = opts.group_id
+    options.enable_reconfigure = opts.enable_reconfigure
     return GradwireBackend(opts.store, opts.group_rank, opts.group_size, options, opts.group_id or "default")
 
 
