@@ -19,7 +19,7 @@ NAMES = {
     "GRADWIRE_TIMEOUT": "seconds after which an operation fails; default 300",
     "GRADWIRE_TOKEN": "shared secret of all ranks and servers; default none",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
-    "GRADWIRE_TRACE": "file that the binaries write a trace to",
+    "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",
     "GRADWIRE_IB_HCA": "RDMA devices to use",
     "GRADWIRE_IB_GID_INDEX": "index of the GID of an RDMA port",
 }
@@ -39,6 +39,7 @@ class Config:
         port_range: first and last port that listeners may take.
         token: shared secret; proved, never sent.
         algorithms: algorithm per collective.
+        trace: folder that the record of the last operations goes to when the group fails.
         timeout_s: seconds after which an operation fails.
     """
 
@@ -48,6 +49,7 @@ class Config:
     port_range: tuple[int, int] | None = None
     token: str | None = None
     algorithms: str | None = None
+    trace: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
 
     @classmethod
@@ -69,6 +71,7 @@ class Config:
             port_range=_port_range(environment),
             token=environment.get("GRADWIRE_TOKEN"),
             algorithms=environment.get("GRADWIRE_ALGO"),
+            trace=environment.get("GRADWIRE_TRACE"),
             timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
         )
         return replace(config, **{name: value for name, value in given.items() if value is not None})
@@ -82,6 +85,7 @@ class Config:
             "port_range": self.port_range,
             "token": self.token,
             "algorithms": self.algorithms,
+            "trace": self.trace,
             "cores": len(os.sched_getaffinity(0)),
         }
 

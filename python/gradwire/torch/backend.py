@@ -116,6 +116,10 @@ class GradwireBackend(c10d.Backend):
         """Which wire leads to which rank, and why; `str()` of it is for people."""
         return Description.of(self._group.describe())
 
+    def trace(self) -> str:
+        """The last operations of this rank with their times, as JSON: save it for `gradwire trace merge`."""
+        return self._group.trace()
+
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = c10d.AllreduceOptions()) -> Work | None:
         if tensors and tensors[0].is_sparse:
             return sparse.all_reduce(self._group, list(tensors), opts)
