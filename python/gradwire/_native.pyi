@@ -86,6 +86,9 @@ class Group:
     def describe(self) -> dict[str, Any]:
         """What `describe()` tells, as plain values."""
 
+    def trace(self) -> str:
+        """The last operations with their times, as JSON."""
+
     def check(self) -> None:
         """Raises the error that ended the group, if it is over."""
 

@@ -19,7 +19,7 @@ NAMES = {
     "GRADWIRE_TIMEOUT": "seconds after which an operation fails; default 300",
     "GRADWIRE_TOKEN": "shared secret of all ranks and servers; default none",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
-    "GRADWIRE_TRACE": "file that the binaries write a trace to",
+    "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",
     "GRADWIRE_IB_HCA": "RDMA devices, in NCCL's grammar: `mlx5_0:1,mlx5_1`, `=exact`, `^not`; default any",
     "GRADWIRE_IB_GID_INDEX": "index of the port's GID; default the RoCE v2 one of the routed address",
     "GRADWIRE_IB_QUEUE_PAIRS": "queue pairs per peer, 1 to 8; default 1",
@@ -46,6 +46,7 @@ class Config:
         port_range: first and last port that listeners may take.
         token: shared secret; proved, never sent.
         algorithms: algorithm per collective.
+        trace: folder that the record of the last operations goes to when the group fails.
         timeout_s: seconds after which an operation fails.
         ib_hca: RDMA devices to use, in NCCL's grammar.
         ib_gid_index: index of the RDMA port's GID.
@@ -62,6 +63,7 @@ class Config:
     port_range: tuple[int, int] | None = None
     token: str | None = None
     algorithms: str | None = None
+    trace: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     ib_hca: str | None = None
     ib_gid_index: int | None = None
@@ -90,6 +92,7 @@ class Config:
             port_range=_port_range(environment),
             token=environment.get("GRADWIRE_TOKEN"),
             algorithms=environment.get("GRADWIRE_ALGO"),
+            trace=environment.get("GRADWIRE_TRACE"),
             timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
             **{f"ib_{name}": _number(environment, f"GRADWIRE_IB_{name.upper()}", int) for name in _IB_NUMBERS},
@@ -105,6 +108,7 @@ class Config:
             "port_range": self.port_range,
             "token": self.token,
             "algorithms": self.algorithms,
+            "trace": self.trace,
             "cores": len(os.sched_getaffinity(0)),
             "ib": {name: getattr(self, f"ib_{name}") for name in ("hca", *_IB_NUMBERS)},
         }

@@ -4,6 +4,7 @@ use gradwire_collectives::Settings;
 use gradwire_transport::{Config, VerbsConfig, WireChoice};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What Python's `Config` holds; None: the default.
@@ -16,6 +17,7 @@ pub(crate) struct Options {
     port_range: Option<(u16, u16)>,
     token: Option<String>,
     algorithms: Option<String>,
+    trace: Option<PathBuf>,
     cores: usize,
     ib: Ib,
 }
@@ -73,7 +75,8 @@ impl Options {
             let text = format!("lanes: {} is not a number of TCP connections per peer from 1 to 64", config.lanes);
             return Err(PyValueError::new_err(text));
         }
-        let settings = Settings { timeout, algorithms: self.algorithms, same_host: true, cores: self.cores.max(1) };
+        let (algorithms, trace, cores) = (self.algorithms, self.trace, self.cores.max(1));
+        let settings = Settings { timeout, algorithms, same_host: true, cores, trace };
         Ok((config, settings))
     }
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from .backend import NAME, GradwireBackend, create
 from .embedding import EmbeddingBag, EmbeddingCollection, EmbeddingConfig
 from .optimizer import DistributedOptimizer
+from .splitting import leave_out_strangers
 from .work import look_through
 
 __all__ = [
@@ -27,3 +28,4 @@ def register() -> None:
     if NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
     look_through()
+    leave_out_strangers(NAME)
