@@ -1,25 +1,39 @@
 //! Does: times all-reduce between processes of this host, each started as a copy of this program.
 
+use crate::family::Family;
+use crate::machine;
+use crate::report::{Chart, Report, Section, Series};
 use clap::{Args, ValueEnum};
 use gradwire_collectives::{Call, Collective, Communicator, DType, Piece, Reduction, Settings};
 use gradwire_transport::{Config, FileStore, GroupSpec, Rank, Region, WireChoice, WorldSize, form_group};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::error::Error;
+use std::io::BufRead;
 use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Which way bytes go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Way {
-    /// The segment that ranks of one host share
+    /// Memory that processes of one host share
     Shm,
-    /// TCP over loopback
+    /// TCP
     Tcp,
+}
+
+impl Way {
+    /// Its name, as it is given.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
 }
 
 #[derive(Args)]
@@ -42,6 +56,9 @@ pub(crate) struct Options {
     /// One JSON object a line instead of the table
     #[arg(long)]
     json: bool,
+    /// Adds plots to the page in this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -60,17 +77,15 @@ pub(crate) struct RankOptions {
     max_bytes: usize,
     #[arg(long)]
     rounds: usize,
-    #[arg(long)]
-    json: bool,
 }
 
 /// One row of the table.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Row {
     host: String,
     wire: Way,
     ranks: u32,
-    dtype: &'static str,
+    dtype: String,
     bytes: usize,
     rounds: usize,
     p50_us: f64,
@@ -79,35 +94,82 @@ struct Row {
     busbw_gb_per_s: f64,
 }
 
-/// Starts the ranks and waits for them; rank 0 prints.
+/// Starts the ranks, and prints what rank 0 tells.
 pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.ranks == 0 || options.min_bytes < 4 || options.min_bytes > options.max_bytes {
         return Err("give at least one rank, and 4 <= --min-bytes <= --max-bytes".into());
     }
-    let folder = std::env::temp_dir().join(format!("gradwire-bench-{}", std::process::id()));
-    let mut ranks: Vec<Child> = Vec::new();
+    let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
+    let mut family = Family::default();
+    let mut told = None;
     for rank in 0..options.ranks {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["rank", "--rank", &rank.to_string(), "--ranks", &options.ranks.to_string()]);
-        command.arg("--folder").arg(&folder).arg("--wire").arg(if options.wire == Way::Shm { "shm" } else { "tcp" });
+        command.arg("--folder").arg(folder.path()).args(["--wire", options.wire.name()]);
         command.args(["--min-bytes", &options.min_bytes.to_string(), "--max-bytes", &options.max_bytes.to_string()]);
         command.args(["--rounds", &options.rounds.to_string()]);
+        if rank == 0 {
+            command.stdout(Stdio::piped());
+        }
+        let child = family.start(format!("rank {rank}"), &mut command)?;
+        told = told.or(child.stdout.take());
+    }
+    let way = if options.wire == Way::Shm { "shared memory" } else { "TCP over loopback" };
+    let title = format!("all_reduce sum of float32, {} ranks on one host by {way}", options.ranks);
+    if !options.json {
+        println!("{title}; {}", machine::described());
+        println!(
+            "{:>12} {:>8} {:>12} {:>12} {:>10} {:>10}",
+            "bytes", "rounds", "p50 us", "p99 us", "algbw", "busbw GB/s"
+        );
+    }
+    let mut rows: Vec<Row> = Vec::new();
+    for line in told.into_iter().flat_map(|told| std::io::BufReader::new(told).lines()) {
+        let line = line?;
+        let row: Row = serde_json::from_str(&line)?;
         if options.json {
-            command.arg("--json");
+            println!("{line}");
+        } else {
+            let Row { bytes, rounds, p50_us, p99_us, algbw_gb_per_s, busbw_gb_per_s, .. } = row;
+            println!(
+                "{bytes:>12} {rounds:>8} {p50_us:>12.1} {p99_us:>12.1} {algbw_gb_per_s:>10.3} {busbw_gb_per_s:>10.3}"
+            );
         }
-        ranks.push(command.spawn()?);
+        rows.push(row);
     }
-    let mut failed = Vec::new();
-    for (rank, child) in ranks.iter_mut().enumerate() {
-        if !child.wait()?.success() {
-            failed.push(rank);
-        }
+    family.wait("ending the ranks", Instant::now() + PATIENCE)?;
+    match &options.report {
+        Some(folder) => Report::open(folder)?.add(section(options, title, &rows)?),
+        None => Ok(()),
     }
-    std::fs::remove_dir_all(&folder)?;
-    if failed.is_empty() { Ok(()) } else { Err(format!("ranks {failed:?} failed").into()) }
 }
 
-/// One rank.
+fn section(options: &Options, title: String, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let line = |name: &str, value: fn(&Row) -> f64| Series {
+        name: name.to_owned(),
+        points: rows.iter().map(|row| (row.bytes as f64, value(row))).collect(),
+    };
+    let by_bytes = |title: &str, y: &str, series| Chart {
+        title: title.to_owned(),
+        x: "bytes".to_owned(),
+        y: y.to_owned(),
+        x_log: true,
+        y_log: true,
+        series,
+    };
+    Ok(Section {
+        id: format!("all-reduce-{}-{}", options.wire.name(), options.ranks),
+        title,
+        measured_on: machine::described(),
+        charts: vec![
+            by_bytes("Bus bandwidth", "GB/s", vec![line("busbw", |row| row.busbw_gb_per_s)]),
+            by_bytes("Time of a call", "µs", vec![line("p50", |row| row.p50_us), line("p99", |row| row.p99_us)]),
+        ],
+        rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
+    })
+}
+
+/// One rank; rank 0 tells each row as JSON.
 pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
     let world_size = WorldSize::new(options.ranks).ok_or("no ranks")?;
     let wire = if options.wire == Way::Tcp { WireChoice::Tcp } else { WireChoice::Shm };
@@ -122,27 +184,12 @@ pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
     let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     let communicator = Communicator::new(group, "bench", Settings { timeout: PATIENCE, cores, ..Settings::default() })?;
-    if options.rank == 0 && !options.json {
-        println!(
-            "all_reduce sum of float32, {} ranks on one host by {:?}, loopback, {cores} cores",
-            options.ranks, options.wire
-        );
-        println!(
-            "{:>12} {:>8} {:>12} {:>12} {:>10} {:>10}",
-            "bytes", "rounds", "p50 us", "p99 us", "algbw", "busbw GB/s"
-        );
-    }
     let mut bytes = options.min_bytes.next_power_of_two();
     while bytes <= options.max_bytes {
         let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
         let row = measure(&communicator, options, &host, bytes, rounds)?;
-        if options.rank == 0 && options.json {
+        if options.rank == 0 {
             println!("{}", serde_json::to_string(&row)?);
-        } else if options.rank == 0 {
-            let Row { p50_us, p99_us, algbw_gb_per_s, busbw_gb_per_s, .. } = row;
-            println!(
-                "{bytes:>12} {rounds:>8} {p50_us:>12.1} {p99_us:>12.1} {algbw_gb_per_s:>10.3} {busbw_gb_per_s:>10.3}"
-            );
         }
         bytes *= 4;
     }
@@ -192,7 +239,7 @@ fn measure(
         host: host.to_owned(),
         wire: options.wire,
         ranks: options.ranks,
-        dtype: "float32",
+        dtype: "float32".to_owned(),
         bytes,
         rounds,
         p50_us: p50 * 1e6,

@@ -1,12 +1,29 @@
 //! Does: `gradwire-bench`, for people who look after networks.
 
 mod all_reduce;
+mod echo;
+mod family;
+mod machine;
+mod many_to_one;
+mod memory;
+mod ps;
+mod report;
+mod sizes;
+mod sockets;
+mod statistics;
 
 use clap::{Parser, Subcommand};
 
+const EXAMPLES: &str = "Examples:
+  gradwire-bench all-reduce --ranks 4 --wire tcp --json > tcp.jsonl
+  gradwire-bench many-to-one --senders 1..64                       (loopback)
+  sudo gradwire-bench many-to-one --senders 16 --shape 1gbit:64kb  (a switch with a small buffer)
+  gradwire-bench ps --against echo
+  gradwire-bench memory --report out/report                        (then open out/report/index.html)";
+
 /// Measures gradwire on this machine. Every result is verified before it is timed.
 #[derive(Parser)]
-#[command(version, after_help = "Example: gradwire-bench all-reduce --ranks 4 --wire tcp --json > tcp.jsonl")]
+#[command(version, after_help = EXAMPLES)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -16,15 +33,30 @@ struct Arguments {
 enum Command {
     /// All-reduce of float32 between processes of this host: nccl-tests' table
     AllReduce(all_reduce::Options),
+    /// N processes push to one: goodput, fairness, loss and latency as N grows
+    ManyToOne(many_to_one::Options),
+    /// Push, pull and push_pull of the parameter server
+    Ps(ps::Options),
+    /// The kernels that sums are made with, beside the limit of this machine's memory
+    Memory(memory::Options),
     /// One rank of a measurement; started by the others
     #[command(hide = true)]
     Rank(all_reduce::RankOptions),
+    #[command(hide = true)]
+    ManyToOneMember(many_to_one::MemberOptions),
+    #[command(hide = true)]
+    PsPeer(ps::PeerOptions),
 }
 
 fn main() -> std::process::ExitCode {
     let result = match Arguments::parse().command {
         Command::AllReduce(options) => all_reduce::run(&options),
+        Command::ManyToOne(options) => many_to_one::run(&options),
+        Command::Ps(options) => ps::run(&options),
+        Command::Memory(options) => memory::run(&options),
         Command::Rank(options) => all_reduce::rank(&options),
+        Command::ManyToOneMember(options) => many_to_one::member(&options),
+        Command::PsPeer(options) => ps::peer(&options),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,
@@ -33,4 +65,9 @@ fn main() -> std::process::ExitCode {
             std::process::ExitCode::FAILURE
         }
     }
+}
+
+/// `1 sender`, `2 senders`.
+fn plural(count: u32, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }

@@ -1,0 +1,235 @@
+//! Does: many-to-one, the pattern of a parameter server: N processes push to one. Goodput, fairness, loss and latency as N grows.
+
+mod member;
+mod receiver;
+mod row;
+mod sender;
+mod stamp;
+
+pub(crate) use member::MemberOptions;
+
+use crate::all_reduce::Way;
+use crate::family::Family;
+use crate::report::{Chart, Report, Section, Series};
+use crate::{machine, plural};
+use clap::Args;
+use row::{About, Row, Shape, Switch};
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Starting and ending 65 processes on a busy machine, beside what they measure.
+const BESIDE: Duration = Duration::from_secs(100);
+/// The network for `--shape`, carried along so that the program needs no files.
+const NETNS_CLUSTER: &str = include_str!("../../../scripts/netns-cluster");
+/// Longest push: what one message by loan may hold.
+const MOST_BYTES: usize = 4 << 20;
+const MOST_SENDERS: u32 = 64;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// How many send: 16, or several: 1,4,16, or 1..64 for the powers of two in between
+    #[arg(long, default_value = "1..16", value_parser = counts)]
+    senders: Counts,
+    /// Which way bytes go
+    #[arg(long, value_enum, default_value = "tcp")]
+    wire: Way,
+    /// Behind links of this rate and a switch with this buffer, such as 1gbit:64kb (network namespaces; needs root)
+    #[arg(long, value_name = "RATE:BUFFER")]
+    shape: Option<Shape>,
+    /// Bytes of a push; 256 KiB is what the parameter server sends as one part
+    #[arg(long, default_value_t = 256 << 10)]
+    bytes: usize,
+    /// Pushes that a sender has under way at once
+    #[arg(long, default_value_t = 4)]
+    depth: usize,
+    /// How long to measure each row
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// How long to push before measuring
+    #[arg(long, default_value_t = 1.0)]
+    warm_up: f64,
+    /// A line for each sender too
+    #[arg(long)]
+    each: bool,
+    /// One JSON object a line instead of the table, each sender in it
+    #[arg(long)]
+    json: bool,
+    /// Adds plots to the page in this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+}
+
+/// Numbers of senders.
+#[derive(Clone, Debug, PartialEq)]
+struct Counts(Vec<u32>);
+
+fn counts(text: &str) -> Result<Counts, String> {
+    let wrong = || format!("give numbers from 1 to {MOST_SENDERS}: 16, or 1,4,16, or 1..64");
+    let number = |text: &str| text.parse().ok().filter(|n| (1..=MOST_SENDERS).contains(n)).ok_or_else(wrong);
+    if let Some((first, last)) = text.split_once("..") {
+        let (first, last) = (number(first)?, number(last)?);
+        let doubled = std::iter::successors(Some(first), |n| Some(n * 2));
+        let mut counts: Vec<u32> = doubled.take_while(|n| *n < last).collect();
+        counts.push(last);
+        return if first <= last { Ok(Counts(counts)) } else { Err(wrong()) };
+    }
+    text.split(',').map(number).collect::<Result<_, _>>().map(Counts)
+}
+
+/// One member of a measurement.
+pub(crate) fn member(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
+    if options.rank == 0 { receiver::receive(options) } else { sender::send(options) }
+}
+
+/// Measures every number of senders and prints a row for each.
+pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    let sound = (stamp::LEAST_BYTES..=MOST_BYTES).contains(&options.bytes) && (1..=64).contains(&options.depth);
+    if !sound || !(0.1..=600.0).contains(&options.seconds) || !(0.0..=60.0).contains(&options.warm_up) {
+        let least = stamp::LEAST_BYTES;
+        return Err(format!(
+            "give {least} <= --bytes <= {MOST_BYTES}, 1 <= --depth <= 64, 0.1 <= --seconds <= 600, 0 <= --warm-up <= 60"
+        )
+        .into());
+    }
+    if options.shape.is_some() && options.wire != Way::Tcp {
+        return Err("--shape is about a network: use --wire tcp".into());
+    }
+    let about = About {
+        host: machine::host(),
+        wire: options.wire,
+        shape: options.shape.clone(),
+        bytes: options.bytes,
+        depth: options.depth,
+    };
+    let title = format!(
+        "many to one: pushes of {} bytes, {} under way a sender, {}",
+        options.bytes,
+        options.depth,
+        path(options)
+    );
+    if !options.json {
+        println!("{title}; {}\n{}", machine::described(), Row::head());
+    }
+    let mut rows = Vec::new();
+    for &senders in &options.senders.0 {
+        let row = measure(options, &about, senders)?;
+        if options.json {
+            println!("{}", serde_json::to_string(&row)?);
+        } else {
+            println!("{}", row.line());
+            row.sender_lines().take_while(|_| options.each).for_each(|line| println!("{line}"));
+        }
+        rows.push(row);
+    }
+    match &options.report {
+        Some(folder) => Report::open(folder)?.add(section(options, &title, &rows)?),
+        None => Ok(()),
+    }
+}
+
+fn path(options: &Options) -> String {
+    match (&options.shape, options.wire) {
+        (Some(shape), _) => {
+            format!("TCP over links of {} and a switch buffer of {} (network namespaces)", shape.rate, shape.buffer)
+        }
+        (None, Way::Tcp) => "TCP over loopback".to_owned(),
+        (None, Way::Shm) => "shared memory".to_owned(),
+    }
+}
+
+/// One row: starts the members, waits for them, reads what they saw.
+fn measure(options: &Options, about: &About, senders: u32) -> Result<Row, Box<dyn Error>> {
+    let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
+    let mut family = Family::default();
+    let whole = Duration::from_secs_f64(options.seconds + options.warm_up) + BESIDE;
+    let stats = folder.path().join("switch");
+    if let Some(shape) = &options.shape {
+        let script = folder.path().join("netns-cluster");
+        std::fs::write(&script, NETNS_CLUSTER)?;
+        let mut command = Command::new("bash");
+        command.arg(script).args([
+            "--hosts",
+            &(senders + 1).to_string(),
+            "--rate",
+            &shape.rate,
+            "--buffer",
+            &shape.buffer,
+        ]);
+        command.args(["--timeout", &whole.as_secs().to_string(), "--plain", "--stats"]).arg(&stats).arg("--");
+        add_member(command.arg(std::env::current_exe()?), options, senders, folder.path());
+        family.start("the network of namespaces".to_owned(), &mut command)?;
+    } else {
+        for rank in 0..=senders {
+            let mut command = Command::new(std::env::current_exe()?);
+            add_member(&mut command, options, senders, folder.path());
+            command.args(["--rank", &rank.to_string(), "--ip", "127.0.0.1"]);
+            let name = if rank == 0 { "the receiver".to_owned() } else { format!("sender {rank}") };
+            family.start(name, &mut command)?;
+        }
+    }
+    family.wait(&format!("measuring {}", plural(senders, "sender")), Instant::now() + whole)?;
+    let read = |rank: u32| std::fs::read(folder.path().join(format!("result-{rank}.json")));
+    let taken = serde_json::from_slice(&read(0)?)?;
+    let pushed = (1..=senders).map(|rank| Ok(serde_json::from_slice(&read(rank)?)?));
+    let pushed = pushed.collect::<Result<_, Box<dyn Error>>>()?;
+    let switch = if options.shape.is_some() { Switch::parse(&std::fs::read_to_string(&stats)?) } else { None };
+    Ok(Row::new(about, &taken, pushed, switch))
+}
+
+fn add_member(command: &mut Command, options: &Options, senders: u32, folder: &Path) {
+    command.args(["many-to-one-member", "--senders", &senders.to_string(), "--folder"]).arg(folder);
+    command.args(["--wire", options.wire.name(), "--bytes", &options.bytes.to_string()]);
+    command.args(["--depth", &options.depth.to_string(), "--seconds", &options.seconds.to_string()]);
+    command.args(["--warm-up", &options.warm_up.to_string()]);
+}
+
+fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let series = |value: fn(&Row) -> f64, name: &str| Series {
+        name: name.to_owned(),
+        points: rows.iter().map(|row| (row.senders as f64, value(row))).collect(),
+    };
+    let by_senders = |title: &str, y: &str, log: bool, series: Vec<Series>| Chart {
+        title: title.to_owned(),
+        x: "senders".to_owned(),
+        y: y.to_owned(),
+        x_log: true,
+        y_log: log,
+        series,
+    };
+    let charts = vec![
+        by_senders("Goodput", "GB/s", false, vec![series(|row| row.goodput_gb_per_s, "all senders together")]),
+        by_senders("Fairness", "Jain's index", false, vec![series(|row| row.jain, "Jain's index of goodput")]),
+        by_senders(
+            "Time of a push",
+            "µs",
+            true,
+            vec![series(|row| row.p50_us, "p50"), series(|row| row.p99_us, "p99")],
+        ),
+    ];
+    let shape = options.shape.as_ref().map_or(String::new(), |shape| format!("-{}-{}", shape.rate, shape.buffer));
+    Ok(Section {
+        id: format!("many-to-one-{}{shape}-{}", options.wire.name(), options.bytes),
+        title: title.to_owned(),
+        measured_on: machine::described(),
+        charts,
+        rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_senders_are_read_in_three_ways() {
+        let read = |text| counts(text).map(|counts| counts.0);
+        assert_eq!(read("16"), Ok(vec![16]));
+        assert_eq!(read("1,4,3"), Ok(vec![1, 4, 3]));
+        assert_eq!((read("1..64"), read("3..7")), (Ok(vec![1, 2, 4, 8, 16, 32, 64]), Ok(vec![3, 6, 7])));
+        for wrong in ["", "0", "65", "a", "4..1", "1,,2", "1..65"] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Does: the one: takes pushes from all senders, checks each, says so, and counts while it is time to.
+
+use super::member::{MEASURE, MemberOptions, NAP, PHASE, PUSH, START, STOP, TAKEN, WHOLE};
+use super::stamp;
+use gradwire_transport::{Arrival, Completion, Envelope, LossCause, PeerId, Tag, TransportError, Wire};
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+/// What the receiver has counted.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Taken {
+    /// How long it counted.
+    pub(super) seconds: f64,
+    /// Pushes of each sender in that time, by rank from 1 on.
+    pub(super) pushes: Vec<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Phase {
+    /// Waiting for a first push of everybody, of which every byte is checked.
+    Meeting,
+    Warming,
+    Measuring,
+    /// Waiting for a last push of everybody, and for their goodbye.
+    Ending,
+}
+
+struct Receiver<'a> {
+    options: &'a MemberOptions,
+    wire: Box<dyn Wire>,
+    phase: Phase,
+    /// The next push of each sender.
+    next: Vec<u64>,
+    counted: Vec<u64>,
+    began: Instant,
+    left: u32,
+    /// Words that the wire had no room for.
+    words: VecDeque<Envelope>,
+}
+
+/// Receives until everybody has left.
+pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
+    let deadline = options.deadline();
+    let wire = options.meet_senders()?;
+    let senders = options.senders as usize;
+    let mut receiver = Receiver {
+        options,
+        wire,
+        phase: Phase::Meeting,
+        next: vec![0; senders + 1],
+        counted: vec![0; senders + 1],
+        began: Instant::now(),
+        left: options.senders,
+        words: VecDeque::new(),
+    };
+    for sender in 1..=options.senders {
+        for _ in 0..options.depth {
+            receiver.post(PeerId(sender))?;
+        }
+    }
+    let mut result = None;
+    let mut done = Vec::new();
+    while receiver.left > 0 {
+        let now = Instant::now();
+        if now > deadline {
+            return Err(format!("{} senders had not ended in time", receiver.left).into());
+        }
+        receiver.wire.poll(now, &mut done);
+        let moved = !done.is_empty();
+        for completion in done.drain(..) {
+            receiver.complete(completion)?;
+        }
+        for word in std::mem::take(&mut receiver.words) {
+            receiver.say(word)?;
+        }
+        let due = receiver.turn(Instant::now(), &mut result)?;
+        if !moved {
+            receiver.wire.park(due.min(Instant::now() + NAP));
+        }
+    }
+    options.leave(&result.ok_or("everybody left before it was measured")?)?;
+    receiver.wire.shutdown(Instant::now() + Duration::from_secs(1));
+    Ok(())
+}
+
+impl Receiver<'_> {
+    fn post(&mut self, peer: PeerId) -> Result<(), TransportError> {
+        self.wire.post_recv_loan(peer, PUSH, self.options.bytes).map_err(|refused| refused.error)
+    }
+
+    fn complete(&mut self, completion: Completion) -> Result<(), Box<dyn Error>> {
+        match completion {
+            Completion::Arrived(arrival) => self.take(arrival),
+            Completion::PeerDown { error: TransportError::PeerLost { cause: LossCause::Goodbye, .. }, .. }
+                if self.phase == Phase::Ending =>
+            {
+                self.left -= 1;
+                Ok(())
+            }
+            Completion::PeerDown { error, .. } => Err(error.into()),
+            Completion::RecvFailed { error, .. } if self.phase != Phase::Ending => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn take(&mut self, arrival: Arrival) -> Result<(), Box<dyn Error>> {
+        let peer = arrival.from.peer;
+        let (at, sequence, whole) = (peer.index(), arrival.from.note & !WHOLE, arrival.from.note & WHOLE != 0);
+        let expected = self.next[at];
+        if sequence != expected
+            || arrival.loan.len() != self.options.bytes
+            || !stamp::is_right(&arrival.loan, peer.0, sequence, whole)
+        {
+            return Err(format!("push {expected} of sender {} came wrong (it says it is {sequence})", peer.0).into());
+        }
+        drop(arrival);
+        self.next[at] += 1;
+        self.counted[at] += u64::from(self.phase == Phase::Measuring);
+        self.post(peer)?;
+        self.say(Envelope { peer, tag: TAKEN, note: sequence })
+    }
+
+    fn say(&mut self, word: Envelope) -> Result<(), Box<dyn Error>> {
+        let Some(mut loan) = self.wire.lend(word.peer, 1) else {
+            self.words.push_back(word);
+            return Ok(());
+        };
+        loan[0] = 0;
+        match self.wire.post_loan(word, loan) {
+            Err(refused) if matches!(refused.error, TransportError::QueueFull { .. }) => self.words.push_back(word),
+            // Its own completion tells of its end.
+            Err(_) | Ok(()) => {}
+        }
+        Ok(())
+    }
+
+    fn say_to_all(&mut self, tag: Tag, note: u64) -> Result<(), Box<dyn Error>> {
+        (1..=self.options.senders).try_for_each(|sender| self.say(Envelope { peer: PeerId(sender), tag, note }))
+    }
+
+    /// Goes on to the next phase where it is time; when to look again.
+    fn turn(&mut self, now: Instant, result: &mut Option<Taken>) -> Result<Instant, Box<dyn Error>> {
+        let (warm_up, seconds) =
+            (Duration::from_secs_f64(self.options.warm_up), Duration::from_secs_f64(self.options.seconds));
+        match self.phase {
+            Phase::Meeting if self.next[1..].iter().all(|next| *next > 0) => {
+                (self.phase, self.began) = (Phase::Warming, now);
+                self.say_to_all(PHASE, START)?;
+            }
+            Phase::Warming if now >= self.began + warm_up => {
+                (self.phase, self.began) = (Phase::Measuring, now);
+                self.say_to_all(PHASE, MEASURE)?;
+            }
+            Phase::Measuring if now >= self.began + seconds => {
+                self.phase = Phase::Ending;
+                let pushes = self.counted[1..].to_vec();
+                *result = Some(Taken { seconds: (now - self.began).as_secs_f64(), pushes });
+                self.say_to_all(PHASE, STOP)?;
+            }
+            _ => {}
+        }
+        Ok(match self.phase {
+            Phase::Warming => self.began + warm_up,
+            Phase::Measuring => self.began + seconds,
+            Phase::Meeting | Phase::Ending => now + NAP,
+        })
+    }
+}

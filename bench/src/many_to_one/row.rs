@@ -1,0 +1,222 @@
+//! Pure: what the members of a measurement have seen, as one row of a table.
+
+use super::receiver::Taken;
+use super::sender::Pushed;
+use crate::all_reduce::Way;
+use crate::statistics::{jain, percentile, sorted};
+use serde::Serialize;
+
+/// A link's rate and the buffer of the switch before it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Shape {
+    /// In tc's words.
+    pub(crate) rate: String,
+    /// In tc's words.
+    pub(crate) buffer: String,
+    /// The rate in bytes.
+    pub(crate) gb_per_s: f64,
+}
+
+impl std::str::FromStr for Shape {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not RATE:BUFFER, such as 1gbit:64kb");
+        let (rate, buffer) = text.split_once(':').filter(|(_, buffer)| !buffer.is_empty()).ok_or_else(wrong)?;
+        let (number, unit) = rate.split_at(rate.find(char::is_alphabetic).ok_or_else(wrong)?);
+        let bits = match unit {
+            "gbit" => 1e9,
+            "mbit" => 1e6,
+            "kbit" => 1e3,
+            _ => return Err(wrong()),
+        };
+        let number: f64 = number.parse().ok().filter(|number| *number > 0.0).ok_or_else(wrong)?;
+        Ok(Self { rate: rate.to_owned(), buffer: buffer.to_owned(), gb_per_s: number * bits / 8e9 })
+    }
+}
+
+/// What the switch saw on its port to the receiver.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(super) struct Switch {
+    /// Packets that did not fit the buffer.
+    pub(super) dropped: u64,
+    pub(super) queue_p50_bytes: f64,
+    pub(super) queue_p99_bytes: f64,
+}
+
+impl Switch {
+    /// Reads what `netns-cluster --stats` wrote.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let number = |line: &str, name: &str| line.strip_prefix(name)?.split(' ').next()?.parse::<f64>().ok();
+        let queue = sorted(text.lines().filter_map(|line| number(line, "queue ")).collect());
+        let dropped = text.lines().find_map(|line| number(line, "dropped "))?;
+        Some(Self {
+            dropped: dropped as u64,
+            queue_p50_bytes: percentile(&queue, 50),
+            queue_p99_bytes: percentile(&queue, 99),
+        })
+    }
+}
+
+/// One sender's part.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct SenderRow {
+    pub(super) rank: usize,
+    pub(super) goodput_gb_per_s: f64,
+    pub(super) p50_us: f64,
+    pub(super) p99_us: f64,
+    pub(super) retransmits: u64,
+}
+
+/// One row of the table.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Row {
+    pub(super) host: String,
+    pub(super) wire: Way,
+    pub(super) shape: Option<Shape>,
+    pub(super) senders: usize,
+    pub(super) dtype: &'static str,
+    pub(super) bytes: usize,
+    pub(super) depth: usize,
+    pub(super) seconds: f64,
+    pub(super) pushes: u64,
+    pub(super) goodput_gb_per_s: f64,
+    /// Of the link's rate, headers and all.
+    pub(super) share_of_link: Option<f64>,
+    pub(super) jain: f64,
+    pub(super) p50_us: f64,
+    pub(super) p99_us: f64,
+    pub(super) segments: u64,
+    pub(super) retransmits: u64,
+    pub(super) switch: Option<Switch>,
+    pub(super) per_sender: Vec<SenderRow>,
+}
+
+/// What is the same for all rows of a run.
+pub(super) struct About {
+    pub(super) host: String,
+    pub(super) wire: Way,
+    pub(super) shape: Option<Shape>,
+    pub(super) bytes: usize,
+    pub(super) depth: usize,
+}
+
+impl Row {
+    pub(super) fn new(about: &About, taken: &Taken, pushed: Vec<Pushed>, switch: Option<Switch>) -> Self {
+        let rate = |pushes: u64| pushes as f64 * about.bytes as f64 / taken.seconds / 1e9;
+        let rates: Vec<f64> = taken.pushes.iter().map(|pushes| rate(*pushes)).collect();
+        let total = rates.iter().sum();
+        let (mut all, mut per_sender) = (Vec::new(), Vec::new());
+        let (mut segments, mut retransmits) = (0, 0);
+        for (at, one) in pushed.into_iter().enumerate() {
+            segments += one.sent.segments;
+            retransmits += one.sent.retransmits;
+            let times = sorted(one.push_us);
+            per_sender.push(SenderRow {
+                rank: at + 1,
+                goodput_gb_per_s: rates[at],
+                p50_us: percentile(&times, 50),
+                p99_us: percentile(&times, 99),
+                retransmits: one.sent.retransmits,
+            });
+            all.extend(times);
+        }
+        let all = sorted(all);
+        Self {
+            host: about.host.clone(),
+            wire: about.wire,
+            shape: about.shape.clone(),
+            senders: rates.len(),
+            dtype: "bytes",
+            bytes: about.bytes,
+            depth: about.depth,
+            seconds: taken.seconds,
+            pushes: taken.pushes.iter().sum(),
+            goodput_gb_per_s: total,
+            share_of_link: about.shape.as_ref().map(|shape| total / shape.gb_per_s),
+            jain: jain(&rates),
+            p50_us: percentile(&all, 50),
+            p99_us: percentile(&all, 99),
+            segments,
+            retransmits,
+            switch,
+            per_sender,
+        }
+    }
+
+    /// The head of the table that people read.
+    pub(super) fn head() -> String {
+        format!(
+            "{:>7} {:>12} {:>8} {:>7} {:>17} {:>11} {:>11} {:>11} {:>8} {:>15}",
+            "senders",
+            "goodput GB/s",
+            "of link",
+            "Jain",
+            "slowest..fastest",
+            "p50 us",
+            "p99 us",
+            "retransmits",
+            "dropped",
+            "queue KB 50/99"
+        )
+    }
+
+    /// The row for people.
+    pub(super) fn line(&self) -> String {
+        let rates = sorted(self.per_sender.iter().map(|one| one.goodput_gb_per_s).collect());
+        let spread = format!("{:.4}..{:.4}", rates.first().unwrap_or(&0.0), rates.last().unwrap_or(&0.0));
+        let share = self.share_of_link.map_or("-".to_owned(), |share| format!("{:.1} %", share * 100.0));
+        let (dropped, queue) = self.switch.as_ref().map_or(("-".to_owned(), "-".to_owned()), |switch| {
+            let queue = format!("{:.0}/{:.0}", switch.queue_p50_bytes / 1e3, switch.queue_p99_bytes / 1e3);
+            (switch.dropped.to_string(), queue)
+        });
+        format!(
+            "{:>7} {:>12.4} {share:>8} {:>7.4} {spread:>17} {:>11.0} {:>11.0} {:>11} {dropped:>8} {queue:>15}",
+            self.senders, self.goodput_gb_per_s, self.jain, self.p50_us, self.p99_us, self.retransmits
+        )
+    }
+
+    /// A sender's line for people.
+    pub(super) fn sender_lines(&self) -> impl Iterator<Item = String> {
+        self.per_sender.iter().map(|one| {
+            format!(
+                "{:>7} {:>12.4} {:>8} {:>7} {:>17} {:>11.0} {:>11.0} {:>11}",
+                format!("#{}", one.rank),
+                one.goodput_gb_per_s,
+                "",
+                "",
+                "",
+                one.p50_us,
+                one.p99_us,
+                one.retransmits
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sockets::Sent;
+
+    #[test]
+    fn a_row_adds_up_what_the_members_saw() {
+        let shape: Shape = "8gbit:64kb".parse().unwrap();
+        assert_eq!((shape.gb_per_s, shape.buffer.as_str()), (1.0, "64kb"));
+        let about = About { host: "h".into(), wire: Way::Tcp, shape: Some(shape), bytes: 1_000_000, depth: 2 };
+        let taken = Taken { seconds: 2.0, pushes: vec![1000, 500] };
+        let one = |us: f64| Pushed { push_us: vec![us; 10], sent: Sent { segments: 100, retransmits: us as u64 } };
+        let row = Row::new(&about, &taken, vec![one(3.0), one(5.0)], Switch::parse("queue 10\nqueue 30\ndropped 7\n"));
+        assert_eq!((row.goodput_gb_per_s, row.share_of_link), (0.75, Some(0.75)));
+        assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500));
+        assert_eq!((row.p50_us, row.p99_us, row.per_sender[1].p50_us), (3.0, 5.0, 5.0));
+        assert_eq!(row.switch, Some(Switch { dropped: 7, queue_p50_bytes: 10.0, queue_p99_bytes: 30.0 }));
+    }
+
+    #[test]
+    fn what_is_no_shape_is_refused() {
+        for wrong in ["", "1gbit", "1gbit:", "gbit:1kb", "-1gbit:1kb", "1parsec:1kb"] {
+            assert!(wrong.parse::<Shape>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! Does: times push, pull and push_pull of a dense table, in turns with a plain TCP echo of messages as long.
+
+use crate::echo::{self, Echo};
+use crate::family::Family;
+use crate::report::{Chart, Report, Section, Series};
+use crate::statistics::{percentile, sorted};
+use crate::{machine, plural, sizes};
+use clap::{Args, ValueEnum};
+use gradwire_ps::{Client, ClientSettings, DType, DenseTable, LocalServers, ServerSettings, TableOptions};
+use gradwire_transport::{FileStore, Region, Store};
+use serde::Serialize;
+use std::error::Error;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What an echo says where the parameter server sends a header only.
+const SHORT: usize = 64;
+/// Rounds before it is timed.
+const WARM_UP: usize = 5;
+/// Sums of whole numbers stay exact in float32 up to here.
+const EXACT: usize = 1 << 24;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Bytes of the table, float32
+    #[arg(long, value_delimiter = ',', default_value = "4k,64k,1m,16m,64m", value_parser = sizes::parse)]
+    bytes: Vec<usize>,
+    /// Servers, in one process of their own
+    #[arg(long, default_value_t = 1)]
+    shards: u32,
+    /// Calls of each kind and size; fewer of large ones, never under 10
+    #[arg(long, default_value_t = 500)]
+    rounds: usize,
+    /// What is timed in turns with it
+    #[arg(long, value_enum)]
+    against: Option<Against>,
+    /// One JSON object a line instead of the table
+    #[arg(long)]
+    json: bool,
+    /// Adds plots to the page in this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Against {
+    /// A plain TCP connection that carries messages as long, both ways, and does nothing with them
+    Echo,
+}
+
+/// The process with the servers.
+#[derive(Args)]
+pub(crate) struct PeerOptions {
+    #[arg(long)]
+    folder: PathBuf,
+    #[arg(long)]
+    shards: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Operation {
+    Push,
+    Pull,
+    PushPull,
+}
+
+const OPERATIONS: [(Operation, &str); 3] =
+    [(Operation::Push, "push"), (Operation::Pull, "pull"), (Operation::PushPull, "push_pull")];
+
+#[derive(Serialize)]
+struct Row {
+    host: String,
+    wire: &'static str,
+    ranks: u32,
+    shards: u32,
+    operation: Operation,
+    dtype: &'static str,
+    bytes: usize,
+    rounds: usize,
+    p50_us: f64,
+    p99_us: f64,
+    /// Payload there and back.
+    goodput_gb_per_s: f64,
+    echo_p50_us: Option<f64>,
+    echo_p99_us: Option<f64>,
+    /// The echo's median over ours: above 1 we are quicker than moving the bytes plainly.
+    of_echo: Option<f64>,
+}
+
+/// Serves until its standard input ends: with whoever started it.
+pub(crate) fn peer(options: &PeerOptions) -> Result<(), Box<dyn Error>> {
+    let servers = LocalServers::start(options.shards, ServerSettings::default())?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let store = FileStore::new(&options.folder)?;
+    store.set("echo", listener.local_addr()?.to_string().as_bytes())?;
+    store.set("servers", servers.addresses().join(" ").as_bytes())?;
+    std::thread::spawn(move || echo::serve(&listener));
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    servers.stop();
+    Ok(())
+}
+
+/// Measures and prints.
+pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    let sound = |bytes: &usize| (4..=1 << 30).contains(bytes) && bytes.is_multiple_of(4);
+    if options.shards == 0 || options.rounds == 0 || !options.bytes.iter().all(sound) {
+        return Err("give at least one shard and one round, and --bytes in multiples of 4 up to 1g".into());
+    }
+    let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
+    let mut family = Family::default();
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("ps-peer").arg("--folder").arg(folder.path()).args(["--shards", &options.shards.to_string()]);
+    family.start("the servers".to_owned(), command.stdin(Stdio::piped()))?;
+    let store = FileStore::new(folder.path())?;
+    let read = |key| Ok::<_, Box<dyn Error>>(String::from_utf8(store.get(key, Instant::now() + PATIENCE)?)?);
+    let addresses: Vec<String> = read("servers")?.split(' ').map(str::to_owned).collect();
+    let client = Client::connect(&addresses, ClientSettings { timeout: PATIENCE, ..ClientSettings::default() })?;
+    let mut echo = match options.against {
+        Some(Against::Echo) => Some(Echo::connect(read("echo")?.parse()?)?),
+        None => None,
+    };
+    let title =
+        format!("parameter server: a dense float32 table on {}, TCP over loopback", plural(options.shards, "shard"));
+    if !options.json {
+        println!("{title}; {}", machine::described());
+        println!(
+            "{:>10} {:>12} {:>7} {:>11} {:>11} {:>13} {:>12} {:>8}",
+            "operation", "bytes", "rounds", "p50 us", "p99 us", "goodput GB/s", "echo p50 us", "of echo"
+        );
+    }
+    let mut rows = Vec::new();
+    for &bytes in &options.bytes {
+        let mut table = Table::open(&client, bytes)?;
+        for (operation, name) in OPERATIONS {
+            let row = measure(options, &mut table, operation, echo.as_mut())?;
+            if options.json {
+                println!("{}", serde_json::to_string(&row)?);
+            } else {
+                let Row { rounds, p50_us, p99_us, goodput_gb_per_s, echo_p50_us, of_echo, .. } = &row;
+                let or_dash = |value: &Option<f64>, places| value.map_or("-".to_owned(), |v| format!("{v:.places$}"));
+                println!(
+                    "{name:>10} {bytes:>12} {rounds:>7} {p50_us:>11.1} {p99_us:>11.1} {goodput_gb_per_s:>13.3} {:>12} {:>8}",
+                    or_dash(echo_p50_us, 1),
+                    or_dash(of_echo, 3)
+                );
+            }
+            rows.push(row);
+        }
+        table.check()?;
+    }
+    client.close();
+    match &options.report {
+        Some(folder) => Report::open(folder)?.add(section(options, &title, &rows)?),
+        None => Ok(()),
+    }
+}
+
+/// A table, and what ought to be in it.
+struct Table {
+    table: DenseTable,
+    gradient: Arc<Region>,
+    values: Arc<Region>,
+    pushes: usize,
+}
+
+impl Table {
+    fn open(client: &Client, bytes: usize) -> Result<Self, Box<dyn Error>> {
+        let gradient = (0..bytes / 4).flat_map(|i| element(i).to_le_bytes()).collect();
+        let table = client.dense(&format!("bench-{bytes}"), &[bytes / 4], DType::F32, TableOptions::default())?;
+        Ok(Self { table, gradient: Region::from_vec(gradient), values: Region::zeroed(bytes), pushes: 0 })
+    }
+
+    fn call(&mut self, operation: Operation) -> Result<(), Box<dyn Error>> {
+        let bytes = self.gradient.len();
+        let (gradient, into) = (self.gradient.read(0..bytes)?, self.values.write(0..bytes)?);
+        self.pushes += usize::from(operation != Operation::Pull);
+        let pending = match operation {
+            Operation::Push => self.table.push(gradient)?,
+            Operation::Pull => self.table.pull(into)?,
+            Operation::PushPull => self.table.push_pull(gradient, into)?,
+        };
+        pending.wait(None)?;
+        Ok(())
+    }
+
+    /// Whether every push counted once, and what is pulled is their sum.
+    fn check(&mut self) -> Result<(), Box<dyn Error>> {
+        self.call(Operation::Pull)?;
+        let values = self.values.read(0..self.values.len())?;
+        for (i, four) in values.as_chunks::<4>().0.iter().enumerate() {
+            let (got, expected) = (f32::from_le_bytes(*four), element(i) * self.pushes as f32);
+            if got != expected {
+                let pushes = self.pushes;
+                return Err(format!("element {i} is {got} after {pushes} pushes, not {expected}").into());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn element(at: usize) -> f32 {
+    (at % 61) as f32
+}
+
+fn measure(
+    options: &Options,
+    table: &mut Table,
+    operation: Operation,
+    echo: Option<&mut Echo>,
+) -> Result<Row, Box<dyn Error>> {
+    let bytes = table.gradient.len();
+    let rounds = (options.rounds * (1 << 20) / bytes).clamp(10, options.rounds.max(10));
+    if table.pushes + rounds + WARM_UP > EXACT / 61 {
+        return Err("fewer rounds, please: the sums would no longer be exact, and could not be checked".into());
+    }
+    table.call(operation)?;
+    table.check()?;
+    let mut echo = echo.map(|echo| Mirror::new(echo, operation, bytes)).transpose()?;
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for round in 0..rounds + WARM_UP {
+        let began = Instant::now();
+        table.call(operation)?;
+        let took = began.elapsed();
+        let echoed = echo.as_mut().map(Mirror::call).transpose()?;
+        if round >= WARM_UP {
+            ours.push(took.as_secs_f64() * 1e6);
+            theirs.extend(echoed.map(|took| took.as_secs_f64() * 1e6));
+        }
+    }
+    let (ours, theirs) = (sorted(ours), sorted(theirs));
+    let p50 = percentile(&ours, 50);
+    let payload = if operation == Operation::PushPull { 2 * bytes } else { bytes };
+    let of_echo = |percent| (!theirs.is_empty()).then(|| percentile(&theirs, percent));
+    Ok(Row {
+        host: machine::host(),
+        wire: "tcp",
+        ranks: 1,
+        shards: options.shards,
+        operation,
+        dtype: "float32",
+        bytes,
+        rounds,
+        p50_us: p50,
+        p99_us: percentile(&ours, 99),
+        goodput_gb_per_s: payload as f64 / p50 / 1e3,
+        echo_p50_us: of_echo(50),
+        echo_p99_us: of_echo(99),
+        of_echo: of_echo(50).map(|echo| echo / p50),
+    })
+}
+
+/// The echo's side of an operation: messages of the same lengths.
+struct Mirror<'a> {
+    echo: &'a mut Echo,
+    message: Vec<u8>,
+    answer: Vec<u8>,
+}
+
+impl<'a> Mirror<'a> {
+    fn new(echo: &'a mut Echo, operation: Operation, bytes: usize) -> Result<Self, Box<dyn Error>> {
+        let (ask, answer) = match operation {
+            Operation::Push => (bytes, SHORT),
+            Operation::Pull => (SHORT, bytes),
+            Operation::PushPull => (bytes, bytes),
+        };
+        let whole: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
+        let mut back = vec![0; bytes];
+        echo.call(&whole, &mut back)?;
+        if back != whole {
+            return Err("the echo gives back something else".into());
+        }
+        Ok(Self { echo, message: vec![3; ask], answer: vec![0; answer] })
+    }
+
+    fn call(&mut self) -> std::io::Result<Duration> {
+        let began = Instant::now();
+        self.echo.call(&self.message, &mut self.answer)?;
+        Ok(began.elapsed())
+    }
+}
+
+fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let mut series = Vec::new();
+    for (operation, name) in OPERATIONS {
+        let mine = || rows.iter().filter(move |row| row.operation == operation);
+        let line = |name: String, value: fn(&Row) -> Option<f64>| Series {
+            name,
+            points: mine().filter_map(|row| Some((row.bytes as f64, value(row)?))).collect(),
+        };
+        series.push(line(name.to_owned(), |row| Some(row.p50_us)));
+        if options.against.is_some() {
+            series.push(line(format!("echo for {name}"), |row| row.echo_p50_us));
+        }
+    }
+    let chart = Chart {
+        title: "Median time of a call".to_owned(),
+        x: "bytes".to_owned(),
+        y: "µs".to_owned(),
+        x_log: true,
+        y_log: true,
+        series,
+    };
+    Ok(Section {
+        id: format!("ps-{}-shards", options.shards),
+        title: title.to_owned(),
+        measured_on: machine::described(),
+        charts: vec![chart],
+        rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
+    })
+}

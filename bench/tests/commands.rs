@@ -1,0 +1,75 @@
+//! Does: runs each command of the program as a person would, small, and reads what it tells.
+
+use serde_json::Value;
+use std::process::Command;
+
+/// The rows that a command prints with `--json`.
+fn rows(arguments: &[&str]) -> Vec<Value> {
+    let output = Command::new(env!("CARGO_BIN_EXE_gradwire-bench"))
+        .args(arguments)
+        .arg("--json")
+        .output()
+        .expect("the program starts");
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).expect("rows are text");
+    text.lines().map(|line| serde_json::from_str(line).expect("a row is JSON")).collect()
+}
+
+fn positive(row: &Value, names: &[&str]) {
+    for name in names {
+        assert!(row[*name].as_f64().is_some_and(|value| value > 0.0), "{name} of {row}");
+    }
+}
+
+#[test]
+fn many_to_one_counts_every_sender_over_both_wires_and_draws_it() {
+    let folder = tempfile::tempdir().unwrap();
+    for wire in ["tcp", "shm"] {
+        let short = ["--senders", "1,3", "--bytes", "5000", "--seconds", "0.2", "--warm-up", "0.1", "--wire", wire];
+        let report = ["--report", folder.path().to_str().unwrap()];
+        let rows = rows(&[&["many-to-one"][..], &short, &report].concat());
+        assert_eq!(rows.iter().map(|row| row["senders"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 3]);
+        for row in &rows {
+            positive(row, &["goodput_gb_per_s", "jain", "p50_us", "p99_us", "pushes", "seconds"]);
+            let each = row["per_sender"].as_array().unwrap();
+            assert_eq!(each.len() as u64, row["senders"].as_u64().unwrap());
+            each.iter().for_each(|one| positive(one, &["goodput_gb_per_s", "p50_us"]));
+        }
+    }
+    let page = std::fs::read_to_string(folder.path().join("index.html")).unwrap();
+    assert!(page.contains("TCP over loopback") && page.contains("shared memory") && page.contains("<svg"));
+}
+
+#[test]
+fn the_parameter_server_is_timed_in_turns_with_an_echo() {
+    let rows = rows(&["ps", "--bytes", "4k,300k", "--shards", "2", "--rounds", "10", "--against", "echo"]);
+    let names: Vec<&str> = rows.iter().map(|row| row["operation"].as_str().unwrap()).collect();
+    assert_eq!(names, ["push", "pull", "push_pull", "push", "pull", "push_pull"]);
+    rows.iter().for_each(|row| positive(row, &["p50_us", "p99_us", "goodput_gb_per_s", "echo_p50_us", "of_echo"]));
+}
+
+#[test]
+fn all_reduce_and_memory_have_a_row_for_each_size() {
+    let sizes = ["all-reduce", "--ranks", "3", "--wire", "tcp", "--max-bytes", "2048", "--rounds", "10"];
+    let rows_of_all_reduce = rows(&sizes);
+    let sizes: Vec<u64> = rows_of_all_reduce.iter().map(|row| row["bytes"].as_u64().unwrap()).collect();
+    assert_eq!(sizes, [8, 32, 128, 512, 2048]);
+    let rows_of_memory = rows(&["memory", "--bytes", "4k", "--rounds", "3"]);
+    assert_eq!(rows_of_memory.len(), 5);
+    rows_of_all_reduce.iter().chain(&rows_of_memory).for_each(|row| positive(row, &["p50_us", "p99_us"]));
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_with_what_to_do() {
+    let cases: [(&[&str], &str); 4] = [
+        (&["many-to-one", "--senders", "99"], "give numbers from 1 to 64"),
+        (&["many-to-one", "--wire", "shm", "--shape", "1gbit:64kb"], "use --wire tcp"),
+        (&["ps", "--bytes", "3"], "multiples of 4"),
+        (&["memory", "--rounds", "0"], "at least one round"),
+    ];
+    for (arguments, remedy) in cases {
+        let output = Command::new(env!("CARGO_BIN_EXE_gradwire-bench")).args(arguments).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && told.contains(remedy), "{arguments:?}: {told}");
+    }
+}
