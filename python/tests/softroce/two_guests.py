@@ -36,10 +36,12 @@ def test_training_with_a_server_in_one_guest_ends_where_one_process_does() -> No
     os.environ["GRADWIRE_TOKEN"] = "between guests"
     with _group(2) as group:
         if RANK == 0:
-            with serve(1, addresses[0], "--log", "info"):
+            with serve(1, addresses[0]):
+                group.barrier()
                 end = train(0, 2, "", addresses)
                 group.barrier()
         else:
+            group.barrier()
             end = train(1, 2, "", addresses)
             group.barrier()
         np.testing.assert_allclose(end, truth(2), rtol=1e-5)

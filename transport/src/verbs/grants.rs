@@ -45,6 +45,11 @@ impl Grants {
         Some(*turn << 12 | index)
     }
 
+    /// Whether there is none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.len() == self.free.len()
+    }
+
     /// Whether another can be kept.
     pub(super) fn has_room(&self) -> bool {
         !self.free.is_empty() || self.entries.len() < MOST

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const DRAIN: Duration = Duration::from_millis(50);
 /// How long a peer has to answer a proposal.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long nothing may come of a peer that something is awaited of before its device is asked.
+const PROBE: Duration = Duration::from_secs(2);
 /// How long what a peer sent before its goodbye may still be on its way.
 const LAST_FRAMES: Duration = Duration::from_millis(50);
 
@@ -24,7 +26,7 @@ impl VerbsWire {
     /// The device's, where the link's memory cannot be registered: use another wire.
     pub fn attach(&mut self, peer: PeerId, name: PeerName, now: Instant) -> Result<(), RegisterError> {
         let configs = (&self.config, &self.verbs);
-        let link = Link::new((peer, name), configs, Arc::clone(&self.pool), &mut self.nic)?;
+        let link = Link::new((peer, name, now), configs, Arc::clone(&self.pool), &mut self.nic)?;
         let at = peer.index();
         if self.links.len() <= at {
             self.links.resize_with(at + 1, || None);
@@ -74,7 +76,21 @@ impl VerbsWire {
                 self.break_off(at, now, done);
                 self.propose(at, now);
             }
+            Phase::Up => self.probe(at, now),
             _ => {}
+        }
+    }
+
+    /// Asks whether a peer's device is there, where something is awaited of it and nothing has come for a while: a host that
+    /// vanishes closes no connection.
+    fn probe(&mut self, at: usize, now: Instant) {
+        let Some(Some(link)) = self.links.get_mut(at) else { return };
+        if std::mem::take(&mut link.active) {
+            link.heard = now;
+        }
+        if link.is_waiting() && !link.probing && now.saturating_duration_since(link.heard) >= PROBE {
+            link.send_probe(&mut self.nic);
+            link.heard = now;
         }
     }
 
@@ -232,7 +248,9 @@ impl Beside for VerbsWire {
 
     fn deadline(&self) -> Option<Instant> {
         let apart = |link: &Link| match link.phase {
-            Phase::Apart { since: Some(since) } if link.lost.is_none() => Some(since + ANSWER),
+            _ if link.lost.is_some() => None,
+            Phase::Apart { since: Some(since) } => Some(since + ANSWER),
+            Phase::Up if link.is_waiting() && !link.probing => Some(link.heard + PROBE),
             _ => None,
         };
         self.links.iter().flatten().filter_map(|link| apart(link)).min()

@@ -20,6 +20,8 @@ pub(super) enum Carried {
     Put { key: u64 },
     /// A one-sided read: the read `key`.
     Get { key: u64 },
+    /// Nothing: it asks whether the peer's device is there.
+    Probe,
 }
 
 impl Carried {
@@ -32,7 +34,7 @@ impl Carried {
     fn bytes(self) -> usize {
         match self {
             Self::Chunk { bytes } | Self::Part { bytes, .. } => bytes,
-            Self::Frame | Self::Put { .. } | Self::Get { .. } => 0,
+            Self::Frame | Self::Put { .. } | Self::Get { .. } | Self::Probe => 0,
         }
     }
 }

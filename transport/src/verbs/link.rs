@@ -116,6 +116,11 @@ pub(super) struct Link {
     pub(super) fault: Option<Fault>,
     pub(super) last_fault: Option<Fault>,
     pub(super) lanes: Vec<Lane>,
+    /// Whether its device has completed anything since it was last looked at, and when it had.
+    pub(super) active: bool,
+    pub(super) heard: Instant,
+    /// Whether a probe is under way.
+    pub(super) probing: bool,
     pub(super) heard_goodbye: bool,
     pub(super) said_goodbye: bool,
     pub(super) queue: VecDeque<Out>,
@@ -155,7 +160,7 @@ impl Link {
     /// # Errors
     /// The device's, when the slots cannot be registered.
     pub(super) fn new(
-        (peer, name): (PeerId, PeerName),
+        (peer, name, now): (PeerId, PeerName, Instant),
         (config, verbs): (&Config, &VerbsConfig),
         pool: Arc<Pool>,
         nic: &mut Nic,
@@ -176,6 +181,9 @@ impl Link {
             fault: None,
             last_fault: None,
             lanes: (0..lanes).map(|_| Lane::new(nic.limits.send_depth)).collect(),
+            active: true,
+            heard: now,
+            probing: false,
             heard_goodbye: false,
             said_goodbye: false,
             queue: VecDeque::new(),
@@ -460,6 +468,7 @@ impl Link {
         match carried {
             Carried::Frame => self.frames_freed += 1,
             Carried::Chunk { .. } => {}
+            Carried::Probe => self.probing = false,
             Carried::Part { key, .. } => {
                 if let Some(large) = self.large.get_mut(key) {
                     large.parts[at].delivered = true;

@@ -122,6 +122,7 @@ impl Link {
         if matches!(self.phase, Phase::Sockets(_)) {
             self.give_up_remotely(nic, done);
         }
+        self.probing = false;
         let (first, last) = (self.frames_freed, self.frames_made);
         for at in first..last {
             self.send_frame(at, nic);

@@ -209,6 +209,21 @@ impl Link {
         }
     }
 
+    /// Whether the peer, or its device, has something to do for us.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.lost.is_none() && (self.flights.len() > 0 || self.inbox.posted() > 0 || !self.grants.is_empty())
+    }
+
+    /// Writes no bytes into the peer's memory: its device answers without its help, or ours finds it gone.
+    pub(super) fn send_probe(&mut self, nic: &mut Nic) {
+        if self.lanes[0].room() > FRAME_ROOM {
+            let (number, signalled) = self.lanes[0].post(Carried::Probe, true);
+            let (nothing, nowhere) = (Span { address: 0, bytes: 0, key: 0 }, Remote { address: 0, key: 0 });
+            self.probing = true;
+            self.post_work(0, number, nothing, Work::Write(nowhere, None), signalled, nic);
+        }
+    }
+
     /// Posts the receive of slot `slot` on lane `at`; lanes but the first carry no frames, and need no memory.
     pub(super) fn post_receive(&mut self, at: usize, slot: usize, nic: &mut Nic) {
         let Some(queue_pair) = self.lanes[at].queue_pair else { return };

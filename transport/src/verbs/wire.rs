@@ -155,6 +155,7 @@ impl VerbsWire {
     fn dispatch(&mut self, event: Event, done: &mut Vec<Completion>) {
         let Some(&(at, lane)) = self.routes.get(&event.queue_pair) else { return };
         let Some(Some(link)) = self.links.get_mut(at) else { return };
+        link.active = true;
         match event.what {
             What::Done => {
                 let ended = &mut self.ended;
