@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-__all__ = ["__version__", "after_fork", "Operation", "Group", "PsClient", "PsTable", "PsPending", "PsServers"]
+__all__ = ["__version__", "after_fork", "Allocation", "Operation", "Group", "PsClient", "PsTable", "PsPending", "PsServers"]
 
 __version__: str
 
@@ -30,6 +30,13 @@ class Operation:
     @property
     def source(self) -> int | None:
         """The rank that sent a received message; None for all else, and before it has ended."""
+
+@final
+class Allocation:
+    """Memory of a group, given out by the buffer protocol; it goes back to the group when this goes."""
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Group:
@@ -79,6 +86,9 @@ class Group:
 
     def recv(self, tensor: Any, source: int | None, tag: int, timeout_s: float | None = None) -> Operation:
         """Begins to receive into `tensor` from rank `source`, or from whoever is first."""
+
+    def allocate(self, bytes: int) -> Allocation:
+        """Memory for calls to come, known to the device where the group has RDMA."""
 
     def set_timeout(self, timeout_s: float) -> None:
         """How long an operation may take that is given no time-out of its own."""

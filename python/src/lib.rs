@@ -20,6 +20,8 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
+    use super::buffer::Allocation;
+    #[pymodule_export]
     use super::communicator::Group;
     #[pymodule_export]
     use super::forked::after_fork;

@@ -252,6 +252,10 @@ impl Wire for Mesh {
         self.tcp.register(region)
     }
 
+    fn deregister(&mut self, region: &Arc<Region>) {
+        self.better.iter_mut().for_each(|wire| wire.deregister(region));
+    }
+
     fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {
         let refused = self.route(to.peer, to.tag).post_send(to, slice);
         match (refused, self.ending(to.peer, to.tag)) {
