@@ -8,6 +8,7 @@ mod communicator;
 mod element;
 mod errors;
 mod forked;
+mod one_sided;
 mod operation;
 mod ps;
 mod settings;
@@ -25,6 +26,8 @@ mod _native {
     use super::communicator::Group;
     #[pymodule_export]
     use super::forked::after_fork;
+    #[pymodule_export]
+    use super::one_sided::{OneSided, OneSidedMemory, Transfer};
     #[pymodule_export]
     use super::operation::Operation;
     #[pymodule_export]
