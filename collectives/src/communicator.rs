@@ -6,13 +6,14 @@ use crate::describe::Description;
 use crate::driver::Shared;
 use crate::engine::{Engine, Job};
 use crate::local::Local;
+use crate::memory::{Memory, MemoryPool};
 use crate::messages::{Kind, Message};
 use crate::pending::{Done, Outcome, Ticket};
 use crate::plans::Plans;
 use crate::settings::Settings;
 use crate::trace::Trace;
 use crate::{CollectiveError, Fingerprint};
-use gradwire_transport::{Group, Link, PeerName, Rank, WorldSize};
+use gradwire_transport::{Group, Link, PeerName, Rank, TransportError, WireKind, WorldSize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ pub struct Communicator {
     members: Vec<PeerName>,
     links: Vec<Link>,
     trace: Arc<Trace>,
+    memory: MemoryPool,
 }
 
 /// An operation under way. Dropping it does not stop the operation.
@@ -74,7 +76,8 @@ impl Communicator {
         let who = (name.to_owned(), members.clone());
         let engine = Engine::new(wire, (rank, world_size), who, plans, local, Arc::clone(&trace));
         let shared = Arc::new(Shared::new(engine, waker, spin_turns, settings.timeout));
-        Ok(Self { shared, thread: Mutex::new(None), rank, world_size, group: name.to_owned(), members, links, trace })
+        let (thread, group, memory) = (Mutex::new(None), name.to_owned(), MemoryPool::default());
+        Ok(Self { shared, thread, rank, world_size, group, members, links, trace, memory })
     }
 
     /// This process's place in the group.
@@ -165,6 +168,27 @@ impl Communicator {
     /// Waits at a wire come back by themselves; for the bindings, which look for Ctrl-C. Only the first watch counts.
     pub fn set_watch(&self, watch: impl Fn() -> bool + Send + Sync + 'static) {
         self.shared.wishes().set_watch(Box::new(watch));
+    }
+
+    /// Memory of `bytes` for calls to come: where the group has RDMA, the device knows it already. It begins on a page, and
+    /// holds whatever was there.
+    ///
+    /// # Errors
+    /// `Register` where the device does not take it; `Transport` where there is not so much.
+    pub fn allocate(&self, bytes: usize) -> Result<Memory, CollectiveError> {
+        if let Some(memory) = self.memory.take(bytes) {
+            return Ok(memory);
+        }
+        let refused = || TransportError::io(format!("allocate {bytes} bytes"), std::io::ErrorKind::OutOfMemory);
+        let region = MemoryPool::stretch(bytes).ok_or_else(refused)?;
+        if self.links.iter().any(|link| link.kind == WireKind::Verbs) {
+            let wire = &mut self.shared.engine().wire;
+            self.memory.surplus().iter().for_each(|surplus| wire.deregister(surplus));
+            wire.register(&region)?;
+        } else {
+            drop(self.memory.surplus());
+        }
+        Ok(self.memory.add(&region, bytes))
     }
 
     /// Collectives begun so far.

@@ -1,7 +1,7 @@
 //! Pure: what can go wrong in a collective, told the same way on every rank.
 
 use crate::verdict::{Member, list_members};
-use gradwire_transport::{Rank, TransportError};
+use gradwire_transport::{Rank, RegisterError, TransportError};
 use std::fmt;
 use std::time::Duration;
 
@@ -96,6 +96,9 @@ pub enum CollectiveError {
         /// Who, and why.
         reason: String,
     },
+    /// Memory could not be made known to the device.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
     /// The transport failed.
     #[error(transparent)]
     Transport(#[from] TransportError),

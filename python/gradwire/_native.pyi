@@ -3,7 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-__all__ = ["__version__", "after_fork", "Operation", "Group", "PsClient", "PsTable", "PsSparseTable", "PsPending", "PsServers"]
+__all__ = [
+    "__version__",
+    "after_fork",
+    "Allocation",
+    "Operation",
+    "OneSided",
+    "OneSidedMemory",
+    "Transfer",
+    "Group",
+    "PsClient",
+    "PsTable",
+    "PsSparseTable",
+    "PsPending",
+    "PsServers",
+]
 
 __version__: str
 
@@ -30,6 +44,73 @@ class Operation:
     @property
     def source(self) -> int | None:
         """The rank that sent a received message; None for all else, and before it has ended."""
+
+@final
+class Allocation:
+    """Memory of a group, given out by the buffer protocol; it goes back to the group when this goes."""
+
+    def __len__(self) -> int: ...
+
+@final
+class OneSided:
+    """One end: offers memory to its peer, and reaches the peer's."""
+
+    @staticmethod
+    def open(*, timeout_s: float, options: Mapping[str, Any]) -> OneSided:
+        """An end that neither listens nor is connected."""
+
+    def bind(self) -> bytes:
+        """Listens; what the peer connects by. May be repeated."""
+
+    def connect(self, url: bytes, timeout_s: float) -> None:
+        """Connects to the endpoint that is bound at `url`."""
+
+    def connected(self) -> bool:
+        """Whether there is a peer, and it is there."""
+
+    def register(self, buffer: Any) -> OneSidedMemory:
+        """Takes `buffer` as memory for accesses; nothing is told to anybody."""
+
+    def expose(self, memory: OneSidedMemory, timeout_s: float) -> bytes:
+        """What the peer reaches `memory` by, to be sent to it."""
+
+    def unregister(self, memory: OneSidedMemory, timeout_s: float) -> bool:
+        """Ends the exposure of `memory`; False where accesses of it still go on after `timeout_s`."""
+
+    def write(self, memory: OneSidedMemory, offset: int, bytes: int, remote: bytes) -> Transfer:
+        """Begins to write `bytes` bytes of `memory` from `offset` on into the first ones of `remote`."""
+
+    def read(self, memory: OneSidedMemory, offset: int, bytes: int, remote: bytes) -> Transfer:
+        """Begins to read the first `bytes` bytes of `remote` into `memory` from `offset` on."""
+
+    def describe(self) -> dict[str, Any]:
+        """By which wire the peer's memory is reached, and why."""
+
+    def close(self, timeout_s: float) -> None:
+        """Waits for what is under way and takes leave, within `timeout_s`. May be repeated."""
+
+@final
+class OneSidedMemory:
+    """Memory of this process that may be reached, or be the local side of an access."""
+
+    def __len__(self) -> int: ...
+
+@final
+class Transfer:
+    """A read or write under way. Dropping it does not stop it."""
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until it has ended; False when `timeout_s` passed first, and it goes on."""
+
+    def is_done(self) -> bool:
+        """Whether it has ended."""
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        """Has `callback()` called once it has ended, on a thread of its own."""
+
+    @property
+    def source(self) -> int | None:
+        """No rank: as of an operation that is no receive."""
 
 @final
 class Group:
@@ -79,6 +160,9 @@ class Group:
 
     def recv(self, tensor: Any, source: int | None, tag: int, timeout_s: float | None = None) -> Operation:
         """Begins to receive into `tensor` from rank `source`, or from whoever is first."""
+
+    def allocate(self, bytes: int) -> Allocation:
+        """Memory for calls to come, known to the device where the group has RDMA."""
 
     def set_timeout(self, timeout_s: float) -> None:
         """How long an operation may take that is given no time-out of its own."""

@@ -8,10 +8,11 @@
 #![allow(unsafe_code)]
 
 use crate::element::Element;
-use gradwire_collectives::Piece;
+use gradwire_collectives::{Memory as GroupMemory, Piece};
 use gradwire_transport::Region;
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::ffi;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyCapsuleMethods};
@@ -313,4 +314,33 @@ impl Drop for DlpackHandle {
 #[pyclass(frozen, module = "gradwire._native")]
 struct BufferHandle {
     _buffer: PyUntypedBuffer,
+}
+
+/// Memory of a group, which gives it out by the buffer protocol and takes it back when this goes.
+#[pyclass(frozen, module = "gradwire._native")]
+pub(crate) struct Allocation {
+    memory: GroupMemory,
+}
+
+impl Allocation {
+    pub(crate) fn new(memory: GroupMemory) -> Self {
+        Self { memory }
+    }
+}
+
+#[pymethods]
+impl Allocation {
+    fn __len__(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// # Safety
+    /// Called by Python alone, with a view to be filled.
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        let memory = &slf.get().memory;
+        let (start, bytes) = (memory.as_ptr().cast(), memory.len().cast_signed());
+        // SAFETY: the view is Python's to be filled; the bytes are this object's alone, and the view holds the object.
+        let code = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start, bytes, 0, flags) };
+        if code == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
+    }
 }

@@ -1,6 +1,6 @@
 //! Does: the group of ranks, as Python holds it: makes it, hands it calls, tells of it.
 
-use crate::buffer::{Access, Memory};
+use crate::buffer::{Access, Allocation, Memory};
 use crate::operation::{Operation, Part};
 use crate::settings::Options;
 use crate::store::PythonStore;
@@ -149,6 +149,13 @@ impl Group {
         let piece = Memory::of(&tensor, "tensor", Access::Write)?.piece();
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
         self.operation(py, py.detach(|| self.communicator.recv(source.map(Rank), tag, piece, timeout)))
+    }
+
+    /// Memory for calls to come, known to the device where the group has RDMA.
+    fn allocate(&self, py: Python<'_>, bytes: usize) -> PyResult<Allocation> {
+        forked::check(self.generation)?;
+        let memory = py.detach(|| self.communicator.allocate(bytes));
+        memory.map(Allocation::new).map_err(|error| errors::collective(py, &error))
     }
 
     /// How long an operation may take that is given no time-out of its own.

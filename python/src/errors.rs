@@ -2,7 +2,7 @@
 
 use gradwire_collectives::CollectiveError;
 use gradwire_ps::PsError;
-use gradwire_transport::TransportError;
+use gradwire_transport::{RegisterError, TransportError};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -45,6 +45,7 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
         CollectiveError::Aborted { reason } => {
             raise(py, "GroupAbortedError", &text, |fields| fields.set_item("reason", reason))
         }
+        CollectiveError::Register(error) => register(py, error),
         CollectiveError::Transport(error) => transport(py, error),
         _ => raise(py, "GradwireError", &text, |_| Ok(())),
     }
@@ -69,6 +70,15 @@ pub(crate) fn transport(py: Python<'_>, error: &TransportError) -> PyErr {
         TransportError::Config { .. } => PyValueError::new_err(text),
         _ => raise(py, "TransportError", &text, |_| Ok(())),
     }
+}
+
+/// The exception for memory that a device does not take.
+pub(crate) fn register(py: Python<'_>, error: &RegisterError) -> PyErr {
+    let bytes = match error {
+        RegisterError::LockedMemoryLimit { bytes, .. } | RegisterError::Device { bytes, .. } => *bytes,
+        _ => 0,
+    };
+    raise(py, "RegistrationError", &error.to_string(), |fields| fields.set_item("bytes", bytes))
 }
 
 /// The exception for an error of the parameter server.

@@ -8,6 +8,7 @@ mod communicator;
 mod element;
 mod errors;
 mod forked;
+mod one_sided;
 mod operation;
 mod ps;
 mod settings;
@@ -21,9 +22,13 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
+    use super::buffer::Allocation;
+    #[pymodule_export]
     use super::communicator::Group;
     #[pymodule_export]
     use super::forked::after_fork;
+    #[pymodule_export]
+    use super::one_sided::{OneSided, OneSidedMemory, Transfer};
     #[pymodule_export]
     use super::operation::Operation;
     #[pymodule_export]

@@ -1,6 +1,6 @@
 //! Pure: what a wire owes the sockets beside it, and they to it: they tell who is lost, and carry a few words.
 
-use crate::{PeerId, PeerName, Tag, TransportError, Wire};
+use crate::{OneSided, PeerId, PeerName, Tag, TransportError, Wire};
 use rustix::fd::BorrowedFd;
 use std::time::Instant;
 
@@ -62,6 +62,11 @@ pub trait Beside: Wire {
 
     /// When this wire wants to be polled though nothing happens.
     fn deadline(&self) -> Option<Instant> {
+        None
+    }
+
+    /// This wire as one that reaches into peers' memory.
+    fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
         None
     }
 

@@ -7,8 +7,9 @@ pub(crate) use meeting::open_device;
 pub use meeting::open_verbs;
 
 use crate::{
-    Beside, Completion, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
-    RegisterError, SendLoan, Tag, TcpWire, Traffic, TransportError, Wake, Wire, WireChoice, WireKind, Words,
+    Beside, Completion, Envelope, Identity, LossCause, OneSided, PeerId, PeerName, PostError, Probe, Region,
+    RegionSlice, RegionSliceMut, RegisterError, SendLoan, Tag, TcpWire, Traffic, TransportError, Wake, Wire,
+    WireChoice, WireKind, Words,
 };
 use meeting::Guest;
 use std::sync::Arc;
@@ -94,6 +95,16 @@ impl Mesh {
     /// Waits for a peer's words, several at once: all that it says may come this way one day.
     fn begin_listening(&mut self, peer: PeerId) {
         (0..LISTENING).for_each(|_| self.listen(peer));
+    }
+
+    /// The wire among these that reaches into peers' memory; its peers are those of [`Wire::kind`] `Verbs`.
+    pub fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
+        self.better.iter_mut().find_map(|wire| wire.one_sided())
+    }
+
+    /// Who this process says it is, and who `peer` said it is.
+    pub fn identities(&self, peer: PeerId) -> (&Identity, Option<&Identity>) {
+        (self.tcp.own_identity(), self.tcp.identity(peer))
     }
 
     /// Waits for a peer's next words. A peer that is lost is told of by its own completion.
@@ -278,6 +289,10 @@ impl Wire for Mesh {
     fn register(&mut self, region: &Arc<Region>) -> Result<(), RegisterError> {
         self.better.iter_mut().try_for_each(|wire| wire.register(region))?;
         self.tcp.register(region)
+    }
+
+    fn deregister(&mut self, region: &Arc<Region>) {
+        self.better.iter_mut().for_each(|wire| wire.deregister(region));
     }
 
     fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {

@@ -95,6 +95,14 @@ impl Region {
         &self.registration
     }
 
+    /// The same memory with a ledger of its own, for a device that is told of it and asks no ledger: slices of it are held for
+    /// as long as the device knows them, and never looked into.
+    pub(crate) fn beside(self: &Arc<Self>) -> Arc<Self> {
+        // SAFETY: this region, which is held, keeps the memory; who writes it meanwhile is the device's affair, as it is for
+        // all memory that peers reach by themselves.
+        unsafe { Self::from_raw(self.start, self.bytes, Box::new(Arc::clone(self))) }
+    }
+
     /// Lends `range` for reading.
     pub fn read(self: &Arc<Self>, range: Range<usize>) -> Result<RegionSlice, Overlap> {
         self.lease(&range, false)?;

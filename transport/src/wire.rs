@@ -94,6 +94,9 @@ pub trait Wire: Send {
     /// Makes `region` known to the device, where there is one. Cheap when repeated; sockets have nothing to do.
     fn register(&mut self, region: &Arc<Region>) -> Result<(), RegisterError>;
 
+    /// Takes `region` from the device again, where it is known there and nothing of it is under way.
+    fn deregister(&mut self, _region: &Arc<Region>) {}
+
     /// Sends `slice`; ends in `Completion::Sent` or `SendFailed`.
     fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>>;
 

@@ -120,6 +120,17 @@ class GradwireBackend(c10d.Backend):
         """The last operations of this rank with their times, as JSON: save it for `gradwire trace merge`."""
         return self._group.trace()
 
+    def supports_tensor_alloc(self, device: torch.device) -> bool:
+        return torch.device(device).type == "cpu"
+
+    def allocate_tensor(self, size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of `size` elements, not set, in memory that an RDMA device of the group knows already."""
+        if not self.supports_tensor_alloc(device):
+            raise ValueError(f"device: {device} is not host memory")
+        if size == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._group.allocate(size * dtype.itemsize), dtype=dtype, count=size)
+
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = c10d.AllreduceOptions()) -> Work | None:
         if tensors and tensors[0].is_sparse:
             return sparse.all_reduce(self._group, list(tensors), opts)

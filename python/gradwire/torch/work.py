@@ -44,7 +44,7 @@ class Work(dist._Work):
     """
 
     def __init__(
-        self, operation: _native.Operation | None, results: list[Any], finish: Callable[[], None] | None = None
+        self, operation: _native.Operation | _native.Transfer | None, results: list[Any], finish: Callable[[], None] | None = None
     ) -> None:
         super().__init__()
         self.operation = self._operation = operation

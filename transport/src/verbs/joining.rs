@@ -4,7 +4,7 @@ use super::link::{Link, Phase};
 use super::proposal::{Conclusion, Proposal, conclude};
 use super::wire::VerbsWire;
 use crate::beside::{Beside, Words};
-use crate::{Completion, LossCause, PeerId, PeerName, RegisterError, TransportError};
+use crate::{Completion, LossCause, OneSided, PeerId, PeerName, RegisterError, TransportError};
 use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -254,6 +254,10 @@ impl Beside for VerbsWire {
             _ => None,
         };
         self.links.iter().flatten().filter_map(|link| apart(link)).min()
+    }
+
+    fn one_sided(&mut self) -> Option<&mut dyn OneSided> {
+        Some(self)
     }
 
     fn speaks(&self) -> bool {

@@ -95,6 +95,11 @@ impl Fabric {
         self.state().carried_out
     }
 
+    /// Registrations of memory that there are.
+    pub fn registrations(&self) -> usize {
+        self.state().memory.len()
+    }
+
     /// Queue pairs that are open.
     pub fn queue_pairs(&self) -> usize {
         self.state().pairs.len()

@@ -159,16 +159,30 @@ impl Registrations {
         }
     }
 
-    /// Gives up the registrations that were not used for longest, until `bytes` more have room.
+    /// Gives up what is registered of `region` and not in use.
+    pub(super) fn forget(&mut self, adapter: &mut dyn Adapter, region: &Arc<Region>) {
+        let of_it = |entry: &Entry| entry.region.as_ref().is_some_and(|known| Arc::ptr_eq(known, region));
+        let idle = self.entries.iter().filter(|(_, entry)| entry.uses == 0 && of_it(entry));
+        let idle: Vec<(usize, u64)> = idle.map(|(&key, _)| key).collect();
+        idle.into_iter().for_each(|key| self.give_up(adapter, key));
+    }
+
+    fn give_up(&mut self, adapter: &mut dyn Adapter, key: (usize, u64)) {
+        if let Some(entry) = self.entries.remove(&key) {
+            adapter.deregister(entry.key.handle);
+            self.count.bytes -= entry.end - key.0;
+        }
+    }
+
+    /// Gives up registrations until `bytes` more have room: first of memory that nobody else holds any more, then of what was
+    /// not used for longest.
     fn make_room(&mut self, adapter: &mut dyn Adapter, bytes: usize) {
         while self.count.bytes + bytes > self.limit_bytes {
             let idle = self.entries.iter().filter(|(_, entry)| entry.uses == 0 && entry.region.is_some());
-            let Some((&oldest, _)) = idle.min_by_key(|(_, entry)| entry.last_use) else { return };
-            if let Some(entry) = self.entries.remove(&oldest) {
-                adapter.deregister(entry.key.handle);
-                self.count.bytes -= entry.end - oldest.0;
-                self.count.evicted += 1;
-            }
+            let held = |entry: &Entry| entry.region.as_ref().is_some_and(|region| Arc::strong_count(region) > 1);
+            let Some((&oldest, _)) = idle.min_by_key(|(_, entry)| (held(entry), entry.last_use)) else { return };
+            self.give_up(adapter, oldest);
+            self.count.evicted += 1;
         }
     }
 }
@@ -229,6 +243,47 @@ mod tests {
             registrations.release(lease);
         }
         assert_eq!(registrations.count(), RegistrationCount { made: 3, evicted: 1, bytes: 800 });
+    }
+
+    #[test]
+    fn memory_that_was_registered_is_found_through_another_s_region_until_it_is_forgotten() {
+        let (mut adapter, mut registrations) = (adapter(), Registrations::new(10_000));
+        let stretch = Region::zeroed(4096);
+        let first = registrations.lease(&mut adapter, &stretch, 0..4096, Access::Write).unwrap();
+        registrations.release(first);
+        let start = std::ptr::NonNull::new(stretch.as_ptr().wrapping_add(1024)).unwrap();
+        for _ in 0..3 {
+            // SAFETY: the part lies within the stretch, which it keeps alive, and nobody reads or writes it.
+            let tensor = unsafe { Region::from_raw(start, 1000, Box::new(Arc::clone(&stretch))) };
+            let lease = registrations.lease(&mut adapter, &tensor, 0..1000, Access::Write).unwrap();
+            assert_eq!((lease.start, lease.local), (first.start, first.local));
+            registrations.release(lease);
+            let watch = Arc::downgrade(&tensor);
+            drop(tensor);
+            assert!(watch.upgrade().is_none(), "the tensor itself is not held");
+        }
+        assert_eq!(registrations.count(), RegistrationCount { made: 1, evicted: 0, bytes: 4096 });
+        let held = registrations.lease(&mut adapter, &stretch, 0..4096, Access::Read).unwrap();
+        registrations.forget(&mut adapter, &stretch);
+        assert_eq!(adapter.registered(), 1, "it is in use");
+        registrations.release(held);
+        registrations.forget(&mut adapter, &stretch);
+        assert_eq!((adapter.registered(), registrations.count().bytes), (0, 0));
+        let watch = Arc::downgrade(&stretch);
+        drop(stretch);
+        assert!(watch.upgrade().is_none());
+    }
+
+    #[test]
+    fn memory_that_nobody_else_holds_goes_before_what_is_older() {
+        let (mut adapter, mut registrations) = (adapter(), Registrations::new(2000));
+        let pooled = Region::zeroed(1000);
+        for region in [Arc::clone(&pooled), Region::zeroed(1000), Region::zeroed(1000)] {
+            let lease = registrations.lease(&mut adapter, &region, 0..1000, Access::Write).unwrap();
+            registrations.release(lease);
+        }
+        assert!(registrations.find(pooled.as_ptr() as usize, 1000, Access::Write).is_some());
+        assert_eq!(registrations.count(), RegistrationCount { made: 3, evicted: 1, bytes: 2000 });
     }
 
     #[test]

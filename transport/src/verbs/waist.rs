@@ -54,6 +54,10 @@ impl Wire for VerbsWire {
         Ok(())
     }
 
+    fn deregister(&mut self, region: &Arc<Region>) {
+        self.nic.registrations.forget(&mut *self.nic.adapter, region);
+    }
+
     fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {
         self.post_cargo(to, Cargo::Slice(slice)).map_err(|(error, cargo)| match cargo {
             Cargo::Slice(slice) => PostError { error, slice },
