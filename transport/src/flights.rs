@@ -2,7 +2,7 @@
 //! posting.
 
 use crate::slab::{Slab, TagMap};
-use crate::{Completion, Envelope, RegionSlice, SendLoan, Tag, TransportError};
+use crate::{Completion, Envelope, PostError, RegionSlice, SendLoan, Tag, TransportError};
 use std::collections::VecDeque;
 use std::ops::Deref;
 
@@ -23,6 +23,15 @@ impl Cargo {
             Self::Loan(_) => None,
         }
     }
+}
+
+/// The refusal of a slice that was posted.
+///
+/// # Panics
+/// For a loan: those are posted by themselves.
+pub(crate) fn refused((error, cargo): (TransportError, Cargo)) -> PostError<RegionSlice> {
+    let slice = cargo.into_slice().expect("a slice was posted");
+    PostError { error, slice }
 }
 
 impl Deref for Cargo {

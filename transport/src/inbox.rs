@@ -6,7 +6,9 @@
 use crate::pool::Pool;
 use crate::region::{BufferHome, Loan};
 use crate::slab::{Slab, TagMap};
-use crate::{Arrival, Completion, Envelope, PeerId, PeerName, RecvLoan, RegionSliceMut, Tag, TransportError};
+use crate::{
+    Arrival, Completion, Envelope, PeerId, PeerName, PostError, RecvLoan, RegionSliceMut, Tag, TransportError,
+};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -26,6 +28,17 @@ impl Receive {
             Self::Slice(slice) => slice.len(),
             Self::Loan(most) => *most,
         }
+    }
+}
+
+/// The refusal of a slice that was posted.
+///
+/// # Panics
+/// For a receive by loan: those are posted by themselves.
+pub(crate) fn refused((error, receive): (TransportError, Receive)) -> PostError<RegionSliceMut> {
+    match receive {
+        Receive::Slice(slice) => PostError { error, slice },
+        Receive::Loan(_) => unreachable!("a slice was posted"),
     }
 }
 

@@ -65,6 +65,14 @@ pub struct Traffic {
     pub received_messages: u64,
 }
 
+impl Traffic {
+    /// Bytes and messages, each way.
+    pub(crate) fn of(sent: (u64, u64), received: (u64, u64)) -> Self {
+        let ((sent_bytes, sent_messages), (received_bytes, received_messages)) = (sent, received);
+        Self { sent_bytes, received_bytes, sent_messages, received_messages }
+    }
+}
+
 /// Wakes a wire out of [`Wire::park`] from another thread.
 pub trait Wake: Send + Sync {
     /// Makes the park under way, or else the next one, return at once.

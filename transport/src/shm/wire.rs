@@ -3,8 +3,8 @@
 use super::link::Link;
 use super::offer::{self, ShmEnd, ShmOffer};
 use super::ring::{CLOSED, GOODBYE, PairMemory};
-use crate::flights::Cargo;
-use crate::inbox::Receive;
+use crate::flights::{self, Cargo};
+use crate::inbox::{self, Receive};
 use crate::pool::Pool;
 use crate::{
     Beside, Completion, Config, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Rank, Region, RegionSlice,
@@ -256,17 +256,11 @@ impl Wire for ShmWire {
     }
 
     fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {
-        self.post_cargo(to, Cargo::Slice(slice)).map_err(|(error, cargo)| match cargo {
-            Cargo::Slice(slice) => PostError { error, slice },
-            Cargo::Loan(_) => unreachable!("a slice was posted"),
-        })
+        self.post_cargo(to, Cargo::Slice(slice)).map_err(flights::refused)
     }
 
     fn post_recv(&mut self, peer: PeerId, tag: Tag, slice: RegionSliceMut) -> Result<(), PostError<RegionSliceMut>> {
-        self.post_receive(peer, tag, Receive::Slice(slice)).map_err(|(error, receive)| match receive {
-            Receive::Slice(slice) => PostError { error, slice },
-            Receive::Loan(_) => unreachable!("a slice was posted"),
-        })
+        self.post_receive(peer, tag, Receive::Slice(slice)).map_err(inbox::refused)
     }
 
     fn post_recv_loan(&mut self, peer: PeerId, tag: Tag, max_bytes: usize) -> Result<(), PostError<()>> {

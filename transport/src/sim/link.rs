@@ -140,12 +140,7 @@ impl Link {
     }
 
     pub(super) fn traffic(&self) -> Traffic {
-        Traffic {
-            sent_bytes: self.sent.0,
-            sent_messages: self.sent.1,
-            received_bytes: self.inbox.received.0,
-            received_messages: self.inbox.received.1,
-        }
+        Traffic::of(self.sent, self.inbox.received)
     }
 
     /// The frame that a message begins with: all of it where the window has room, else word of it.

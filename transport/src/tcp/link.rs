@@ -49,12 +49,7 @@ impl Link {
     }
 
     pub(super) fn traffic(&self) -> Traffic {
-        Traffic {
-            sent_bytes: self.sent.0,
-            sent_messages: self.sent.1,
-            received_bytes: self.incoming.received.0,
-            received_messages: self.incoming.received.1,
-        }
+        Traffic::of(self.sent, self.incoming.received)
     }
 
     /// Whether bytes wait for a socket to take them.
