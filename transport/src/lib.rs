@@ -6,6 +6,7 @@
 
 mod completion;
 mod config;
+mod credit;
 mod error;
 mod flights;
 mod frame;
@@ -27,6 +28,7 @@ mod wire;
 
 pub use completion::{Arrival, Completion};
 pub use config::{Config, WireChoice};
+pub use credit::CreditSettings;
 pub use error::{LossCause, PostError, RegisterError, TransportError};
 pub use group::{Group, GroupSpec, Link, form_group, home};
 pub use hello::Identity;

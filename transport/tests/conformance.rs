@@ -47,6 +47,7 @@ promises! {
     over_mixed_mesh by crate::promises::mixed_mesh;
     over_tcp by crate::promises::tcp;
     over_tcp_lanes by crate::promises::tcp_lanes;
+    over_tcp_credit by crate::promises::tcp_credit;
 }
 
 mod one_sided_over_sim {

@@ -20,7 +20,7 @@ use crate::status::{PAGE, ShardStatus};
 use crate::{DType, KeyRange, PsError};
 use driver::Driver;
 use engine::{Cargo, Engine, NewRequest};
-use gradwire_transport::{Acceptance, Config, TcpWire};
+use gradwire_transport::{Acceptance, Config, CreditSettings, TcpWire};
 use pending::{Call, What};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -52,7 +52,8 @@ impl Default for ClientSettings {
             timeout: Duration::from_secs(300),
             reconnect: Duration::from_secs(5),
             // As for a server: who waits here leaves the core to whoever it waits for.
-            transport: Config { spin_turns: 0, ..Config::default() },
+            // Many servers answer a pull at once.
+            transport: Config { spin_turns: 0, credit: Some(CreditSettings::default()), ..Config::default() },
         }
     }
 }
