@@ -86,12 +86,12 @@ impl Chooser {
         if let Some((_, wish)) = self.wishes.iter().find(|(name, _)| name == collective.name()) {
             return *wish;
         }
-        let half = matches!(dtype, DType::F16 | DType::BF16);
+        let half = dtype.is_short_float();
         let ranks = world_size.get();
         match collective {
             Collective::AllReduce { .. } if ranks == 2 && bytes < LONG_BYTES => Algorithm::Short,
             Collective::AllReduce { .. } if ranks <= SHORT_RANKS && bytes <= SHORT_BYTES => Algorithm::Short,
-            // Doubling and a ring round 16-bit floats at every step; folding in rank order rounds them once.
+            // Doubling and a ring round short floats at every step; folding in rank order rounds them once.
             Collective::AllReduce { .. } if half => Algorithm::Direct,
             Collective::AllReduce { .. } if ranks > SHORT_RANKS && bytes <= DOUBLING_BYTES => Algorithm::Doubling,
             Collective::AllReduce { .. } if bytes < LONG_BYTES => Algorithm::Direct,

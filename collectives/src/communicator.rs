@@ -10,6 +10,7 @@ use crate::messages::{Kind, Message};
 use crate::pending::{Done, Outcome, Ticket};
 use crate::plans::Plans;
 use crate::settings::Settings;
+use crate::trace::Trace;
 use crate::{CollectiveError, Fingerprint};
 use gradwire_transport::{Group, Link, PeerName, Rank, WorldSize};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +28,7 @@ pub struct Communicator {
     group: String,
     members: Vec<PeerName>,
     links: Vec<Link>,
+    trace: Arc<Trace>,
 }
 
 /// An operation under way. Dropping it does not stop the operation.
@@ -68,9 +70,11 @@ impl Communicator {
         let spin_turns = settings.spin_turns(&members, rank);
         let plans = Plans::new(settings.chooser()?);
         let waker = wire.waker();
-        let engine = Engine::new(wire, (rank, world_size), (name.to_owned(), members.clone()), plans, local);
+        let trace = Arc::new(Trace::new(name.to_owned(), rank, members.clone(), settings.trace.clone()));
+        let who = (name.to_owned(), members.clone());
+        let engine = Engine::new(wire, (rank, world_size), who, plans, local, Arc::clone(&trace));
         let shared = Arc::new(Shared::new(engine, waker, spin_turns, settings.timeout));
-        Ok(Self { shared, thread: Mutex::new(None), rank, world_size, group: name.to_owned(), members, links })
+        Ok(Self { shared, thread: Mutex::new(None), rank, world_size, group: name.to_owned(), members, links, trace })
     }
 
     /// This process's place in the group.
@@ -172,6 +176,11 @@ impl Communicator {
     pub fn describe(&self) -> Description {
         let engine = self.shared.engine();
         Description::new(&engine, &self.links)
+    }
+
+    /// The last operations, [`Settings::REMEMBERED`] at most, with their times, as JSON. Answers also while ranks are late.
+    pub fn trace(&self) -> String {
+        self.trace.to_json()
     }
 
     /// The error that ended the group, if it is over.

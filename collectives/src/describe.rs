@@ -44,12 +44,14 @@ impl Description {
             .iter()
             .filter_map(|link| {
                 let rank = link.peer.rank?;
+                let (wire, changed) = engine.way(rank);
+                let wire = if engine.local.is_some() { link.kind } else { wire };
                 Some(LinkDescription {
                     rank,
                     host: link.peer.host.clone(),
                     pid: link.peer.pid,
-                    wire: link.kind.to_string(),
-                    reason: link.reason.clone(),
+                    wire: wire.to_string(),
+                    reason: changed.unwrap_or_else(|| link.reason.clone()),
                     traffic: engine.traffic(rank),
                 })
             })

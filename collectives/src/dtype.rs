@@ -21,16 +21,22 @@ pub enum DType {
     U64,
     /// One byte, 0 or 1.
     Bool,
-    /// Any 8-bit float: moved, never reduced.
+    /// An 8-bit float that is none of those below: moved, never reduced.
     F8,
     /// Two `F32`: moved, never reduced (reduce it as twice as many `F32`).
     C64,
     /// Two `F64`: as above.
     C128,
+    /// Two `F16`: as above.
+    C32,
+    F8E4M3Fn,
+    F8E5M2,
+    F8E4M3FnUz,
+    F8E5M2FnUz,
 }
 
 /// Every type, in the order of their codes.
-const ALL: [(DType, usize, &str); 16] = [
+const ALL: [(DType, usize, &str); 21] = [
     (DType::F32, 4, "float32"),
     (DType::F64, 8, "float64"),
     (DType::F16, 2, "float16"),
@@ -47,6 +53,11 @@ const ALL: [(DType, usize, &str); 16] = [
     (DType::F8, 1, "float8"),
     (DType::C64, 8, "complex64"),
     (DType::C128, 16, "complex128"),
+    (DType::C32, 4, "complex32"),
+    (DType::F8E4M3Fn, 1, "float8_e4m3fn"),
+    (DType::F8E5M2, 1, "float8_e5m2"),
+    (DType::F8E4M3FnUz, 1, "float8_e4m3fnuz"),
+    (DType::F8E5M2FnUz, 1, "float8_e5m2fnuz"),
 ];
 
 impl DType {
@@ -58,6 +69,11 @@ impl DType {
     /// Its name, as NumPy and PyTorch have it.
     pub const fn name(self) -> &'static str {
         ALL[self as usize].2
+    }
+
+    /// Whether it is a float so short that sums of it are made in `f32`, and rounded.
+    pub const fn is_short_float(self) -> bool {
+        matches!(self, Self::F16 | Self::BF16 | Self::F8E4M3Fn | Self::F8E5M2 | Self::F8E4M3FnUz | Self::F8E5M2FnUz)
     }
 
     /// A small number for it.

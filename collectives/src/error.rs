@@ -41,7 +41,7 @@ pub enum CollectiveError {
     },
     /// Ranks did not come within the deadline.
     #[error(
-        "{operation}: Timed out after {:.1} s: {}. See what those ranks are doing (a stopped process, an exception, another branch of \
+        "{operation}: Timed out waiting {:.1} s: {}. See what those ranks are doing (a stopped process, an exception, another branch of \
          the program), or raise the timeout", waited.as_secs_f64(),
         if missing.is_empty() { "no rank is missing, but the data did not come".to_owned() }
         else { format!("{} did not come", list_members(missing)) }

@@ -69,7 +69,7 @@ mod tests {
     fn calls_that_differ_have_fingerprints_that_differ() {
         let mut seen = std::collections::HashSet::new();
         for op in (0..8).filter_map(Reduction::from_code) {
-            for dtype in (0..16).filter_map(DType::from_code) {
+            for dtype in (0..21).filter_map(DType::from_code) {
                 for len in [0, 1, 1 << 39] {
                     for root in [0, 5] {
                         let root = Rank(root);

@@ -2,7 +2,7 @@
 
 use crate::CollectiveError;
 use gradwire_transport::Rank;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What a completed operation has to tell.
@@ -21,6 +21,8 @@ type Callback = Box<dyn FnOnce(&Outcome) + Send>;
 #[derive(Default)]
 pub(crate) struct Ticket {
     finished: AtomicBool,
+    /// One more than its number in the record of the group; 0: none.
+    record: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -34,6 +36,16 @@ impl Ticket {
     /// Whether the operation has ended.
     pub(crate) fn is_done(&self) -> bool {
         self.finished.load(Ordering::Acquire)
+    }
+
+    /// Says where the group's record has it.
+    pub(crate) fn set_record(&self, number: u64) {
+        self.record.store(number + 1, Ordering::Relaxed);
+    }
+
+    /// Where the group's record has it, if it does.
+    pub(crate) fn record(&self) -> Option<u64> {
+        self.record.load(Ordering::Relaxed).checked_sub(1)
     }
 
     /// Ends the operation and runs its callbacks on this thread. A second end changes nothing.

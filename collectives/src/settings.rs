@@ -3,6 +3,7 @@
 use crate::CollectiveError;
 use crate::choose::Chooser;
 use gradwire_transport::{PeerName, Rank};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Settings of a communicator.
@@ -16,15 +17,21 @@ pub struct Settings {
     pub same_host: bool,
     /// Cores that this process may use, to tell how long spinning pays; binaries and bindings fill it in.
     pub cores: usize,
+    /// Folder that the record of the last operations goes to when the group fails (`GRADWIRE_TRACE`). Default: none; it can
+    /// be asked for at any time.
+    pub trace: Option<PathBuf>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(300), algorithms: None, same_host: true, cores: 1 }
+        Self { timeout: Duration::from_secs(300), algorithms: None, same_host: true, cores: 1, trace: None }
     }
 }
 
 impl Settings {
+    /// How many of its last operations a rank remembers: some steps of training a large model, in some 100 KiB.
+    pub const REMEMBERED: usize = 1024;
+
     /// Turns without any movement before a driver sleeps: some 20 µs where each rank has a core, next to none where ranks
     /// outnumber cores and spinning keeps the others from their work.
     pub(crate) fn spin_turns(&self, members: &[PeerName], rank: Rank) -> u32 {

@@ -1,6 +1,11 @@
 //! Pure: a dense table's share of one shard: its parts, what has been pushed to them, and who waits for what.
 
-use crate::header::{FLAG_AGAIN, Header, Kind};
+mod nearness;
+
+use crate::bounded::Progress;
+use crate::header::{Header, Kind};
+use crate::memory::Memory;
+use crate::rates::Rates;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, ShardMap, parts};
 use crate::staleness::{Call, ClockLedger, Verdict, Window};
@@ -12,52 +17,6 @@ use std::time::Instant;
 
 /// Clients whose calls one part remembers; beyond it, those of the client that started first are forgotten.
 const MAX_WINDOWS: usize = 4096;
-
-/// Memory for contributions that wait for their turn, reused from clock to clock.
-#[derive(Debug)]
-pub(crate) struct Memory {
-    /// Bytes in tables, contributions and free buffers.
-    pub(crate) used: u64,
-    /// The most there may be.
-    pub(crate) limit: u64,
-    free: Vec<Vec<u8>>,
-}
-
-impl Memory {
-    pub(crate) fn new(limit: u64) -> Self {
-        Self { used: 0, limit, free: Vec::new() }
-    }
-
-    /// Sets `bytes` aside; false when there is no room.
-    pub(crate) fn take(&mut self, bytes: u64) -> bool {
-        let fits = self.used.checked_add(bytes).is_some_and(|used| used <= self.limit);
-        if fits {
-            self.used += bytes;
-        }
-        fits
-    }
-
-    fn copy(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
-        let reused = self.free.iter().position(|buffer| buffer.capacity() >= bytes.len());
-        let mut buffer = match reused {
-            Some(at) => self.free.swap_remove(at),
-            None if self.take(bytes.len() as u64) => Vec::with_capacity(bytes.len()),
-            None => {
-                // Too small ones are no use to anybody while there is no room.
-                let freed: u64 = std::mem::take(&mut self.free).iter().map(|buffer| buffer.capacity() as u64).sum();
-                self.used -= freed;
-                self.take(bytes.len() as u64).then(|| Vec::with_capacity(bytes.len()))?
-            }
-        };
-        buffer.clear();
-        buffer.extend_from_slice(bytes);
-        Some(buffer)
-    }
-
-    fn give_back(&mut self, buffer: Vec<u8>) {
-        self.free.push(buffer);
-    }
-}
 
 /// A request that is answered later.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +33,8 @@ pub(crate) enum Answer {
     Counted(PeerId, Header),
     /// The value it asked for.
     Value(PeerId, Header, RegionSlice),
+    /// It waited, and now cannot be taken.
+    Refused(Wait, Box<Refusal>),
 }
 
 struct Held {
@@ -86,6 +47,7 @@ struct Held {
 enum Order {
     Clocks(ClockLedger),
     Arrival { windows: HashMap<u64, Window>, applied: u64 },
+    Bounded { progress: Progress, applied: u64 },
 }
 
 /// One part of a table: what one message carries.
@@ -95,16 +57,8 @@ pub(crate) struct Part {
     order: Order,
     held: Vec<Held>,
     waits: Vec<Wait>,
+    parked: Vec<nearness::Parked>,
     init_claim: u64,
-}
-
-/// A learning rate and the clock from which it holds.
-#[derive(Clone, Copy, Debug)]
-struct Rate {
-    clock: u64,
-    rate: f64,
-    client: u64,
-    sequence: u64,
 }
 
 /// How a clock's sum is applied.
@@ -138,7 +92,7 @@ pub(crate) struct Table {
     pub(crate) counts: Counts,
     pub(crate) memory_bytes: u64,
     parts: Vec<Part>,
-    rates: Vec<Rate>,
+    rates: Rates,
 }
 
 impl Table {
@@ -163,7 +117,7 @@ impl Table {
             init: Init::default(),
             counts: Counts::default(),
             memory_bytes,
-            rates: Vec::new(),
+            rates: Rates::new(spec.rule),
             spec,
         })
     }
@@ -187,11 +141,10 @@ impl Table {
 
     /// Pushes that `client` has made to every part.
     pub(crate) fn pushed_by(&self, client: u64) -> u64 {
+        let rank = u32::try_from(client).ok().filter(|&rank| self.spec.mode.workers().is_some_and(|all| rank < all));
         let of_part = |part: &Part| match &part.order {
-            Order::Clocks(ledger) => u32::try_from(client)
-                .ok()
-                .filter(|rank| matches!(self.spec.mode, Mode::Sync { workers } if *rank < workers))
-                .map_or(ledger.completed(), |rank| ledger.next_clock(rank) - 1),
+            Order::Clocks(ledger) => rank.map_or(ledger.completed(), |rank| ledger.next_clock(rank) - 1),
+            Order::Bounded { progress, .. } => rank.map_or(progress.slowest(), |rank| progress.pushed(rank)),
             Order::Arrival { .. } => 0,
         };
         self.parts.iter().map(of_part).min().unwrap_or(0)
@@ -204,65 +157,23 @@ impl Table {
 
     /// Requests that wait.
     pub(crate) fn waiting(&self) -> usize {
-        self.parts.iter().map(|part| part.waits.len()).sum::<usize>() + self.init.waits.len()
+        self.parts.iter().map(Part::waiting).sum::<usize>() + self.init.waits.len()
     }
 
     /// Requests that wait for one part.
     pub(crate) fn waiting_at(&self, part: usize) -> usize {
-        self.parts[part].waits.len()
+        self.parts[part].waiting()
     }
 
-    /// Sets the learning rate from `clock` on. Clients that set it for the same clock must agree.
+    /// Sets the learning rate from the header's clock on.
     pub(crate) fn set_rate(&mut self, header: &Header, rate: f64) -> Result<(), Refusal> {
-        let subject = self.spec.subject();
-        if self.spec.rule.learning_rate().is_none() {
-            let rule = self.spec.rule;
-            return Err(Refusal::new(Reason::Mismatch, subject, "update rule", "one with a learning rate", rule));
-        }
-        let checked = self.spec.rule.with_learning_rate(rate).check();
-        checked.map_err(|why| Refusal::new(Reason::Malformed, subject.clone(), "learning rate", "at least 0", why))?;
-        if self.spec.mode == Mode::Async {
-            self.spec.rule = self.spec.rule.with_learning_rate(rate);
-            return Ok(());
-        }
-        let new = Rate { clock: header.clock, rate, client: header.client, sequence: header.sequence };
         let completed = self.completed();
-        let known = self.rates.iter_mut().find(|known| known.clock == new.clock);
-        match known {
-            Some(known) if known.client == new.client => {
-                if new.sequence > known.sequence {
-                    *known = new;
-                }
-            }
-            Some(known) if known.rate.to_bits() != rate.to_bits() => {
-                let what =
-                    format!("learning rate at clock {} (client {} and client {})", new.clock, known.client, new.client);
-                return Err(Refusal::new(Reason::Mismatch, subject, what, known.rate, rate));
-            }
-            Some(_) => {}
-            // Sent again, and its clock complete: it came before its client's push to that clock, so it was heeded.
-            None if completed >= new.clock && header.flags & FLAG_AGAIN != 0 => {}
-            None if completed >= new.clock => {
-                let expected = format!("a clock after {completed}");
-                return Err(Refusal::new(Reason::Mismatch, subject, "clock of a learning rate", expected, new.clock));
-            }
-            None => {
-                let at = self.rates.partition_point(|known| known.clock < new.clock);
-                self.rates.insert(at, new);
-            }
-        }
-        self.forget_old_rates();
-        Ok(())
+        self.rates.set(header, rate, self.spec.mode, completed, self.spec.subject())
     }
 
-    /// Folds rates that hold for every clock still to come into the rule.
-    fn forget_old_rates(&mut self) {
-        let next = self.completed() + 1;
-        let past = self.rates.partition_point(|rate| rate.clock <= next);
-        // The last of them holds at the next clock, and may still be set anew for it.
-        for rate in self.rates.drain(..past.saturating_sub(1)) {
-            self.spec.rule = self.spec.rule.with_learning_rate(rate.rate);
-        }
+    /// The table as it is now: with the learning rate of the next clock.
+    pub(crate) fn spec_now(&self) -> TableSpec {
+        TableSpec { rule: self.rates.at(self.completed() + 1), ..self.spec.clone() }
     }
 
     /// Writes first values, unless a later claim has, or pushes have begun.
@@ -285,22 +196,16 @@ impl Table {
     ) -> Result<bool, Refusal> {
         let header = &from.header;
         let gradient = (header.dtype.expect("checked before"), payload);
-        let divisor = match (self.spec.combine, self.spec.mode) {
-            (Combine::Mean, Mode::Sync { workers }) => f64::from(workers),
-            _ => 1.0,
-        };
-        let Self { parts, rates, spec, counts, .. } = self;
+        let divisor = divisor(self.spec.combine, self.spec.mode);
+        let Self { parts, rates, counts, .. } = self;
         let part = &mut parts[at];
-        let rule_at = |clock: u64| {
-            let last = rates.iter().rev().find(|rate| rate.clock <= clock);
-            last.map_or(spec.rule, |rate| spec.rule.with_learning_rate(rate.rate))
-        };
+        let rule_at = |clock: u64| rates.at(clock);
         let duplicate = match &mut part.order {
             Order::Arrival { windows, applied } => {
                 let duplicate = match admit(windows, header) {
                     Call::New => {
                         *applied += 1;
-                        part.values.apply(&spec.rule, *applied, 1.0, Source::Only(gradient));
+                        part.values.apply(&rates.at(0), *applied, 1.0, Source::Only(gradient));
                         false
                     }
                     Call::Duplicate => true,
@@ -309,6 +214,10 @@ impl Table {
                 part.answer(*from, out);
                 duplicate
             }
+            Order::Bounded { .. } => match part.push_bounded(from, gradient, (rates, divisor), memory, out) {
+                None => return Ok(false),
+                Some(duplicate) => duplicate,
+            },
             Order::Clocks(_) => {
                 let apply = Apply { divisor, rule_at: &rule_at };
                 match part.contribute(from, gradient, &apply, memory, out) {
@@ -329,22 +238,23 @@ impl Table {
     }
 
     /// Forgets what `peer` waits for.
-    pub(crate) fn forget(&mut self, peer: PeerId) {
-        self.parts.iter_mut().for_each(|part| part.waits.retain(|wait| wait.to != peer));
+    pub(crate) fn forget(&mut self, peer: PeerId, memory: &mut Memory) {
+        for part in &mut self.parts {
+            part.waits.retain(|wait| wait.to != peer);
+            part.unpark_of(peer, memory);
+        }
         self.init.waits.retain(|wait| wait.to != peer);
     }
 
     /// Takes out the requests that have waited too long, with who they waited for.
-    pub(crate) fn expire(&mut self, now: Instant, mut refuse: impl FnMut(Wait, Refusal)) {
+    pub(crate) fn expire(&mut self, now: Instant, memory: &mut Memory, mut refuse: impl FnMut(Wait, Refusal)) {
         let subject = self.spec.subject();
         for part in &mut self.parts {
-            let late = part.waits.extract_if(.., |wait| wait.until <= now);
+            let mut late: Vec<Wait> = part.waits.extract_if(.., |wait| wait.until <= now).collect();
+            late.extend(part.unpark_late(now, memory));
             for wait in late {
-                let Order::Clocks(ledger) = &part.order else { continue };
-                let missing: Vec<String> = ledger.missing().take(16).map(|rank| rank.to_string()).collect();
-                let what = format!("clock {} of {}", ledger.completed() + 1, part.keys);
-                let got = format!("nothing from worker {}", missing.join(", "));
-                refuse(wait, Refusal::new(Reason::Waited, subject.clone(), what, "pushes of all workers", got));
+                let (clock, missing) = part.waits_for(&wait);
+                refuse(wait, waited(subject.clone(), format!("clock {clock} of {}", part.keys), &missing));
             }
         }
         for wait in self.init.waits.extract_if(.., |wait| wait.until <= now) {
@@ -355,7 +265,23 @@ impl Table {
     }
 }
 
-fn admit(windows: &mut HashMap<u64, Window>, header: &Header) -> Call {
+/// What the gradient of a clock, or of a push, is divided by.
+pub(crate) fn divisor(combine: Combine, mode: Mode) -> f64 {
+    match combine {
+        Combine::Mean => f64::from(mode.workers().unwrap_or(1)),
+        Combine::Sum => 1.0,
+    }
+}
+
+/// The refusal for a request that has waited too long for other workers.
+pub(crate) fn waited(subject: String, what: String, missing: &[u32]) -> Refusal {
+    let names: Vec<String> = missing.iter().map(u32::to_string).collect();
+    let got = format!("nothing from worker {}", names.join(", "));
+    Refusal::new(Reason::Waited, subject, what, "pushes of all workers", got)
+}
+
+/// Judges a call by the window of its client, and counts it when it is new.
+pub(crate) fn admit(windows: &mut HashMap<u64, Window>, header: &Header) -> Call {
     if windows.len() >= MAX_WINDOWS && !windows.contains_key(&header.client) {
         let oldest = windows.iter().min_by_key(|(_, window)| window.incarnation).map(|(&client, _)| client);
         oldest.map(|client| windows.remove(&client));
@@ -376,15 +302,35 @@ impl Part {
         let elements = usize::try_from(keys.len()).expect("a part is small");
         let order = match spec.mode {
             Mode::Sync { workers } => Order::Clocks(ClockLedger::new(workers)),
+            Mode::Ssp { workers, staleness } => {
+                Order::Bounded { progress: Progress::new(workers, staleness), applied: 0 }
+            }
             Mode::Async => Order::Arrival { windows: HashMap::new(), applied: 0 },
         };
         let values = values::new(spec.dtype, &spec.rule, elements);
-        Self { keys, values, order, held: Vec::new(), waits: Vec::new(), init_claim: 0 }
+        Self { keys, values, order, held: Vec::new(), waits: Vec::new(), parked: Vec::new(), init_claim: 0 }
+    }
+
+    fn waiting(&self) -> usize {
+        self.waits.len() + self.parked.len()
+    }
+
+    /// The clock that `wait` waits for, and who keeps it waiting; no more than fit a line.
+    fn waits_for(&self, wait: &Wait) -> (u64, Vec<u32>) {
+        match &self.order {
+            Order::Clocks(ledger) => (ledger.completed() + 1, ledger.missing().take(16).collect()),
+            Order::Bounded { progress, .. } => {
+                let clock = Self::needs(wait);
+                (clock, progress.missing(clock).take(16).collect())
+            }
+            Order::Arrival { .. } => (0, Vec::new()),
+        }
     }
 
     fn completed(&self) -> u64 {
         match &self.order {
             Order::Clocks(ledger) => ledger.completed(),
+            Order::Bounded { progress, .. } => progress.slowest(),
             Order::Arrival { applied, .. } => *applied,
         }
     }
@@ -392,6 +338,7 @@ impl Part {
     fn is_untouched(&self) -> bool {
         match &self.order {
             Order::Clocks(ledger) => ledger.is_untouched(),
+            Order::Bounded { progress, .. } => progress.is_untouched(),
             Order::Arrival { applied, .. } => *applied == 0,
         }
     }
@@ -468,6 +415,8 @@ impl Part {
     fn is_ready(&self, header: &Header) -> bool {
         match &self.order {
             Order::Arrival { .. } => true,
+            // A push that waits is parked: one that is asked about here has been applied.
+            Order::Bounded { progress, .. } => header.kind == Kind::Push || progress.may_read(header.clock),
             Order::Clocks(ledger) if header.kind == Kind::Push => ledger.has_begun(header.clock),
             Order::Clocks(ledger) => header.clock <= ledger.completed(),
         }

@@ -1,8 +1,11 @@
-//! Does: reaches servers: the one thing that the waist leaves to each wire.
+//! Does: reaches servers and is reached by clients: what the waist leaves to each wire.
 
 use crate::PsError;
-use gradwire_transport::{Identity, PeerId, TcpWire, TransportError, Wire, home};
-use std::net::ToSocketAddrs;
+use gradwire_transport::{
+    Acceptance, Config, Identity, Mesh, PeerId, TcpWire, TransportError, Wire, WireChoice, home, open_verbs,
+    routed_address,
+};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::time::Instant;
 
 /// A wire that can call a server by its address.
@@ -10,22 +13,63 @@ pub trait Dialer: Wire {
     /// Connects to the server at `address` and makes it `peer`; blocks until the deadline at most.
     ///
     /// # Errors
-    /// `Authentication`; `Unreachable`.
+    /// `Authentication`; `Unreachable`; `Config` for a wire that was asked for by name and cannot be had.
     fn call(&mut self, peer: PeerId, address: &str, deadline: Instant) -> Result<(), TransportError>;
 }
 
 impl Dialer for TcpWire {
     fn call(&mut self, peer: PeerId, address: &str, deadline: Instant) -> Result<(), TransportError> {
-        let found = address.to_socket_addrs().map(Iterator::collect::<Vec<_>>);
-        let found = found.map_err(|error| TransportError::io(format!("look up the server {address:?}"), error))?;
-        self.dial(peer, None, &found, deadline)
+        self.dial(peer, None, &look_up(address)?, deadline)
     }
 }
 
+impl Dialer for Mesh {
+    fn call(&mut self, peer: PeerId, address: &str, deadline: Instant) -> Result<(), TransportError> {
+        Self::call(self, peer, &look_up(address)?, deadline)
+    }
+}
+
+fn look_up(address: &str) -> Result<Vec<SocketAddr>, TransportError> {
+    let found = address.to_socket_addrs().map(Iterator::collect::<Vec<_>>);
+    found.map_err(|error| TransportError::io(format!("look up the server {address:?}"), error))
+}
+
+/// What a client calls `addresses` by: sockets, and RDMA beside them where this host has it and `config` allows it.
+pub(crate) fn dialer(config: &Config, addresses: &[String]) -> Result<Box<dyn Dialer>, PsError> {
+    let found = addresses.iter().filter_map(|address| look_up(address).ok()).flatten();
+    let local: Vec<IpAddr> = found.filter_map(routed_address).collect();
+    let verbs = open_verbs(config, &local)?;
+    let tcp = TcpWire::new(config, identity(random()?, verbs.is_some()), Acceptance::Nobody)?;
+    Ok(match verbs {
+        Some((verbs, _)) => Box::new(Mesh::meeting(tcp, Box::new(verbs), config.wire)),
+        None => Box::new(tcp),
+    })
+}
+
+/// What a server answers by, and where it listens.
+pub(crate) fn listener(
+    config: &Config,
+    listen: SocketAddr,
+    (instance, max_peers): (u64, usize),
+) -> Result<(Box<dyn Wire>, SocketAddr), PsError> {
+    let local: Vec<IpAddr> = Some(listen.ip()).filter(|ip| !ip.is_unspecified()).into_iter().collect();
+    let verbs = open_verbs(config, &local)?;
+    let mut tcp = TcpWire::new(config, identity(instance, verbs.is_some()), Acceptance::Anyone { max_peers })?;
+    let address = tcp.listen(listen)?;
+    let wire: Box<dyn Wire> = match verbs {
+        Some((verbs, reason)) => {
+            tracing::info!(%address, device = reason, "RDMA is offered to clients");
+            Box::new(Mesh::meeting(tcp, Box::new(verbs), WireChoice::Auto))
+        }
+        None => Box::new(tcp),
+    };
+    Ok((wire, address))
+}
+
 /// What this process tells of itself.
-pub(crate) fn identity(nonce: u64) -> Identity {
+fn identity(nonce: u64, rdma: bool) -> Identity {
     let home = home();
-    Identity { rank: None, host: home.host, pid: std::process::id(), boot_id: home.boot_id, nonce }
+    Identity { rank: None, host: home.host, pid: std::process::id(), boot_id: home.boot_id, nonce, rdma }
 }
 
 /// A number that no other process draws.

@@ -54,6 +54,14 @@ pub enum Kind {
     Barrier = 10,
     /// Lists tables, clients and traffic.
     Status = 11,
+    /// Makes a sparse table, or checks that it is the same one.
+    OpenSparse = 12,
+    /// Adds to rows of a sparse table: the keys begin at the shard's number and are as many as ids.
+    SparsePush = 13,
+    /// Reads rows of a sparse table, by ids.
+    SparsePull = 14,
+    /// Asks which ids were evicted, from the number in the clock's place on.
+    Evicted = 15,
     /// Done, nothing to tell.
     Done = 64,
     /// Refused: the status says why, the body with what.
@@ -63,7 +71,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 18] = [
         Self::Hello,
         Self::Open,
         Self::ClaimInit,
@@ -75,6 +83,10 @@ impl Kind {
         Self::SetRate,
         Self::Barrier,
         Self::Status,
+        Self::OpenSparse,
+        Self::SparsePush,
+        Self::SparsePull,
+        Self::Evicted,
         Self::Done,
         Self::Refused,
         Self::Later,
@@ -82,12 +94,12 @@ impl Kind {
 
     /// Whether it adds to a table.
     pub const fn pushes(self) -> bool {
-        matches!(self, Self::Push | Self::PushPull)
+        matches!(self, Self::Push | Self::PushPull | Self::SparsePush)
     }
 
     /// Whether it is answered with elements.
     pub const fn pulls(self) -> bool {
-        matches!(self, Self::Pull | Self::PushPull)
+        matches!(self, Self::Pull | Self::PushPull | Self::SparsePull)
     }
 
     /// Whether it is an answer.
@@ -320,7 +332,7 @@ mod tests {
 
     fn any_header() -> impl Strategy<Value = Header> {
         let numbers = (any::<[u64; 6]>(), 0u64..1 << 40, 0u64..1 << 40, any::<u64>());
-        let rest = (0usize..14, 0u8..8, 0u8..5, any::<(u16, u32, u32, u32)>());
+        let rest = (0usize..Kind::ALL.len(), 0u8..8, 0u8..5, any::<(u16, u32, u32, u32)>());
         (numbers, rest).prop_map(
             |((n, start, count, payload_bytes), (kind, flags, dtype, (status, slot, wait, crc)))| Header {
                 kind: Kind::ALL[kind],

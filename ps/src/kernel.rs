@@ -5,7 +5,10 @@
 
 #![allow(unsafe_code)]
 
+mod adaptive;
+
 use crate::{Adam, DType, Sgd, UpdateRule};
+use adaptive::{AdagradStep, FtrlStep};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use std::fmt::Debug;
@@ -20,6 +23,7 @@ pub(crate) trait Real:
     + Default
     + Debug
     + PartialEq
+    + PartialOrd
     + Send
     + Add<Output = Self>
     + Sub<Output = Self>
@@ -33,6 +37,7 @@ pub(crate) trait Real:
     const DTYPE: DType;
     fn of(value: f64) -> Self;
     fn sqrt(self) -> Self;
+    fn abs(self) -> Self;
     /// Reads elements of type `dtype`.
     fn load(dtype: DType, from: &[u8], to: &mut [Self]);
     /// Writes elements of type `dtype`, rounding to nearest, ties to even.
@@ -48,6 +53,10 @@ impl Real for f32 {
 
     fn sqrt(self) -> Self {
         self.sqrt()
+    }
+
+    fn abs(self) -> Self {
+        self.abs()
     }
 
     fn load(dtype: DType, from: &[u8], to: &mut [Self]) {
@@ -106,6 +115,10 @@ impl Real for f64 {
         self.sqrt()
     }
 
+    fn abs(self) -> Self {
+        self.abs()
+    }
+
     fn load(dtype: DType, from: &[u8], to: &mut [Self]) {
         match dtype {
             DType::F64 => to.iter_mut().zip(from.as_chunks().0).for_each(|(to, from)| *to = f64::from_le_bytes(*from)),
@@ -142,6 +155,19 @@ pub(crate) fn add<C: Real>(sum: &mut [C], dtype: DType, gradient: &[u8]) {
     }
 }
 
+/// Asks for the memory of `row` before it is read.
+#[inline(always)]
+pub(crate) fn prefetch<C>(row: &[C]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in row.chunks((64 / size_of::<C>()).max(1)) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint reads nothing, whatever the address; this one lies in `row`.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
+}
+
 /// A rule with its numbers in the type that is computed in, at one step.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Step<C> {
@@ -149,6 +175,8 @@ pub(crate) enum Step<C> {
     Replace,
     Sgd { minus_rate: C, weight_decay: Option<C>, momentum: Option<Momentum<C>> },
     Adam(AdamStep<C>),
+    Adagrad(AdagradStep<C>),
+    Ftrl(FtrlStep<C>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -209,6 +237,8 @@ impl<C: Real> Step<C> {
                     minus_step: C::of(-(learning_rate / (1.0 - power(beta1)))),
                 })
             }
+            UpdateRule::Adagrad(adagrad) => Self::Adagrad(AdagradStep::new(adagrad, n)),
+            UpdateRule::Ftrl(ftrl) => Self::Ftrl(FtrlStep::new(ftrl)),
         }
     }
 
@@ -225,6 +255,8 @@ impl<C: Real> Step<C> {
                 value.iter_mut().zip(gradient).for_each(|(value, gradient)| *value += minus_rate * *gradient);
             }
             Self::Adam(adam) => adam.run(value, gradient, first, second),
+            Self::Adagrad(adagrad) => adagrad.run(value, gradient, first),
+            Self::Ftrl(ftrl) => ftrl.run(value, gradient, first, second),
         }
     }
 

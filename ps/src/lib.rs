@@ -1,6 +1,7 @@
 //! gradwire-ps: a sharded parameter server and its client.
 
 mod body;
+mod bounded;
 mod client;
 mod dense;
 mod dial;
@@ -11,11 +12,14 @@ mod kernel;
 mod key;
 mod local;
 mod members;
+mod memory;
 mod protocol;
+mod rates;
 mod refusal;
 mod server;
 pub mod shard;
 pub mod shard_map;
+mod sparse;
 mod spec;
 pub mod staleness;
 mod status;
@@ -23,7 +27,7 @@ mod update_rule;
 mod values;
 
 pub use body::BadBody;
-pub use client::{Client, ClientSettings, DenseTable, Done, OnDone, Pending, TableOptions};
+pub use client::{Client, ClientSettings, DenseTable, Done, OnDone, Pending, SparseOptions, SparseTable, TableOptions};
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;
@@ -31,9 +35,10 @@ pub use key::{KeyRange, MAX_NAME_BYTES, TableId};
 pub use local::LocalServers;
 pub use refusal::{Reason, Refusal};
 pub use server::{Server, ServerSettings, Stopper};
-pub use shard::{Limits, open_body};
+pub use shard::{Limits, open_body, open_sparse_body};
 pub use shard_map::{Epoch, ShardMap};
+pub use sparse::{Eviction, Initializer, MAX_DIM, SparseSpec, shard_of};
 pub use spec::{Combine, MAX_DIMENSIONS, TableSpec};
 pub use staleness::Mode;
-pub use status::{ClientStatus, ShardStatus, TableStatus};
-pub use update_rule::{Adam, Sgd, UpdateRule};
+pub use status::{ClientStatus, ShardStatus, SparseStatus, TableStatus};
+pub use update_rule::{Adagrad, Adam, Ftrl, Sgd, UpdateRule};

@@ -9,8 +9,8 @@ use crate::shard::{Action, Limits, Shard};
 use crate::status::{ClientStatus, PAGE};
 use crate::{PsError, dial};
 use gradwire_transport::{
-    Acceptance, Completion, Config, CreditSettings, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TcpWire,
-    TransportError, Wake, Wire,
+    Completion, Config, CreditSettings, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TransportError, Wake,
+    Wire,
 };
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -107,10 +107,8 @@ impl Server {
         }
         let config = Config { token, ..settings.transport };
         let instance = dial::random()?;
-        let accept = Acceptance::Anyone { max_peers: settings.limits.clients };
-        let mut wire = TcpWire::new(&config, dial::identity(instance), accept)?;
-        let address = wire.listen(settings.listen)?;
-        Ok(Self::on(Box::new(wire), address, Shard::new(settings.limits, instance), config.spin_turns))
+        let (wire, address) = dial::listener(&config, settings.listen, (instance, settings.limits.clients))?;
+        Ok(Self::on(wire, address, Shard::new(settings.limits, instance), config.spin_turns))
     }
 
     /// Serves `shard` on `wire`, which accepts peers by itself.
@@ -215,8 +213,8 @@ impl Server {
                 self.receive(peer, tag, bytes);
             }
         }
-        let name = self.wire.name(peer);
-        tracing::info!(host = name.host, pid = name.pid, address = name.address, "a client has connected");
+        let (name, wire) = (self.wire.name(peer), self.wire.kind(peer));
+        tracing::info!(host = name.host, pid = name.pid, address = name.address, %wire, "a client has connected");
     }
 
     fn farewell(&mut self, peer: PeerId, error: &TransportError) {

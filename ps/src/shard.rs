@@ -1,16 +1,21 @@
 //! Pure: one shard of the parameter server. A request and its payload go in, what is to be sent comes out.
 
 use crate::body::{Reader, Writer};
-use crate::dense::{Answer, Init, Memory, Table, Wait};
+use crate::dense::{Answer, Init, Table, Wait};
 use crate::header::{FLAG_CHECKED, FLAG_INLINE, Header, Kind};
 use crate::members::Members;
+use crate::memory::{Memory, Shelf};
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, MAX_PART_BYTES};
+use crate::sparse::{Means, SparseTable};
 use crate::status::{PAGE, ShardStatus, TableStatus};
-use crate::{Mode, TableId, TableSpec};
+use crate::{Mode, SparseSpec, TableId, TableSpec};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
+
+/// Evicted ids in one answer.
+pub(crate) const MOST_EVICTED: usize = 1 << 14;
 
 /// What one shard may hold.
 #[derive(Clone, Debug)]
@@ -82,8 +87,10 @@ pub struct Shard {
     epoch: Epoch,
     instance: u64,
     tables: BTreeMap<TableId, Table>,
+    sparse: BTreeMap<TableId, SparseTable>,
     members: Members,
     memory: Memory,
+    shelf: Shelf,
     answers: Vec<Answer>,
 }
 
@@ -96,6 +103,8 @@ impl Shard {
             epoch: Epoch(1),
             instance,
             tables: BTreeMap::new(),
+            sparse: BTreeMap::new(),
+            shelf: Shelf::default(),
             answers: Vec::new(),
             limits,
         }
@@ -108,14 +117,15 @@ impl Shard {
             ms => self.limits.patience.min(Duration::from_millis(ms.into())),
         };
         let wait = Wait { to: from, header: *header, until: now + patience };
-        if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, out)) {
+        if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, now, out)) {
             refuse(from, header, &refusal, out);
         }
         for answer in self.answers.drain(..) {
-            out.push(match answer {
-                Answer::Counted(to, header) => Action::Reply { to, header, body: Vec::new() },
-                Answer::Value(to, header, slice) => Action::Value { to, header, slice },
-            });
+            match answer {
+                Answer::Counted(to, header) => out.push(Action::Reply { to, header, body: Vec::new() }),
+                Answer::Value(to, header, slice) => out.push(Action::Value { to, header, slice }),
+                Answer::Refused(wait, refusal) => refuse(wait.to, &wait.header, &refusal, out),
+            }
         }
     }
 
@@ -143,7 +153,7 @@ impl Shard {
         Ok(())
     }
 
-    fn dispatch(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
+    fn dispatch(&mut self, wait: &Wait, payload: &[u8], now: Instant, out: &mut Vec<Action>) -> Result<(), Refusal> {
         let header = &wait.header;
         match header.kind {
             Kind::Hello => self.hello(wait, out),
@@ -153,11 +163,17 @@ impl Shard {
             Kind::EndInit => self.end_init(wait, out),
             Kind::Push | Kind::PushPull => self.push(wait, payload, out),
             Kind::Pull => self.pull(wait),
+            Kind::OpenSparse => self.open_sparse(wait, payload, now, out),
+            Kind::SparsePush | Kind::SparsePull => self.sparse_data(wait, payload, now, out),
+            Kind::Evicted => self.evicted(wait, out),
             Kind::SetRate => {
                 let rate = payload.try_into().map(f64::from_le_bytes);
                 let rate =
                     rate.map_err(|_| Refusal::new(Reason::Malformed, "request", "learning rate", "8 bytes", "others"))?;
-                self.table(header)?.set_rate(header, rate)?;
+                match self.sparse.get_mut(&header.table) {
+                    Some(table) => table.set_rate(header, rate)?,
+                    None => self.table(header)?.set_rate(header, rate)?,
+                }
                 done(wait, header.clock, out);
                 Ok(())
             }
@@ -210,10 +226,7 @@ impl Shard {
                 return Err(refusal);
             }
         } else {
-            if self.tables.len() >= self.limits.tables {
-                let expected = format!("at most {}", self.limits.tables);
-                return Err(Refusal::new(Reason::Limit, spec.subject(), "tables", expected, self.limits.tables + 1));
-            }
+            self.check_new(header, spec.subject())?;
             self.tables.insert(header.table, Table::new(spec, &mut self.memory)?);
         }
         let pushed = self.table(header)?.pushed_by(header.client);
@@ -221,17 +234,21 @@ impl Shard {
         Ok(())
     }
 
+    /// Whether one more table may be made under the header's id.
+    fn check_new(&self, header: &Header, subject: String) -> Result<(), Refusal> {
+        if self.tables.contains_key(&header.table) || self.sparse.contains_key(&header.table) {
+            let got = "another of that name";
+            return Err(Refusal::new(Reason::Mismatch, subject, "kind of table", "dense and sparse to differ", got));
+        }
+        if self.tables.len() + self.sparse.len() >= self.limits.tables {
+            let expected = format!("at most {}", self.limits.tables);
+            return Err(Refusal::new(Reason::Limit, subject, "tables", expected, self.limits.tables + 1));
+        }
+        Ok(())
+    }
+
     fn table(&mut self, header: &Header) -> Result<&mut Table, Refusal> {
-        self.tables.get_mut(&header.table).ok_or_else(|| {
-            let subject = format!("table {:#x}", header.table.0);
-            Refusal::new(
-                Reason::UnknownTable,
-                subject,
-                "table",
-                "one that was opened here",
-                "another (was the server started anew?)",
-            )
-        })
+        self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))
     }
 
     /// Answers with the claim's number, or 0 when first values are there already; waits while another client writes them.
@@ -281,21 +298,12 @@ impl Shard {
 
     fn push(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
         let header = &wait.header;
-        let Some(table) = self.tables.get_mut(&header.table) else { return self.table(header).map(|_| ()) };
+        let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
         let part = table.part(header.keys)?;
         let fits = header.dtype.is_some_and(|dtype| dtype.pushes_to(table.spec.dtype));
         expect_elements(table, header, fits)?;
-        if let Mode::Sync { workers } = table.spec.mode
-            && (header.client >= workers.into() || header.clock == 0)
-        {
-            let expected = format!("a worker from 0 to {}, and a clock from 1", workers - 1);
-            let got = format!("client {} at clock {}", header.client, header.clock);
-            return Err(Refusal::new(Reason::Mismatch, table.spec.subject(), "who pushes", expected, got));
-        }
-        if header.sequence == 0 {
-            return Err(Refusal::new(Reason::Malformed, table.spec.subject(), "sequence", "from 1", 0));
-        }
-        check_waiting(table, part, &self.limits)?;
+        check_pusher(header, table.spec.mode, || table.spec.subject())?;
+        check_waiting(table.waiting_at(part), || table.spec.subject(), &self.limits)?;
         if !table.push(part, wait, payload, &mut self.memory, &mut self.answers)? {
             out.push(Action::Reply { to: wait.to, header: header.reply(Kind::Later), body: Vec::new() });
         }
@@ -304,22 +312,82 @@ impl Shard {
 
     fn pull(&mut self, wait: &Wait) -> Result<(), Refusal> {
         let header = &wait.header;
-        let Some(table) = self.tables.get_mut(&header.table) else { return self.table(header).map(|_| ()) };
+        let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
         let part = table.part(header.keys)?;
         if header.dtype != Some(table.spec.dtype) {
             let got = header.dtype.map_or("none", |dtype| dtype.name());
             return Err(Refusal::new(Reason::Mismatch, table.spec.subject(), "dtype", table.spec.dtype, got));
         }
-        check_waiting(table, part, &self.limits)?;
+        check_waiting(table.waiting_at(part), || table.spec.subject(), &self.limits)?;
         table.pull(part, *wait, &mut self.answers);
+        Ok(())
+    }
+
+    fn open_sparse(&mut self, wait: &Wait, payload: &[u8], now: Instant, out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = &wait.header;
+        let mut from = Reader(payload);
+        let spec = SparseSpec::decode(&mut from).and_then(|spec| from.end().map(|()| spec));
+        let malformed = |bad| Refusal::new(Reason::Malformed, "request to open a table", "body", "a sparse table", bad);
+        let spec = spec.map_err(malformed)?;
+        spec.check()?;
+        if spec.id() != header.table {
+            let (expected, got) = (format!("{:#x}", spec.id().0), format!("{:#x}", header.table.0));
+            return Err(Refusal::new(Reason::Malformed, spec.subject(), "id", expected, got));
+        }
+        if let Some(table) = self.sparse.get(&header.table) {
+            if let Some(refusal) = table.spec.disagreement(&spec) {
+                return Err(refusal);
+            }
+        } else {
+            self.check_new(header, spec.subject())?;
+            let table = SparseTable::new(spec, self.instance, now, &mut self.memory)?;
+            self.sparse.insert(header.table, table);
+        }
+        let table = self.sparse.get(&header.table).ok_or_else(|| unknown(header))?;
+        done(wait, table.pushed_by(header.client), out);
+        Ok(())
+    }
+
+    fn sparse_data(&mut self, wait: &Wait, payload: &[u8], now: Instant, out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let header = &wait.header;
+        let table = self.sparse.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+        let subject = || table.spec.subject();
+        check_waiting(table.waiting(), subject, &self.limits)?;
+        if header.keys.start != u64::from(table.spec.shard) {
+            return Err(Refusal::new(Reason::Malformed, subject(), "shard", table.spec.shard, header.keys.start));
+        }
+        let Self { memory, shelf, answers, .. } = self;
+        let mut means = Means { memory, shelf, now, out: answers };
+        let taken = if header.kind == Kind::SparsePush {
+            check_pusher(header, table.spec.mode, subject)?;
+            table.push(wait, payload, &mut means)?
+        } else {
+            table.pull(wait, payload, &mut means)?
+        };
+        if !taken {
+            out.push(Action::Reply { to: wait.to, header: header.reply(Kind::Later), body: Vec::new() });
+        }
+        Ok(())
+    }
+
+    /// Answers with how many ids are lost, the number to ask from next, and the ids.
+    fn evicted(&mut self, wait: &Wait, out: &mut Vec<Action>) -> Result<(), Refusal> {
+        let table = self.sparse.get(&wait.header.table).ok_or_else(|| unknown(&wait.header))?;
+        let (lost, ids, next) = table.evicted(wait.header.clock, MOST_EVICTED);
+        let mut body = Writer::default();
+        [lost, next].into_iter().chain(ids).for_each(|number| body.number(number));
+        let mut header = wait.header.reply(Kind::Done);
+        (header.flags, header.payload_bytes) = (FLAG_INLINE, body.0.len() as u64);
+        out.push(Action::Reply { to: wait.to, header, body: body.0 });
         Ok(())
     }
 
     /// A connection is closed: nothing waits for it any more.
     pub fn gone(&mut self, peer: PeerId, out: &mut Vec<Action>) {
         self.members.gone(peer);
+        self.sparse.values_mut().for_each(|table| table.forget(peer, &mut self.memory));
         for table in self.tables.values_mut() {
-            table.forget(peer);
+            table.forget(peer, &mut self.memory);
             let init = &mut table.init;
             if init.holder.is_some_and(|(.., holder)| holder == peer) && !init.waits.is_empty() {
                 let next = init.waits.remove(0);
@@ -332,7 +400,10 @@ impl Shard {
     pub fn expire(&mut self, now: Instant, out: &mut Vec<Action>) {
         let mut late = |wait: Wait, refusal: Refusal| refuse(wait.to, &wait.header, &refusal, out);
         self.members.expire(now, &mut late);
-        self.tables.values_mut().filter(|table| table.waiting() > 0).for_each(|table| table.expire(now, &mut late));
+        let memory = &mut self.memory;
+        let waiting = self.tables.values_mut().filter(|table| table.waiting() > 0);
+        waiting.for_each(|table| table.expire(now, memory, &mut late));
+        self.sparse.values_mut().for_each(|table| table.expire(now, memory, &mut late));
     }
 
     /// The clients that are connected, with their connections.
@@ -343,7 +414,7 @@ impl Shard {
     /// Memory, and one page of tables from the `first`-th on. Clients are for the driver to add, who knows their addresses.
     pub fn status(&self, first: usize) -> ShardStatus {
         let tables = self.tables.values().skip(first).take(PAGE).map(|table| TableStatus {
-            spec: table.spec.clone(),
+            spec: table.spec_now(),
             elements: table.keys.len(),
             bytes: table.memory_bytes,
             clock: table.completed(),
@@ -356,6 +427,7 @@ impl Shard {
             memory_bytes: self.memory.used,
             memory_limit_bytes: self.memory.limit,
             tables: tables.collect(),
+            sparse: self.sparse.values().skip(first).take(PAGE).map(SparseTable::status).collect(),
             clients: Vec::new(),
         }
     }
@@ -397,13 +469,39 @@ fn expect_elements(table: &Table, header: &Header, dtype_fits: bool) -> Result<(
     Ok(())
 }
 
-fn check_waiting(table: &Table, part: usize, limits: &Limits) -> Result<(), Refusal> {
-    let waiting = table.waiting_at(part);
+fn check_waiting(waiting: usize, subject: impl Fn() -> String, limits: &Limits) -> Result<(), Refusal> {
     if waiting < limits.waiting {
         return Ok(());
     }
     let expected = format!("at most {}", limits.waiting);
-    Err(Refusal::new(Reason::Limit, table.spec.subject(), "requests that wait", expected, waiting + 1))
+    Err(Refusal::new(Reason::Limit, subject(), "requests that wait", expected, waiting + 1))
+}
+
+/// Checks that a push says by whom it is, and which one.
+fn check_pusher(header: &Header, mode: Mode, subject: impl Fn() -> String) -> Result<(), Refusal> {
+    if let Some(workers) = mode.workers()
+        && (header.client >= workers.into() || header.clock == 0)
+    {
+        let expected = format!("a worker from 0 to {}, and a clock from 1", workers - 1);
+        let got = format!("client {} at clock {}", header.client, header.clock);
+        return Err(Refusal::new(Reason::Mismatch, subject(), "who pushes", expected, got));
+    }
+    if header.sequence == 0 {
+        return Err(Refusal::new(Reason::Malformed, subject(), "sequence", "from 1", 0));
+    }
+    Ok(())
+}
+
+fn unknown(header: &Header) -> Refusal {
+    let (expected, got) = ("one that was opened here", "another (was the server started anew?)");
+    Refusal::new(Reason::UnknownTable, format!("table {:#x}", header.table.0), "table", expected, got)
+}
+
+/// The body that opens the sparse table `spec`.
+pub fn open_sparse_body(spec: &SparseSpec) -> Vec<u8> {
+    let mut out = Writer::default();
+    spec.encode(&mut out);
+    out.0
 }
 
 /// The body that opens `spec`.

@@ -5,7 +5,7 @@ use crate::key::MAX_NAME_BYTES;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::MAX_PART_BYTES;
 use crate::staleness::MAX_WORKERS;
-use crate::{DType, Mode, TableId, UpdateRule};
+use crate::{Adagrad, DType, Mode, TableId, UpdateRule};
 
 /// Most dimensions of a table.
 pub const MAX_DIMENSIONS: usize = 16;
@@ -16,8 +16,19 @@ pub enum Combine {
     /// Their sum.
     #[default]
     Sum,
-    /// Their sum divided by the number of workers, as DDP's gradients are. In asynchronous mode the same as the sum.
+    /// Their sum divided by the number of workers, as DDP's gradients are. With bounded staleness each is divided by itself;
+    /// in asynchronous mode it is the same as the sum.
     Mean,
+}
+
+impl Combine {
+    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        match from.byte()? {
+            0 => Ok(Self::Sum),
+            1 => Ok(Self::Mean),
+            _ => Err(BadBody("no such way to combine")),
+        }
+    }
 }
 
 /// A dense table, as every client of it describes it.
@@ -76,10 +87,11 @@ impl TableSpec {
             let most = MAX_PART_BYTES as u64 / size;
             return wrong("elements of a part", format!("1 to {most}"), self.part_elements.to_string());
         }
-        if let Mode::Sync { workers } = self.mode
-            && !(1..=MAX_WORKERS).contains(&workers)
-        {
-            return wrong("workers", format!("1 to {MAX_WORKERS}"), workers.to_string());
+        if let Err(workers) = self.mode.check() {
+            return wrong("workers", format!("1 to {MAX_WORKERS}"), workers);
+        }
+        if let UpdateRule::Adagrad(Adagrad { row_wise: true, .. }) = self.rule {
+            return wrong("update rule", "one for a dense table, which has no rows".to_owned(), self.rule.to_string());
         }
         self.rule.check().or_else(|reason| wrong("update rule", "numbers that make sense".to_owned(), reason))
     }
@@ -112,10 +124,7 @@ impl TableSpec {
         self.shape.iter().for_each(|&size| out.number(size));
         out.byte(self.dtype.code());
         self.rule.encode(out);
-        out.number(match self.mode {
-            Mode::Sync { workers } => workers.into(),
-            Mode::Async => 0,
-        });
+        self.mode.encode(out);
         out.byte((self.combine == Combine::Mean).into());
         out.number(self.shards.into());
         out.number(self.shard.into());
@@ -131,16 +140,9 @@ impl TableSpec {
         let shape = (0..dimensions).map(|_| from.number()).collect::<Result<_, _>>()?;
         let dtype = DType::of_code(from.byte()?).ok_or(BadBody("no such dtype"))?;
         let rule = UpdateRule::decode(from)?;
+        let mode = Mode::decode(from)?;
+        let combine = Combine::decode(from)?;
         let small = |number: u64| u32::try_from(number).map_err(|_| BadBody("a number is too large"));
-        let mode = match small(from.number()?)? {
-            0 => Mode::Async,
-            workers => Mode::Sync { workers },
-        };
-        let combine = match from.byte()? {
-            0 => Combine::Sum,
-            1 => Combine::Mean,
-            _ => return Err(BadBody("no such way to combine")),
-        };
         let (shards, shard) = (small(from.number()?)?, small(from.number()?)?);
         Ok(Self { name, shape, dtype, rule, mode, combine, shards, shard, part_elements: from.number()? })
     }
@@ -149,7 +151,7 @@ impl TableSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Adam, Sgd};
+    use crate::{Adam, Ftrl, Sgd};
     use proptest::prelude::*;
 
     fn spec() -> TableSpec {
@@ -175,8 +177,10 @@ mod tests {
     #[test]
     fn a_spec_comes_back_as_it_was_and_no_piece_of_it_does() {
         let adam = UpdateRule::Adam(Adam { decoupled: true, ..Adam::default() });
-        for rule in [UpdateRule::Sum, UpdateRule::Replace, spec().rule, adam] {
-            for mode in [Mode::Async, Mode::Sync { workers: 4 }] {
+        let adagrad = UpdateRule::Adagrad(Adagrad { initial: 0.5, row_wise: true, ..Adagrad::default() });
+        let ftrl = UpdateRule::Ftrl(Ftrl { l1: 0.25, ..Ftrl::default() });
+        for rule in [UpdateRule::Sum, UpdateRule::Replace, spec().rule, adam, adagrad, ftrl] {
+            for mode in [Mode::Async, Mode::Sync { workers: 4 }, Mode::Ssp { workers: 4, staleness: 3 }] {
                 let spec = TableSpec { rule, mode, ..spec() };
                 let bytes = body(&spec);
                 let mut from = Reader(&bytes);
@@ -213,6 +217,8 @@ mod tests {
             TableSpec { mode: Mode::Sync { workers: u32::MAX }, ..spec() },
             TableSpec { rule: UpdateRule::Sgd(Sgd { nesterov: true, ..Sgd::default() }), ..spec() },
             TableSpec { rule: UpdateRule::Adam(Adam { beta1: f64::NAN, ..Adam::default() }), ..spec() },
+            TableSpec { rule: UpdateRule::Adagrad(Adagrad { row_wise: true, ..Adagrad::default() }), ..spec() },
+            TableSpec { rule: UpdateRule::Ftrl(Ftrl { learning_rate: 0.0, ..Ftrl::default() }), ..spec() },
         ] {
             assert!(bad.check().is_err(), "{bad:?}");
         }

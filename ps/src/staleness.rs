@@ -1,5 +1,6 @@
 //! Pure: when a push counts, and when a value may be read. This is where exactly-once and bit-equal sums come from.
 
+use crate::body::{BadBody, Reader, Writer};
 use std::fmt;
 
 /// Clocks beyond the one under way that a worker may push to: it can send ahead while others catch up, within bounds.
@@ -19,14 +20,65 @@ pub enum Mode {
         /// How many workers contribute, numbered from 0.
         workers: u32,
     },
+    /// Each push is applied when it arrives, but no worker gets further than `staleness` clocks ahead of another: its
+    /// `c`-th push waits until all have made `c - 1 - staleness`, and a pull after it until all have made `c - staleness`
+    /// (stale synchronous parallel; Ho et al., NIPS 2013).
+    Ssp {
+        /// How many workers push, numbered from 0.
+        workers: u32,
+        /// Clocks that the first may be ahead of the last.
+        staleness: u32,
+    },
     /// Each push is applied when it arrives; a pull reads what is there.
     Async,
+}
+
+impl Mode {
+    /// How many workers push, where they are counted.
+    pub const fn workers(&self) -> Option<u32> {
+        match *self {
+            Self::Sync { workers } | Self::Ssp { workers, .. } => Some(workers),
+            Self::Async => None,
+        }
+    }
+
+    /// What is wrong with the number of workers, if anything.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match self.workers() {
+            Some(workers) if !(1..=MAX_WORKERS).contains(&workers) => Err(workers.to_string()),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        let (kind, staleness) = match *self {
+            Self::Async => (0, 0),
+            Self::Sync { .. } => (1, 0),
+            Self::Ssp { staleness, .. } => (2, staleness),
+        };
+        out.byte(kind);
+        out.number(self.workers().unwrap_or(0).into());
+        out.number(staleness.into());
+    }
+
+    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        let kind = from.byte()?;
+        let mut small = || u32::try_from(from.number()?).map_err(|_| BadBody("a number is too large"));
+        let (workers, staleness) = (small()?, small()?);
+        match kind {
+            0 => Ok(Self::Async),
+            1 => Ok(Self::Sync { workers }),
+            2 => Ok(Self::Ssp { workers, staleness }),
+            _ => Err(BadBody("no such mode")),
+        }
+    }
 }
 
 impl fmt::Display for Mode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Sync { workers } => write!(f, "sync({workers} workers)"),
+            Self::Ssp { workers, staleness } => write!(f, "ssp({workers} workers, staleness {staleness})"),
             Self::Async => write!(f, "async"),
         }
     }

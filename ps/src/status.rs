@@ -1,7 +1,7 @@
 //! Pure: what a server tells of itself, and how it travels.
 
-use crate::TableSpec;
 use crate::body::{BadBody, Reader, Writer};
+use crate::{SparseSpec, TableSpec};
 
 /// One shard as it is now.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -12,6 +12,8 @@ pub struct ShardStatus {
     pub memory_limit_bytes: u64,
     /// The tables it holds a share of, by name.
     pub tables: Vec<TableStatus>,
+    /// The sparse tables it holds a share of, by name.
+    pub sparse: Vec<SparseStatus>,
     /// The clients that are connected.
     pub clients: Vec<ClientStatus>,
 }
@@ -35,6 +37,55 @@ pub struct TableStatus {
     pub duplicates: u64,
     /// Requests that wait for other workers.
     pub waiting: u64,
+}
+
+/// A sparse table's share of a shard.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SparseStatus {
+    /// What it is.
+    pub spec: SparseSpec,
+    /// Rows held by this shard.
+    pub rows: u64,
+    /// Memory set aside for them, with their optimizer's state and their index.
+    pub bytes: u64,
+    /// The last clock that is complete; in asynchronous mode, pushes applied.
+    pub clock: u64,
+    /// Parts of pushes that were counted.
+    pub pushes: u64,
+    /// Parts of pulls that were asked for.
+    pub pulls: u64,
+    /// Parts of pushes that came again, and were not counted.
+    pub duplicates: u64,
+    /// Requests that wait for other workers.
+    pub waiting: u64,
+    /// Rows that were evicted.
+    pub evicted: u64,
+    /// Gradients that were dropped since their ids had no row yet.
+    pub unadmitted: u64,
+}
+
+impl SparseStatus {
+    fn encode(&self, out: &mut Writer) {
+        self.spec.encode(out);
+        let Self { rows, bytes, clock, pushes, pulls, duplicates, waiting, evicted, unadmitted, .. } = *self;
+        let numbers = [rows, bytes, clock, pushes, pulls, duplicates, waiting, evicted, unadmitted];
+        numbers.into_iter().for_each(|number| out.number(number));
+    }
+
+    fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        Ok(Self {
+            spec: SparseSpec::decode(from)?,
+            rows: from.number()?,
+            bytes: from.number()?,
+            clock: from.number()?,
+            pushes: from.number()?,
+            pulls: from.number()?,
+            duplicates: from.number()?,
+            waiting: from.number()?,
+            evicted: from.number()?,
+            unadmitted: from.number()?,
+        })
+    }
 }
 
 /// A connected client.
@@ -70,6 +121,8 @@ impl ShardStatus {
                 .into_iter()
                 .for_each(|number| out.number(number));
         }
+        out.number(self.sparse.len() as u64);
+        self.sparse.iter().for_each(|table| table.encode(&mut out));
         out.number(self.clients.len() as u64);
         for client in &self.clients {
             out.number(client.client);
@@ -99,6 +152,7 @@ impl ShardStatus {
                 })
             })
             .collect::<Result<_, BadBody>>()?;
+        let sparse = (0..from.count(64)?).map(|_| SparseStatus::decode(&mut from)).collect::<Result<_, _>>()?;
         let clients = (0..from.count(32)?)
             .map(|_| {
                 Ok(ClientStatus {
@@ -112,14 +166,14 @@ impl ShardStatus {
             })
             .collect::<Result<_, BadBody>>()?;
         from.end()?;
-        Ok(Self { memory_bytes, memory_limit_bytes, tables, clients })
+        Ok(Self { memory_bytes, memory_limit_bytes, tables, sparse, clients })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Combine, DType, Mode, UpdateRule};
+    use crate::{Combine, DType, Initializer, Mode, UpdateRule};
 
     #[test]
     fn a_status_comes_back_as_it_was_and_no_piece_of_it_does() {
@@ -144,8 +198,40 @@ mod tests {
             received_bytes: 8,
             sent_bytes: 9,
         };
-        let status =
-            ShardStatus { memory_bytes: 1, memory_limit_bytes: 2, tables: vec![table; 2], clients: vec![client; 3] };
+        let spec = SparseSpec {
+            name: "rows".into(),
+            dim: 4,
+            dtype: DType::F16,
+            rule: UpdateRule::Sum,
+            mode: Mode::Async,
+            combine: Combine::Sum,
+            initializer: Initializer::Constant(0.5),
+            seed: 1,
+            capacity: None,
+            eviction: None,
+            admission: 1,
+            shards: 1,
+            shard: 0,
+        };
+        let sparse = SparseStatus {
+            spec,
+            rows: 1,
+            bytes: 2,
+            clock: 3,
+            pushes: 4,
+            pulls: 5,
+            duplicates: 6,
+            waiting: 7,
+            evicted: 8,
+            unadmitted: 9,
+        };
+        let status = ShardStatus {
+            memory_bytes: 1,
+            memory_limit_bytes: 2,
+            tables: vec![table; 2],
+            sparse: vec![sparse; 2],
+            clients: vec![client; 3],
+        };
         let body = status.encode();
         assert_eq!(ShardStatus::decode(&body), Ok(status));
         for cut in 0..body.len() {

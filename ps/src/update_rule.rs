@@ -18,6 +18,10 @@ pub enum UpdateRule {
     Sgd(Sgd),
     /// `torch.optim.Adam`, or `AdamW` where the weight decay is decoupled.
     Adam(Adam),
+    /// `torch.optim.Adagrad`, or its row-wise kind, which keeps one number a row.
+    Adagrad(Adagrad),
+    /// FTRL-Proximal (McMahan et al., KDD 2013): many weights come out as exactly 0.
+    Ftrl(Ftrl),
 }
 
 /// The numbers of stochastic gradient descent.
@@ -64,6 +68,55 @@ impl Default for Adam {
     }
 }
 
+/// The numbers of Adagrad.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Adagrad {
+    /// Step size. Default 0.01.
+    pub learning_rate: f64,
+    /// What the step size is divided by, less 1, for each step before. Default 0.
+    pub learning_rate_decay: f64,
+    /// The sum of squares to begin with. Default 0.
+    pub initial: f64,
+    /// Added to the root, so that nothing is divided by 0. Default 1e-10.
+    pub epsilon: f64,
+    /// Share of the value that is added to the gradient. Default 0.
+    pub weight_decay: f64,
+    /// Whether a row keeps one sum, of the means of its squares, in place of one for each element. Default false.
+    pub row_wise: bool,
+}
+
+impl Default for Adagrad {
+    fn default() -> Self {
+        Self {
+            learning_rate: 0.01,
+            learning_rate_decay: 0.0,
+            initial: 0.0,
+            epsilon: 1e-10,
+            weight_decay: 0.0,
+            row_wise: false,
+        }
+    }
+}
+
+/// The numbers of FTRL-Proximal, by the names of its paper.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ftrl {
+    /// Step size (the paper's alpha), more than 0. Default 0.05.
+    pub learning_rate: f64,
+    /// Added to the root of the sum of squares. Default 1.
+    pub beta: f64,
+    /// Weight of the sum of magnitudes: what stays below it is 0. Default 0.
+    pub l1: f64,
+    /// Weight of the sum of squares. Default 0.
+    pub l2: f64,
+}
+
+impl Default for Ftrl {
+    fn default() -> Self {
+        Self { learning_rate: 0.05, beta: 1.0, l1: 0.0, l2: 0.0 }
+    }
+}
+
 impl UpdateRule {
     /// The learning rate, where the rule has one.
     pub const fn learning_rate(&self) -> Option<f64> {
@@ -71,6 +124,8 @@ impl UpdateRule {
             Self::Sum | Self::Replace => None,
             Self::Sgd(sgd) => Some(sgd.learning_rate),
             Self::Adam(adam) => Some(adam.learning_rate),
+            Self::Adagrad(adagrad) => Some(adagrad.learning_rate),
+            Self::Ftrl(ftrl) => Some(ftrl.learning_rate),
         }
     }
 
@@ -79,6 +134,8 @@ impl UpdateRule {
         match self {
             Self::Sgd(sgd) => Self::Sgd(Sgd { learning_rate, ..sgd }),
             Self::Adam(adam) => Self::Adam(Adam { learning_rate, ..adam }),
+            Self::Adagrad(adagrad) => Self::Adagrad(Adagrad { learning_rate, ..adagrad }),
+            Self::Ftrl(ftrl) => Self::Ftrl(Ftrl { learning_rate, ..ftrl }),
             other => other,
         }
     }
@@ -88,19 +145,33 @@ impl UpdateRule {
         match self {
             Self::Sum | Self::Replace => 0,
             Self::Sgd(sgd) => (sgd.momentum != 0.0) as usize,
-            Self::Adam(_) => 2,
+            Self::Adagrad(adagrad) => !adagrad.row_wise as usize,
+            Self::Adam(_) | Self::Ftrl(_) => 2,
+        }
+    }
+
+    /// How many numbers it remembers for a row of `elements`, in its first state and in its second.
+    pub(crate) const fn state_of_row(&self, elements: usize) -> [usize; 2] {
+        match self {
+            Self::Adagrad(Adagrad { row_wise: true, .. }) => [1, 0],
+            _ => match self.state_per_element() {
+                0 => [0, 0],
+                1 => [elements, 0],
+                _ => [elements, elements],
+            },
+        }
+    }
+
+    /// What its state holds at first.
+    pub(crate) const fn first_state(&self) -> f64 {
+        match self {
+            Self::Adagrad(adagrad) => adagrad.initial,
+            _ => 0.0,
         }
     }
 
     /// Says what is wrong with the numbers, if anything is.
     pub fn check(&self) -> Result<(), String> {
-        let at_least_0 = |name: &str, value: f64| {
-            if value.is_finite() && value >= 0.0 {
-                Ok(())
-            } else {
-                Err(format!("{name} is {value}, and must be at least 0"))
-            }
-        };
         match self {
             Self::Sum | Self::Replace => Ok(()),
             Self::Sgd(sgd) => {
@@ -126,6 +197,22 @@ impl UpdateRule {
                 }
                 Ok(())
             }
+            Self::Adagrad(adagrad) => {
+                at_least_0("learning_rate", adagrad.learning_rate)?;
+                at_least_0("learning_rate_decay", adagrad.learning_rate_decay)?;
+                at_least_0("initial", adagrad.initial)?;
+                at_least_0("epsilon", adagrad.epsilon)?;
+                at_least_0("weight_decay", adagrad.weight_decay)
+            }
+            Self::Ftrl(ftrl) => {
+                if ftrl.learning_rate.is_nan() || ftrl.learning_rate <= 0.0 {
+                    return Err(format!("learning_rate is {}, and FTRL divides by it", ftrl.learning_rate));
+                }
+                at_least_0("learning_rate", ftrl.learning_rate)?;
+                at_least_0("beta", ftrl.beta)?;
+                at_least_0("l1", ftrl.l1)?;
+                at_least_0("l2", ftrl.l2)
+            }
         }
     }
 
@@ -142,6 +229,16 @@ impl UpdateRule {
                 out.byte(3);
                 [learning_rate, beta1, beta2, epsilon, weight_decay].into_iter().for_each(|&value| out.float(value));
                 out.byte((*decoupled).into());
+            }
+            Self::Adagrad(Adagrad { learning_rate, learning_rate_decay, initial, epsilon, weight_decay, row_wise }) => {
+                out.byte(4);
+                let numbers = [learning_rate, learning_rate_decay, initial, epsilon, weight_decay];
+                numbers.into_iter().for_each(|&value| out.float(value));
+                out.byte((*row_wise).into());
+            }
+            Self::Ftrl(Ftrl { learning_rate, beta, l1, l2 }) => {
+                out.byte(5);
+                [learning_rate, beta, l1, l2].into_iter().for_each(|&value| out.float(value));
             }
         }
     }
@@ -166,6 +263,20 @@ impl UpdateRule {
                 weight_decay: from.float()?,
                 decoupled: flag(from.byte()?)?,
             }),
+            4 => Self::Adagrad(Adagrad {
+                learning_rate: from.float()?,
+                learning_rate_decay: from.float()?,
+                initial: from.float()?,
+                epsilon: from.float()?,
+                weight_decay: from.float()?,
+                row_wise: flag(from.byte()?)?,
+            }),
+            5 => Self::Ftrl(Ftrl {
+                learning_rate: from.float()?,
+                beta: from.float()?,
+                l1: from.float()?,
+                l2: from.float()?,
+            }),
             _ => return Err(BadBody("no such update rule")),
         })
     }
@@ -187,6 +298,24 @@ impl fmt::Display for UpdateRule {
                  weight_decay={weight_decay})",
                 if *decoupled { "adamw" } else { "adam" }
             ),
+            Self::Adagrad(Adagrad { learning_rate, learning_rate_decay, initial, epsilon, weight_decay, row_wise }) => {
+                write!(
+                    f,
+                    "{}(learning_rate={learning_rate}, learning_rate_decay={learning_rate_decay}, initial={initial}, \
+                     epsilon={epsilon}, weight_decay={weight_decay})",
+                    if *row_wise { "row-wise adagrad" } else { "adagrad" }
+                )
+            }
+            Self::Ftrl(Ftrl { learning_rate, beta, l1, l2 }) => {
+                write!(f, "ftrl(learning_rate={learning_rate}, beta={beta}, l1={l1}, l2={l2})")
+            }
         }
     }
+}
+
+fn at_least_0(name: &str, value: f64) -> Result<(), String> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(format!("{name} is {value}, and must be at least 0"))
 }

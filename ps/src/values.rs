@@ -60,15 +60,15 @@ struct Dense<C> {
 
 impl<C: Real> Dense<C> {
     fn new(dtype: DType, rule: &UpdateRule, elements: usize) -> Self {
-        let zeros = |wanted: bool| vec![C::default(); if wanted { elements } else { 0 }];
-        let state = rule.state_per_element();
+        let filled = |first: f64, wanted: bool| vec![C::of(first); if wanted { elements } else { 0 }];
+        let (state, first) = (rule.state_per_element(), rule.first_state());
         Self {
             dtype,
             elements,
             value: Region::zeroed(elements * dtype.bytes()),
             spare: Vec::new(),
-            wide: zeros(dtype != C::DTYPE),
-            state: [zeros(state > 0), zeros(state > 1)],
+            wide: filled(0.0, dtype != C::DTYPE),
+            state: [filled(first, state > 0), filled(first, state > 1)],
             sum: Vec::new(),
         }
     }

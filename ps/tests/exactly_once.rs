@@ -2,7 +2,8 @@
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
 use gradwire_ps::{
-    Adam, Client, ClientSettings, Combine, DType, LocalServers, Mode, ServerSettings, TableOptions, UpdateRule,
+    Adam, Client, ClientSettings, Combine, DType, LocalServers, Mode, ServerSettings, SparseOptions, SparseTable,
+    TableOptions, UpdateRule,
 };
 use gradwire_transport::Region;
 use std::io::{Read, Write};
@@ -193,4 +194,68 @@ fn training_over_cut_connections_gives_the_bits_of_training_over_sound_ones() {
         assert!(cut.iter().all(|bits| *bits == sound[0]), "seed {seed}");
         assert!(rig.cuts() >= 5, "seed {seed}: only {} cuts", rig.cuts());
     }
+}
+
+/// The rows of ids `0..count`.
+fn rows(table: &SparseTable, count: u64) -> Vec<f32> {
+    let ids = Region::from_vec((0..count).flat_map(u64::to_le_bytes).collect());
+    let out = Region::zeroed(count as usize * table.dim() * 4);
+    let all = out.write(0..out.len()).unwrap();
+    table.pull(&ids.read(0..ids.len()).unwrap(), all).unwrap().wait(LONG).unwrap();
+    floats(&out)
+}
+
+const SPARSE_DIM: usize = 16;
+
+/// Pushes ones to ids `0..3000`, every third of them twice in the same push, `times` times.
+fn push_ones(client: &Client, mode: Mode, times: usize) {
+    let options = SparseOptions { mode, ..SparseOptions::default() };
+    let table = client.sparse("rows", SPARSE_DIM, DType::F32, options).unwrap();
+    let ids: Vec<u64> = (0..3000).chain((0..3000).step_by(3)).collect();
+    let ones = region((0..ids.len() * SPARSE_DIM).map(|_| 1.0));
+    let ids = Region::from_vec(ids.into_iter().flat_map(u64::to_le_bytes).collect());
+    let (ids, ones) = (ids.read(0..ids.len()).unwrap(), ones.read(0..ones.len()).unwrap());
+    let calls: Vec<_> = (0..times).map(|_| table.push(&ids, &ones).unwrap()).collect();
+    calls.iter().for_each(|call| assert!(call.wait(LONG).is_ok()));
+}
+
+#[test]
+fn sparse_pushes_count_once_in_every_mode_though_connections_are_cut() {
+    let bounded = Mode::Ssp { workers: 3, staleness: 1 };
+    for (seed, mode) in [(1, Mode::Async), (2, Mode::Sync { workers: 3 }), (3, bounded)] {
+        let rig = Arc::new(Rig::new(2, seed, 400_000, 25));
+        let run: fn(Client) = match mode {
+            Mode::Async => |client| push_ones(&client, Mode::Async, 15),
+            Mode::Sync { .. } => |client| push_ones(&client, Mode::Sync { workers: 3 }, 15),
+            _ => |client| push_ones(&client, Mode::Ssp { workers: 3, staleness: 1 }, 15),
+        };
+        each_worker(&rig, 3, true, run);
+        let client = rig.client(2, false);
+        let options = SparseOptions { mode, ..SparseOptions::default() };
+        let table = client.sparse("rows", SPARSE_DIM, DType::F32, options).unwrap();
+        for (n, value) in rows(&table, 3000).into_iter().enumerate() {
+            let times = if (n / SPARSE_DIM).is_multiple_of(3) { 2.0 } else { 1.0 };
+            assert_eq!(value, 45.0 * times, "{mode}, seed {seed}, element {n}");
+        }
+        assert!(rig.cuts() >= 5, "{mode}: only {} cuts", rig.cuts());
+    }
+}
+
+#[test]
+fn bounded_pushes_to_a_dense_table_count_once_though_connections_are_cut() {
+    const MODE: Mode = Mode::Ssp { workers: 3, staleness: 1 };
+    const OPTIONS: TableOptions = TableOptions { rule: UpdateRule::Sum, mode: MODE, combine: Combine::Sum };
+    let rig = Arc::new(Rig::new(2, 4, 600_000, 25));
+    each_worker(&rig, 3, true, |client| {
+        let table = client.dense("ones", &[20_000], DType::F32, OPTIONS).unwrap();
+        let ones = region((0..20_000).map(|_| 1.0));
+        let calls: Vec<_> = (0..40).map(|_| table.push(ones.read(0..80_000).unwrap()).unwrap()).collect();
+        calls.iter().for_each(|call| assert!(call.wait(LONG).is_ok()));
+    });
+    let client = rig.client(0, false);
+    let table = client.dense("ones", &[20_000], DType::F32, OPTIONS).unwrap();
+    let out = Region::zeroed(80_000);
+    table.pull(out.write(0..80_000).unwrap()).unwrap().wait(LONG).unwrap();
+    assert!(floats(&out).iter().all(|&value| value == 120.0));
+    assert!(rig.cuts() >= 5, "only {} cuts", rig.cuts());
 }

@@ -3,7 +3,8 @@
 
 use gradwire_ps::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use gradwire_ps::{
-    Client, ClientSettings, DType, KeyRange, Limits, LocalServers, ServerSettings, TableId, TableOptions,
+    Client, ClientSettings, DType, Eviction, KeyRange, Limits, LocalServers, Mode, ServerSettings, SparseOptions,
+    TableId, TableOptions,
 };
 use gradwire_transport::{
     Acceptance, Completion, Config, Envelope, Identity, LossCause, PeerId, Region, Tag, TcpWire, TransportError, Wire,
@@ -38,7 +39,7 @@ struct Liar(TcpWire);
 
 impl Liar {
     fn new(servers: &LocalServers) -> Self {
-        let me = Identity { rank: None, host: "liar".into(), pid: 1, boot_id: String::new(), nonce: 5 };
+        let me = Identity { rank: None, host: "liar".into(), pid: 1, boot_id: String::new(), nonce: 5, rdma: false };
         let mut wire = TcpWire::new(&Config::default(), me, Acceptance::Nobody).unwrap();
         let address = servers.addresses()[0].parse().unwrap();
         wire.dial(PeerId(0), None, &[address], Instant::now() + Duration::from_secs(5)).unwrap();
@@ -50,6 +51,23 @@ impl Liar {
         loan.copy_from_slice(bytes);
         // Refused once the server has had enough of us.
         let _ = self.0.post_loan(Envelope { peer: PeerId(0), tag, note: 0 }, loan);
+    }
+
+    /// The next `count` answers of the server.
+    fn answers(&mut self, count: usize) -> Vec<Header> {
+        (0..count).for_each(|_| self.0.post_recv_loan(PeerId(0), Tag(3), 1 << 20).unwrap());
+        let (until, mut done) = (Instant::now() + Duration::from_secs(10), Vec::new());
+        let mut answers = Vec::new();
+        while answers.len() < count {
+            assert!(Instant::now() < until, "{} answers of {count} came", answers.len());
+            self.0.poll(Instant::now(), &mut done);
+            for completion in done.drain(..) {
+                let Completion::Arrived(arrival) = completion else { panic!("{completion:?}") };
+                answers.push(Header::decode(&arrival.loan).unwrap());
+            }
+            self.0.park(until.min(Instant::now() + Duration::from_millis(50)));
+        }
+        answers
     }
 
     /// Why the server closed the connection.
@@ -196,5 +214,92 @@ fn a_table_too_large_for_the_server_is_refused_with_both_sizes() {
     }
     let beyond = client.dense("huge", &[1 << 40, 1 << 40], DType::F32, TableOptions::default()).err().unwrap();
     assert!(beyond.to_string().contains("2^60"), "{beyond}");
+    all_is_well(&servers);
+}
+
+/// A request about the sparse table "s", of rows of 4 floats, that lies about itself.
+fn sparse(kind: Kind, ids: u64, payload: &[u8]) -> Vec<u8> {
+    let header = Header {
+        kind,
+        table: TableId::of("s"),
+        client: 77,
+        incarnation: 1,
+        epoch: gradwire_ps::Epoch(1),
+        sequence: 1,
+        clock: 1,
+        keys: KeyRange { start: 0, end: ids },
+        dtype: Some(DType::F32),
+        flags: FLAG_INLINE,
+        payload_bytes: payload.len() as u64,
+        ..Header::new(kind)
+    };
+    with_body(header, payload)
+}
+
+/// Part `part` of `parts` of a push of these ids and a gradient of zeros for each.
+fn part(part: u32, parts: u32, ids: &[u64]) -> Vec<u8> {
+    let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    [&part.to_le_bytes()[..], &parts.to_le_bytes(), &ids, &vec![0; ids.len() * 2]].concat()
+}
+
+#[test]
+fn ids_and_counts_that_lie_are_refused_and_take_no_memory() {
+    for mode in [Mode::Async, Mode::Sync { workers: 100 }, Mode::Ssp { workers: 100, staleness: 2 }] {
+        let servers = servers();
+        let client = Client::connect(servers.addresses(), ClientSettings::default()).unwrap();
+        let options = SparseOptions { mode, ..SparseOptions::default() };
+        client.sparse("s", 4, DType::F32, options).unwrap();
+        let before = client.status().unwrap()[0].memory_bytes;
+        let two = part(0, 1, &[1, 2]);
+        let claims = [
+            sparse(Kind::SparsePush, u64::MAX, &two),
+            sparse(Kind::SparsePush, 1 << 60, &two),
+            sparse(Kind::SparsePush, 3, &two),
+            sparse(Kind::SparsePush, 2, &two[..40]),
+            sparse(Kind::SparsePush, 0, &[]),
+            sparse(Kind::SparsePush, 2, &part(0, 1, &[2, 1])),
+            sparse(Kind::SparsePush, 2, &part(0, 1, &[1, 1])),
+            sparse(Kind::SparsePush, 2, &part(1, 1, &[1, 2])),
+            sparse(Kind::SparsePush, 2, &part(0, 0, &[1, 2])),
+            sparse(Kind::SparsePush, 2, &part(7, u32::MAX, &[1, 2])),
+            sparse(Kind::SparsePull, u64::MAX, &[0; 16]),
+            sparse(Kind::SparsePull, 1 << 40, &[0; 16]),
+            sparse(Kind::SparsePull, 3, &[0; 16]),
+            sparse(Kind::SparsePull, 2, &[0; 16]),
+            sparse(Kind::Push, 2, &two),
+            sparse(Kind::OpenSparse, 2, &two),
+        ];
+        let mut liar = Liar::new(&servers);
+        liar.say(REQUEST, &hello());
+        claims.iter().for_each(|claim| liar.say(REQUEST, claim));
+        let answers = liar.answers(1 + claims.len());
+        for (n, answer) in answers.iter().enumerate() {
+            assert_eq!(answer.kind == Kind::Done, n == 0, "{mode}: answer {n}: {answer:?}");
+        }
+        let status = client.status().unwrap();
+        assert_eq!((status[0].memory_bytes, status[0].sparse[0].rows), (before, 0), "{mode}");
+        all_is_well(&servers);
+    }
+}
+
+#[test]
+fn a_sparse_table_that_would_outgrow_the_server_is_refused_and_keeps_what_it_has() {
+    let servers = servers();
+    let client = Client::connect(servers.addresses(), ClientSettings::default()).unwrap();
+    let eviction = Some(Eviction::Lru);
+    let huge = SparseOptions { capacity: Some(1 << 40), eviction, ..SparseOptions::default() };
+    let error = client.sparse("huge", 64, DType::F32, huge).err().unwrap();
+    assert!(error.to_string().contains("memory: expected at most 67108864 bytes"), "{error}");
+    let table = client.sparse("growing", 1024, DType::F32, SparseOptions::default()).unwrap();
+    let ones = Region::from_vec(1.0f32.to_le_bytes().repeat(1024 * 1024));
+    let push = |first: u64| {
+        let ids = Region::from_vec((first..first + 1024).flat_map(u64::to_le_bytes).collect());
+        let call = table.push(&ids.read(0..ids.len()).unwrap(), &ones.read(0..ones.len()).unwrap()).unwrap();
+        call.wait(LONG)
+    };
+    let refused = (0..100).map(|n| push(n * 1024)).find_map(Result::err).expect("100 times 4 MiB do not fit 64 MiB");
+    assert!(refused.to_string().contains("memory"), "{refused}");
+    assert!(client.status().unwrap()[0].memory_bytes <= 66 << 20);
+    push(0).expect("rows that are there may be pushed to");
     all_is_well(&servers);
 }

@@ -6,7 +6,8 @@ use gradwire_ps::header::{FLAG_AGAIN, Header, Kind};
 use gradwire_ps::shard::{Action, Limits, Shard};
 use gradwire_ps::shard_map::{MAX_PART_BYTES, part_elements, parts};
 use gradwire_ps::{
-    Combine, DType, Epoch, KeyRange, Mode, Reason, Refusal, Sgd, ShardMap, TableId, TableSpec, UpdateRule, open_body,
+    Adam, Combine, DType, Epoch, Eviction, Initializer, KeyRange, Mode, Reason, Refusal, Sgd, ShardMap, SparseSpec,
+    TableId, TableSpec, UpdateRule, open_body, open_sparse_body,
 };
 use gradwire_transport::PeerId;
 use proptest::prelude::*;
@@ -434,5 +435,99 @@ proptest! {
         }
         let hello = Header { incarnation: u64::MAX, client: 9, ..header(Kind::Hello, 9) };
         prop_assert!(bench.ask(9, hello, &[]).is_ok(), "a good client is still served");
+    }
+}
+
+fn sparse_spec(mode: Mode) -> SparseSpec {
+    SparseSpec {
+        name: "rows".into(),
+        dim: 2,
+        dtype: DType::F32,
+        rule: UpdateRule::Adam(Adam::default()),
+        mode,
+        combine: Combine::Mean,
+        initializer: Initializer::Normal { mean: 0.0, deviation: 1.0 },
+        seed: 0,
+        capacity: None,
+        eviction: None,
+        admission: 1,
+        shards: 1,
+        shard: 0,
+    }
+}
+
+/// A part of a push of ones, or the ids of a pull.
+fn sparse_payload(kind: Kind, part: [u32; 2], ids: &[u64]) -> Vec<u8> {
+    let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    match kind {
+        Kind::SparsePush => {
+            let part: Vec<u8> = part.into_iter().flat_map(u32::to_le_bytes).collect();
+            [part, ids.clone(), 1f32.to_le_bytes().repeat(ids.len() / 4)].concat()
+        }
+        _ => ids,
+    }
+}
+
+fn sparse_header(kind: Kind, client: u64, clock: u64, ids: u64) -> Header {
+    let keys = KeyRange { start: 0, end: ids };
+    Header { table: TableId::of("rows"), clock, keys, dtype: Some(DType::F32), ..header(kind, client) }
+}
+
+#[test]
+fn a_table_that_does_not_fit_is_refused_before_anything_of_it_is_made() {
+    let mut bench = Bench::with(1, Limits { memory_bytes: 1 << 20, ..Limits::default() });
+    for (capacity, eviction, admission) in
+        [(Some(u64::MAX - 1), Some(Eviction::Lru), 1), (Some(1 << 40), Some(Eviction::Lfu), 2), (None, None, 9)]
+    {
+        let spec = SparseSpec { capacity, eviction, admission, ..sparse_spec(Mode::Async) };
+        let header = Header { table: spec.id(), ..header(Kind::OpenSparse, 0) };
+        let refusal = bench.ask(0, header, &open_sparse_body(&spec)).unwrap_err();
+        assert_eq!((refusal.reason, refusal.what.as_str()), (Reason::Limit, "memory"));
+        assert_eq!(bench.shard.status(0).memory_bytes, 0);
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_asked_of_sparse_tables_is_answered_and_memory_comes_back(
+        mode in 0usize..3, evicts in any::<bool>(),
+        requests in proptest::collection::vec(
+            (0u64..3, any::<bool>(), 0u64..6, 0u32..4, 1u32..4, proptest::collection::vec(0u64..50, 0..12), any::<(u8, u16)>()),
+            1..120,
+        ),
+    ) {
+        let mode = [Mode::Async, Mode::Sync { workers: 3 }, Mode::Ssp { workers: 3, staleness: 1 }][mode];
+        let limits = Limits { memory_bytes: 8 << 20, waiting: 20, ..Limits::default() };
+        let mut bench = Bench::with(3, limits);
+        let eviction = evicts.then_some(Eviction::Lfu);
+        let spec = SparseSpec { capacity: evicts.then_some(7), eviction, ..sparse_spec(mode) };
+        let open = Header { table: spec.id(), ..header(Kind::OpenSparse, 0) };
+        bench.ask(0, open, &open_sparse_body(&spec)).unwrap();
+        let (mut asked, mut answered) = (0, 0);
+        for (sequence, (client, pushes, clock, part, parts, mut ids, (at, damage))) in (1..).zip(requests) {
+            if damage % 4 != 0 {
+                ids.sort_unstable();
+                ids.dedup();
+            }
+            let kind = if pushes { Kind::SparsePush } else { Kind::SparsePull };
+            let mut payload = sparse_payload(kind, [part, parts], &ids);
+            if damage % 7 == 0 && !payload.is_empty() {
+                let at = usize::from(at) % payload.len();
+                payload[at] = (damage >> 8) as u8;
+            }
+            let claimed = if damage % 11 == 0 { u64::from(damage) << 40 } else { ids.len() as u64 };
+            let header = Header { sequence, ..sparse_header(kind, client, clock, claimed) };
+            asked += 1;
+            answered += bench.send(client, header, &payload).len();
+        }
+        // What still waits is refused once its time is up.
+        let much_later = bench.now + Duration::from_secs(7200);
+        bench.shard.expire(much_later, &mut bench.out);
+        answered += std::mem::take(&mut bench.out).len();
+        prop_assert_eq!(asked, answered);
+        let status = bench.shard.status(0);
+        prop_assert!(status.memory_bytes <= 16 << 20);
+        prop_assert_eq!(status.sparse[0].waiting, 0);
+        prop_assert!(!evicts || status.sparse[0].rows <= 7);
     }
 }

@@ -31,12 +31,18 @@ from .errors import (
     ServerRefusedError,
     TransportError,
 )
-from .ps import SGD, Adam, Client, DenseTable, LocalCluster, PsWork, connect
+from .ps import FTRL, SGD, Adagrad, Adam, Client, DenseTable, LocalCluster, PsWork, connect
+from .sparse import LFU, LRU, TTL, Normal, SparseTable, Uniform
 
 _os.register_at_fork(after_in_child=_native.after_fork)
 
 __all__ = [
+    "FTRL",
+    "LFU",
+    "LRU",
     "SGD",
+    "TTL",
+    "Adagrad",
     "Adam",
     "AuthenticationError",
     "Client",
@@ -51,6 +57,7 @@ __all__ = [
     "Link",
     "LocalCluster",
     "MessageLengthError",
+    "Normal",
     "PsWork",
     "RankFailedError",
     "RegistrationError",
@@ -58,7 +65,9 @@ __all__ = [
     "ServerTimeoutError",
     "ServerLostError",
     "ServerRefusedError",
+    "SparseTable",
     "TransportError",
+    "Uniform",
     "Work",
     "__version__",
     "connect",

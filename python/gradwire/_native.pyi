@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-__all__ = ["__version__", "after_fork", "Operation", "Group", "PsClient", "PsTable", "PsPending", "PsServers"]
+__all__ = ["__version__", "after_fork", "Operation", "Group", "PsClient", "PsTable", "PsSparseTable", "PsPending", "PsServers"]
 
 __version__: str
 
@@ -86,6 +86,9 @@ class Group:
     def describe(self) -> dict[str, Any]:
         """What `describe()` tells, as plain values."""
 
+    def trace(self) -> str:
+        """The last operations with their times, as JSON."""
+
     def check(self) -> None:
         """Raises the error that ended the group, if it is over."""
 
@@ -101,7 +104,12 @@ class PsClient:
 
     @staticmethod
     def connect(
-        addresses: Sequence[str], token: str | None, worker: int | None, timeout_s: float, reconnect_s: float
+        addresses: Sequence[str],
+        token: str | None,
+        worker: int | None,
+        timeout_s: float,
+        reconnect_s: float,
+        options: Mapping[str, Any],
     ) -> PsClient:
         """Connects to the servers, one a shard."""
 
@@ -113,8 +121,14 @@ class PsClient:
         rule: tuple[str, Sequence[float], bool],
         workers: int | None,
         average: bool,
+        staleness: int | None,
     ) -> PsTable:
-        """Makes a dense table, or finds it. `workers`: synchronous with so many; none: asynchronous."""
+        """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""
+
+    def sparse(
+        self, name: str, dim: int, dtype_name: str, rule: tuple[str, Sequence[float], bool], making: Any
+    ) -> PsSparseTable:
+        """Makes a sparse table, or finds it. `making`: a `gradwire.sparse.Making`."""
 
     def barrier(self, name: str, clients: int, timeout_s: float | None = None) -> None:
         """Waits until `clients` clients have come."""
@@ -153,6 +167,26 @@ class PsTable:
         """Pushes made by this client."""
 
 @final
+class PsSparseTable:
+    """A sparse table over all servers."""
+
+    def push(self, ids_of: Any, gradients: Any) -> PsPending:
+        """Starts a push of a gradient for each id."""
+
+    def pull(self, ids_of: Any, out: Any) -> PsPending:
+        """Starts a pull of the row of each id."""
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the learning rate from this worker's next push on."""
+
+    def evicted(self) -> tuple[list[int], int]:
+        """The ids that were evicted since last asked, and how many more are forgotten."""
+
+    @property
+    def clock(self) -> int:
+        """Pushes made by this client."""
+
+@final
 class PsPending:
     """A push or pull under way."""
 
@@ -167,7 +201,7 @@ class PsServers:
     """Servers of this process."""
 
     @staticmethod
-    def start(servers: int, token: str | None) -> PsServers:
+    def start(servers: int, token: str | None, options: Mapping[str, Any]) -> PsServers:
         """Starts servers on free ports of 127.0.0.1."""
 
     @property

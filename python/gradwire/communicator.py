@@ -341,6 +341,10 @@ class Communicator:
         """Which wire leads to which rank, why, and what has passed; `print` it."""
         return Description.of(self._group.describe())
 
+    def trace(self) -> str:
+        """The last operations of this rank with their times, as JSON: save it for `gradwire trace merge`."""
+        return self._group.trace()
+
     def abort(self, reason: str) -> None:
         """Ends the group at once on every rank: everything under way fails with `reason`."""
         self._group.abort(reason)

@@ -11,7 +11,7 @@ from typing import Any
 
 #: Every name that is read from the environment, with what it means.
 NAMES = {
-    "GRADWIRE_TRANSPORT": "auto, tcp or shm: which wire to use; default auto",
+    "GRADWIRE_TRANSPORT": "auto, verbs, tcp or shm: which wire to use; default auto",
     "GRADWIRE_SOCKET_IFNAME": "network interfaces, in NCCL's grammar; default all, or GLOO_/NCCL_SOCKET_IFNAME",
     "GRADWIRE_PORT_RANGE": "first-last: ports that listeners may take; default any",
     "GRADWIRE_LANES": "TCP connections per peer; default 1",
@@ -19,10 +19,17 @@ NAMES = {
     "GRADWIRE_TIMEOUT": "seconds after which an operation fails; default 300",
     "GRADWIRE_TOKEN": "shared secret of all ranks and servers; default none",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
-    "GRADWIRE_TRACE": "file that the binaries write a trace to",
-    "GRADWIRE_IB_HCA": "RDMA devices to use",
-    "GRADWIRE_IB_GID_INDEX": "index of the GID of an RDMA port",
+    "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",
+    "GRADWIRE_IB_HCA": "RDMA devices, in NCCL's grammar: `mlx5_0:1,mlx5_1`, `=exact`, `^not`; default any",
+    "GRADWIRE_IB_GID_INDEX": "index of the port's GID; default the RoCE v2 one of the routed address",
+    "GRADWIRE_IB_QUEUE_PAIRS": "queue pairs per peer, 1 to 8; default 1",
+    "GRADWIRE_IB_TRAFFIC_CLASS": "traffic class of every packet, 0 to 255; default 0",
+    "GRADWIRE_IB_SERVICE_LEVEL": "service level, 0 to 15; default 0",
+    "GRADWIRE_IB_TIMEOUT": "wait for an acknowledgement, as the exponent in 4.096 us * 2**n, 1 to 31; default 14",
+    "GRADWIRE_IB_RETRIES": "how often a packet is sent again, 0 to 6; default 6",
 }
+
+_IB_NUMBERS = ("gid_index", "queue_pairs", "traffic_class", "service_level", "timeout", "retries")
 
 #: How long an operation may take, in seconds, where nothing else is said.
 DEFAULT_TIMEOUT_S = 300.0
@@ -33,13 +40,21 @@ class Config:
     """Settings of a group or a client. None: the engine's default.
 
     Attributes:
-        transport: "auto", "tcp" or "shm".
+        transport: "auto", "verbs", "tcp" or "shm".
         lanes: TCP connections per peer, 1 to 64.
         socket_ifname: network interfaces to use: prefixes, `=exact` or `^not`.
         port_range: first and last port that listeners may take.
         token: shared secret; proved, never sent.
         algorithms: algorithm per collective.
+        trace: folder that the record of the last operations goes to when the group fails.
         timeout_s: seconds after which an operation fails.
+        ib_hca: RDMA devices to use, in NCCL's grammar.
+        ib_gid_index: index of the RDMA port's GID.
+        ib_queue_pairs: queue pairs per peer, 1 to 8.
+        ib_traffic_class: traffic class of every RDMA packet, 0 to 255.
+        ib_service_level: service level, 0 to 15.
+        ib_timeout: how long the device waits for an acknowledgement: 4.096 us * 2**n, 1 to 31.
+        ib_retries: how often it sends again, 0 to 6.
     """
 
     transport: str | None = None
@@ -48,7 +63,15 @@ class Config:
     port_range: tuple[int, int] | None = None
     token: str | None = None
     algorithms: str | None = None
+    trace: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
+    ib_hca: str | None = None
+    ib_gid_index: int | None = None
+    ib_queue_pairs: int | None = None
+    ib_traffic_class: int | None = None
+    ib_service_level: int | None = None
+    ib_timeout: int | None = None
+    ib_retries: int | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Config:
@@ -69,7 +92,10 @@ class Config:
             port_range=_port_range(environment),
             token=environment.get("GRADWIRE_TOKEN"),
             algorithms=environment.get("GRADWIRE_ALGO"),
+            trace=environment.get("GRADWIRE_TRACE"),
             timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
+            ib_hca=environment.get("GRADWIRE_IB_HCA"),
+            **{f"ib_{name}": _number(environment, f"GRADWIRE_IB_{name.upper()}", int) for name in _IB_NUMBERS},
         )
         return replace(config, **{name: value for name, value in given.items() if value is not None})
 
@@ -82,7 +108,9 @@ class Config:
             "port_range": self.port_range,
             "token": self.token,
             "algorithms": self.algorithms,
+            "trace": self.trace,
             "cores": len(os.sched_getaffinity(0)),
+            "ib": {name: getattr(self, f"ib_{name}") for name in ("hca", *_IB_NUMBERS)},
         }
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy
 
 from . import _native
+from .config import Config
+from .sparse import SparseTable, making
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,35 @@ class Adam:
 
     def _native(self):
         return ("adam", [self.lr, *self.betas, self.eps, self.weight_decay], self.decoupled)
+
+
+@dataclass(frozen=True)
+class Adagrad:
+    """`torch.optim.Adagrad` on the server; with `row_wise`, one sum for each row of a sparse table, of the means of squares."""
+
+    lr: float = 1e-2
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+    row_wise: bool = False
+
+    def _native(self):
+        numbers = [self.lr, self.lr_decay, self.initial_accumulator_value, self.eps, self.weight_decay]
+        return ("adagrad", numbers, self.row_wise)
+
+
+@dataclass(frozen=True)
+class FTRL:
+    """FTRL-Proximal (McMahan et al., KDD 2013): many weights come out as exactly 0. `lr` and `beta` are the paper's alpha, beta."""
+
+    lr: float = 0.05
+    beta: float = 1.0
+    l1: float = 0.0
+    l2: float = 0.0
+
+    def _native(self):
+        return ("ftrl", [self.lr, self.beta, self.l1, self.l2], False)
 
 
 class PsWork:
@@ -127,25 +158,66 @@ class Client:
     def __init__(self, native, rank):
         self._native, self.rank = native, rank
 
-    def dense(self, name, shape, dtype="float32", *, rule="sum", workers=None, average=False):
+    def dense(self, name, shape, dtype="float32", *, rule="sum", workers=None, average=False, staleness=None):
         """Makes the table `name`, or finds it; all clients must describe it alike. Blocks.
 
         Args:
             name: the same for everybody.
             shape: a tuple, or a number of elements.
             dtype: float32, float64, float16 or bfloat16.
-            rule: what a push does: "sum" (value += gradient), "replace", `SGD(...)` or `Adam(...)`.
+            rule: what a push does: "sum" (value += gradient), "replace", `SGD(...)`, `Adam(...)`, `Adagrad(...)`, `FTRL(...)`.
             workers: how many workers push to it, numbered from 0: at each clock all contributions are summed in rank order,
                 so results do not depend on who comes first. None: every push is applied as it comes.
             average: whether a synchronous sum is divided by the number of workers.
+            staleness: with `workers`: pushes are applied as they come, and no worker gets so many clocks and one more ahead
+                of another: its pushes and pulls wait until the others are near enough.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
-        dtype = str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else numpy.dtype(dtype).name
-        how = (rule, [], False) if isinstance(rule, str) else rule._native()
-        return DenseTable(self._native.dense(name, list(shape), dtype, how, workers, average), name, shape, dtype)
+        dtype, how = _dtype(dtype), _rule(rule)
+        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness)
+        return DenseTable(native, name, shape, dtype)
+
+    def sparse(
+        self,
+        name,
+        dim,
+        dtype="float32",
+        *,
+        optimizer="sum",
+        initializer="zeros",
+        seed=0,
+        capacity=None,
+        eviction=None,
+        admission=1,
+        workers=None,
+        staleness=None,
+        average=False,
+    ):
+        """Makes the sparse table `name`, or finds it; all clients must describe it alike. Blocks.
+
+        Args:
+            name: the same for everybody.
+            dim: elements of a row.
+            dtype: in which rows are pulled: float32, float64, float16 or bfloat16; the servers keep at least 32 bits.
+            optimizer: what a push does to the rows of its ids: "sum", "replace", `SGD(...)` (without momentum), `Adam(...)`
+                (as `torch.optim.SparseAdam`), `Adagrad(...)` or `FTRL(...)`.
+            initializer: what a row holds at first: "zeros", a number, `Uniform(low, high)` or `Normal(mean, std)`.
+            seed: tells the first values of one training from those of another.
+            capacity: most rows over all servers; None: as many as there is memory for.
+            eviction: which rows make room: None (a push that needs more room is refused), `LRU()`, `LFU()` or `TTL(seconds)`.
+            admission: how many pushes an id must come in before it gets a row; until then its gradients are dropped.
+            workers, staleness, average: as for `dense`. With `workers`, every worker pushes at every clock, if only no ids.
+
+        Raises:
+            ServerRefusedError: another client has described it otherwise, or a server has no room.
+        """
+        dtype = _dtype(dtype)
+        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average)
+        native = self._native.sparse(name, dim, dtype, _rule(optimizer), how)
+        return SparseTable(native, PsWork, name, dim, dtype)
 
     def barrier(self, name, clients, timeout_s=None):
         """Waits until `clients` clients have come to the barrier `name`."""
@@ -171,6 +243,14 @@ class Client:
         self.close()
 
 
+def _dtype(dtype):
+    return numpy.dtype(dtype).name if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
+
+
+def _rule(rule):
+    return (rule, [], False) if isinstance(rule, str) else rule._native()
+
+
 def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.0):
     """Connects to a parameter server.
 
@@ -182,6 +262,8 @@ def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.
         timeout_s: seconds that a request may wait, for a server or for other workers.
         reconnect_s: seconds that a server is dialled before it counts as lost.
 
+    The wire is the best that both ends have, as GRADWIRE_TRANSPORT and GRADWIRE_IB_* say: RDMA between hosts, else TCP.
+
     Raises:
         AuthenticationError: another token.
         ServerLostError: nobody answers; the error names the shard and its address.
@@ -190,14 +272,16 @@ def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.
         addresses = addresses.split(",")
     addresses = [address.strip() for address in addresses]
     token = token if token is not None else os.environ.get("GRADWIRE_TOKEN")
-    return Client(_native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s)), rank)
+    options = Config.from_environment().options()
+    native = _native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s), options)
+    return Client(native, rank)
 
 
 class LocalCluster:
     """Servers within this process, for notebooks and tests: `with LocalCluster(servers=2) as cluster: cluster.connect()`."""
 
     def __init__(self, servers=1, *, token=None):
-        self._native, self._token = _native.PsServers.start(servers, token), token
+        self._native, self._token = _native.PsServers.start(servers, token, Config.from_environment().options()), token
 
     @property
     def addresses(self):

@@ -164,6 +164,12 @@ impl Group {
         tell(py, &description)
     }
 
+    /// The last operations with their times, as JSON.
+    fn trace(&self) -> PyResult<String> {
+        forked::check(self.generation)?;
+        Ok(self.communicator.trace())
+    }
+
     /// Raises the error that ended the group, if it is over.
     fn check(&self, py: Python<'_>) -> PyResult<()> {
         forked::check(self.generation)?;

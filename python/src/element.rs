@@ -27,9 +27,14 @@ impl Element {
             (2, 32) => DType::F32,
             (2, 64) => DType::F64,
             (4, 16) => DType::BF16,
+            (5, 32) => DType::C32,
             (5, 64) => DType::C64,
             (5, 128) => DType::C128,
             (6, 8) => DType::Bool,
+            (10, 8) => DType::F8E4M3Fn,
+            (11, 8) => DType::F8E4M3FnUz,
+            (12, 8) => DType::F8E5M2,
+            (13, 8) => DType::F8E5M2FnUz,
             (7..=14, 8) => DType::F8,
             _ => {
                 let total = usize::from(bits) * usize::from(lanes);
@@ -74,10 +79,8 @@ impl Element {
     /// Of a type's name in NumPy or PyTorch ("torch.bfloat16").
     pub(crate) fn of_name(name: &str) -> Option<Self> {
         let name = name.strip_prefix("torch.").unwrap_or(name);
-        if name.starts_with("float8") {
-            return Some(Self::Known(DType::F8));
-        }
-        DType::from_name(name).map(Self::Known)
+        let other = || name.starts_with("float8").then_some(DType::F8);
+        DType::from_name(name).or_else(other).map(Self::Known)
     }
 
     /// Size in bytes.
@@ -99,6 +102,7 @@ impl Element {
     /// What the engine is told: sums of complex numbers are sums of their parts, unknown elements travel as bytes.
     pub(crate) fn for_call(&self, collective: &Collective) -> Result<DType, String> {
         match (self, collective.reduction()) {
+            (Self::Known(DType::C32), Some(Reduction::Sum | Reduction::Avg)) => Ok(DType::F16),
             (Self::Known(DType::C64), Some(Reduction::Sum | Reduction::Avg)) => Ok(DType::F32),
             (Self::Known(DType::C128), Some(Reduction::Sum | Reduction::Avg)) => Ok(DType::F64),
             (Self::Known(dtype), _) => Ok(*dtype),

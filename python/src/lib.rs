@@ -11,6 +11,7 @@ mod forked;
 mod operation;
 mod ps;
 mod settings;
+mod sparse;
 mod store;
 mod wait;
 
@@ -27,6 +28,9 @@ mod _native {
     use super::operation::Operation;
     #[pymodule_export]
     use super::ps::{PsClient, PsPending, PsServers, PsTable};
+
+    #[pymodule_export]
+    use super::sparse::PsSparseTable;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

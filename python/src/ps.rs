@@ -2,9 +2,12 @@
 
 use crate::buffer::{Access, Memory};
 use crate::errors;
+use crate::settings::Options;
+use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
 use gradwire_ps::{
-    Adam, ClientSettings, Combine, DType, LocalServers, Mode, PsError, ServerSettings, Sgd, TableOptions, UpdateRule,
+    Adagrad, Adam, ClientSettings, Combine, DType, Ftrl, LocalServers, Mode, PsError, ServerSettings, Sgd,
+    SparseStatus, TableOptions, UpdateRule,
 };
 use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
 use pyo3::exceptions::PyValueError;
@@ -39,10 +42,10 @@ pub(crate) struct PsServers {
 
 /// An update rule as the front says it: its name and its numbers.
 #[derive(FromPyObject)]
-struct Rule(String, Vec<f64>, bool);
+pub(crate) struct Rule(String, Vec<f64>, bool);
 
 impl Rule {
-    fn rule(&self) -> PyResult<UpdateRule> {
+    pub(crate) fn rule(&self) -> PyResult<UpdateRule> {
         let Self(name, numbers, flag) = self;
         Ok(match (name.as_str(), numbers.as_slice()) {
             ("sum", []) => UpdateRule::Sum,
@@ -53,12 +56,35 @@ impl Rule {
             ("adam", &[learning_rate, beta1, beta2, epsilon, weight_decay]) => {
                 UpdateRule::Adam(Adam { learning_rate, beta1, beta2, epsilon, weight_decay, decoupled: *flag })
             }
+            ("adagrad", &[learning_rate, learning_rate_decay, initial, epsilon, weight_decay]) => {
+                let row_wise = *flag;
+                UpdateRule::Adagrad(Adagrad {
+                    learning_rate,
+                    learning_rate_decay,
+                    initial,
+                    epsilon,
+                    weight_decay,
+                    row_wise,
+                })
+            }
+            ("ftrl", &[learning_rate, beta, l1, l2]) => UpdateRule::Ftrl(Ftrl { learning_rate, beta, l1, l2 }),
             _ => return Err(PyValueError::new_err(format!("update rule {name} with {numbers:?} is not known"))),
         })
     }
 }
 
-fn dtype(name: &str) -> PyResult<DType> {
+/// How pushes meet: all of a clock together, within a bound of each other, or as they come.
+pub(crate) fn mode(workers: Option<u32>, staleness: Option<u32>) -> PyResult<Mode> {
+    match (workers, staleness) {
+        (Some(workers), Some(staleness)) => Ok(Mode::Ssp { workers, staleness }),
+        (Some(workers), None) => Ok(Mode::Sync { workers }),
+        (None, None) => Ok(Mode::Async),
+        (None, Some(_)) => Err(PyValueError::new_err("staleness bounds how far workers are apart: give workers=")),
+    }
+}
+
+/// The type of that name.
+pub(crate) fn table_type(name: &str) -> PyResult<DType> {
     DType::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
         let known: Vec<String> = DType::ALL.iter().map(ToString::to_string).collect();
         PyValueError::new_err(format!("tables hold {}, not {name}", known.join(", ")))
@@ -69,7 +95,7 @@ fn dtype(name: &str) -> PyResult<DType> {
 impl PsClient {
     /// Connects to the servers, one a shard.
     #[staticmethod]
-    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s))]
+    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s, options))]
     fn connect(
         py: Python<'_>,
         addresses: Vec<String>,
@@ -77,14 +103,16 @@ impl PsClient {
         worker: Option<u32>,
         timeout_s: f64,
         reconnect_s: f64,
+        options: Options,
     ) -> PyResult<Self> {
         let (timeout, reconnect) = (seconds(timeout_s, "timeout_s")?, seconds(reconnect_s, "reconnect_s")?);
-        let settings = ClientSettings { token, worker, timeout, reconnect, ..ClientSettings::default() };
+        let transport = options.wires(ClientSettings::default().transport)?;
+        let settings = ClientSettings { token, worker, timeout, reconnect, transport };
         let inner = py.detach(|| gradwire_ps::Client::connect(&addresses, settings));
         Ok(Self { inner: inner.map_err(|error| errors::ps(py, &error))? })
     }
 
-    /// Makes a dense table, or finds it. `workers`: synchronous with so many; none: asynchronous.
+    /// Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous.
     #[expect(clippy::too_many_arguments)] // One argument for each thing that all clients must agree on.
     fn dense(
         &self,
@@ -95,15 +123,29 @@ impl PsClient {
         rule: Rule,
         workers: Option<u32>,
         average: bool,
+        staleness: Option<u32>,
     ) -> PyResult<PsTable> {
         let options = TableOptions {
             rule: rule.rule()?,
-            mode: workers.map_or(Mode::Async, |workers| Mode::Sync { workers }),
+            mode: mode(workers, staleness)?,
             combine: if average { Combine::Mean } else { Combine::Sum },
         };
-        let dtype = dtype(dtype_name)?;
+        let dtype = table_type(dtype_name)?;
         let table = py.detach(|| self.inner.dense(name, &shape, dtype, options));
         Ok(PsTable { inner: table.map_err(|error| errors::ps(py, &error))? })
+    }
+
+    /// Makes a sparse table, or finds it.
+    fn sparse(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        dim: usize,
+        dtype_name: &str,
+        rule: Rule,
+        making: Making,
+    ) -> PyResult<PsSparseTable> {
+        PsSparseTable::open(py, &self.inner, name, (dim, dtype_name), &rule, &making)
     }
 
     /// Waits until `clients` clients have come.
@@ -137,6 +179,7 @@ impl PsClient {
                 tables.append(each)?;
             }
             entry.set_item("tables", tables)?;
+            entry.set_item("sparse", sparse_tables(py, &shard.sparse)?)?;
             let clients = PyList::empty(py);
             for client in &shard.clients {
                 let each = PyDict::new(py);
@@ -166,31 +209,54 @@ impl PsClient {
     }
 }
 
+fn sparse_tables<'py>(py: Python<'py>, all: &[SparseStatus]) -> PyResult<Bound<'py, PyList>> {
+    let tables = PyList::empty(py);
+    for table in all {
+        let each = PyDict::new(py);
+        each.set_item("name", &table.spec.name)?;
+        each.set_item("dim", table.spec.dim)?;
+        each.set_item("dtype", table.spec.dtype.to_string())?;
+        each.set_item("rows", table.rows)?;
+        each.set_item("bytes", table.bytes)?;
+        each.set_item("clock", table.clock)?;
+        each.set_item("pushes", table.pushes)?;
+        each.set_item("pulls", table.pulls)?;
+        each.set_item("duplicates", table.duplicates)?;
+        each.set_item("waiting", table.waiting)?;
+        each.set_item("evicted", table.evicted)?;
+        each.set_item("unadmitted", table.unadmitted)?;
+        tables.append(each)?;
+    }
+    Ok(tables)
+}
+
 /// Memory to read from, and the name of its type.
-fn reading(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<(RegionSlice, DType)> {
+pub(crate) fn reading(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<(RegionSlice, DType)> {
     let memory = Memory::of(object, argument, Access::Read)?;
     let piece = memory.piece();
     let slice = piece.region.read(piece.range).map_err(in_use)?;
-    Ok((slice, dtype(memory.element.name())?))
+    Ok((slice, table_type(memory.element.name())?))
 }
 
 /// Memory to write to, of the table's own type.
 fn writing(object: &Bound<'_, PyAny>, argument: &str, table: &gradwire_ps::DenseTable) -> PyResult<RegionSliceMut> {
     let memory = Memory::of(object, argument, Access::Write)?;
-    same_type(memory.element.name(), argument, table)?;
+    same_type(memory.element.name(), argument, table.name(), table.dtype())?;
     let piece = memory.piece();
     piece.region.write(piece.range).map_err(in_use)
 }
 
-fn in_use(overlap: Overlap) -> PyErr {
+/// The error for memory that another call holds.
+pub(crate) fn in_use(overlap: Overlap) -> PyErr {
     PyValueError::new_err(overlap.to_string())
 }
 
-fn same_type(name: &str, argument: &str, table: &gradwire_ps::DenseTable) -> PyResult<()> {
-    if name == table.dtype().to_string() {
+/// Checks that `argument`, of type `name`, is of the type of its table.
+pub(crate) fn same_type(name: &str, argument: &str, table: &str, dtype: DType) -> PyResult<()> {
+    if name == dtype.to_string() {
         return Ok(());
     }
-    let message = format!("{argument} has dtype {name}, but table {:?} holds {}", table.name(), table.dtype());
+    let message = format!("{argument} has dtype {name}, but table {table:?} holds {dtype}");
     Err(PyValueError::new_err(message))
 }
 
@@ -199,7 +265,7 @@ impl PsTable {
     /// Writes the first values, unless another client has.
     fn init(&self, py: Python<'_>, values: &Bound<'_, PyAny>) -> PyResult<bool> {
         let (values, dtype) = reading(values, "values")?;
-        same_type(&dtype.to_string(), "values", &self.inner)?;
+        same_type(&dtype.to_string(), "values", self.inner.name(), self.inner.dtype())?;
         py.detach(|| self.inner.init(values)).map_err(|error| errors::ps(py, &error))
     }
 
@@ -236,6 +302,12 @@ impl PsTable {
     }
 }
 
+impl PsPending {
+    pub(crate) fn new(inner: gradwire_ps::Pending) -> Self {
+        Self { inner }
+    }
+}
+
 #[pymethods]
 impl PsPending {
     /// Waits until it has ended; False when the time is up.
@@ -263,8 +335,9 @@ impl PsPending {
 impl PsServers {
     /// Starts servers on free ports of 127.0.0.1.
     #[staticmethod]
-    fn start(py: Python<'_>, servers: u32, token: Option<String>) -> PyResult<Self> {
-        let settings = ServerSettings { token, ..ServerSettings::default() };
+    fn start(py: Python<'_>, servers: u32, token: Option<String>, options: Options) -> PyResult<Self> {
+        let transport = options.wires(ServerSettings::default().transport)?;
+        let settings = ServerSettings { token, transport, ..ServerSettings::default() };
         let inner = py.detach(|| LocalServers::start(servers, settings)).map_err(|error| errors::ps(py, &error))?;
         Ok(Self { addresses: inner.addresses().to_vec(), inner: Mutex::new(Some(inner)) })
     }

@@ -1,9 +1,10 @@
 //! Pure: settings as Python names them, turned into those of the crates.
 
 use gradwire_collectives::Settings;
-use gradwire_transport::{Config, WireChoice};
+use gradwire_transport::{Config, VerbsConfig, WireChoice};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// What Python's `Config` holds; None: the default.
@@ -16,14 +17,47 @@ pub(crate) struct Options {
     port_range: Option<(u16, u16)>,
     token: Option<String>,
     algorithms: Option<String>,
+    trace: Option<PathBuf>,
     cores: usize,
+    ib: Ib,
+}
+
+/// What Python's `Config` holds of RDMA.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct Ib {
+    hca: Option<String>,
+    gid_index: Option<u8>,
+    queue_pairs: Option<usize>,
+    traffic_class: Option<u8>,
+    service_level: Option<u8>,
+    timeout: Option<u8>,
+    retries: Option<u8>,
+}
+
+impl Ib {
+    fn parse(self) -> PyResult<VerbsConfig> {
+        let default = VerbsConfig::default();
+        let config = VerbsConfig {
+            hca: self.hca,
+            gid_index: self.gid_index,
+            queue_pairs: self.queue_pairs.unwrap_or(default.queue_pairs),
+            traffic_class: self.traffic_class.unwrap_or(default.traffic_class),
+            service_level: self.service_level.unwrap_or(default.service_level),
+            timeout: self.timeout.unwrap_or(default.timeout),
+            retries: self.retries.unwrap_or(default.retries),
+            ..default
+        };
+        config.check().map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(config)
+    }
 }
 
 impl Options {
     /// Settings of the wires and of the communicator.
     ///
     /// # Errors
-    /// `ValueError` for a transport that there is not, or for no lanes.
+    /// `ValueError` for a transport that there is not, for no lanes, or for RDMA settings that no device takes.
     pub(crate) fn parse(self, timeout: Duration) -> PyResult<(Config, Settings)> {
         let mut config = Config {
             wire: wire_of(self.transport.as_deref().unwrap_or("auto"))?,
@@ -31,6 +65,7 @@ impl Options {
             port_range: self.port_range,
             token: self.token,
             timeout,
+            verbs: self.ib.parse()?,
             ..Config::default()
         };
         if let Some(lanes) = self.lanes {
@@ -40,8 +75,21 @@ impl Options {
             let text = format!("lanes: {} is not a number of TCP connections per peer from 1 to 64", config.lanes);
             return Err(PyValueError::new_err(text));
         }
-        let settings = Settings { timeout, algorithms: self.algorithms, same_host: true, cores: self.cores.max(1) };
+        let (algorithms, trace, cores) = (self.algorithms, self.trace, self.cores.max(1));
+        let settings = Settings { timeout, algorithms, same_host: true, cores, trace };
         Ok((config, settings))
+    }
+
+    /// `base`, with the wires that these say. A server shares no memory with its clients: `shm` means the best that is left.
+    ///
+    /// # Errors
+    /// As for [`Options::parse`].
+    pub(crate) fn wires(self, base: Config) -> PyResult<Config> {
+        let wire = match wire_of(self.transport.as_deref().unwrap_or("auto"))? {
+            WireChoice::Shm => WireChoice::Auto,
+            wire => wire,
+        };
+        Ok(Config { wire, verbs: self.ib.parse()?, ..base })
     }
 }
 
@@ -50,6 +98,7 @@ fn wire_of(name: &str) -> PyResult<WireChoice> {
         "auto" => Ok(WireChoice::Auto),
         "tcp" => Ok(WireChoice::Tcp),
         "shm" => Ok(WireChoice::Shm),
-        other => Err(PyValueError::new_err(format!("transport: `{other}` is not known; use auto, tcp or shm"))),
+        "verbs" => Ok(WireChoice::Verbs),
+        other => Err(PyValueError::new_err(format!("transport: `{other}` is not known; use auto, verbs, tcp or shm"))),
     }
 }

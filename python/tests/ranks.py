@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_SPAWN = multiprocessing.get_context("spawn")
+#: How ranks are started.
+CONTEXT: Any = multiprocessing.get_context("spawn")
 _DEADLINE_S = 100.0
 
 
@@ -34,8 +35,8 @@ class Ranks:
         self._pipes = []
         self.processes = []
         for rank in range(size):
-            ours, theirs = _SPAWN.Pipe(duplex=False)
-            process = _SPAWN.Process(target=_rank, args=(body, rank, size, self._folder.name, theirs, arguments))
+            ours, theirs = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=_rank, args=(body, rank, size, self._folder.name, theirs, arguments))
             process.start()
             theirs.close()
             self._pipes.append(ours)

@@ -1,4 +1,4 @@
-"""The torch.distributed backend: every operation of c10d, DDP, torchrun, failures."""
+"""The torch.distributed backend: DDP, torchrun, failures. Its operations are in test_torch_operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
 
 
 def start(rank: int, size: int, url: str, wire: str = "auto", timeout_s: float = 60) -> None:
@@ -28,116 +27,6 @@ def start(rank: int, size: int, url: str, wire: str = "auto", timeout_s: float =
     dist.init_process_group(
         "gradwire", init_method=f"{url}/torch", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
     )
-
-
-def every_operation(rank: int, size: int, url: str, wire: str) -> None:
-    start(rank, size, url, wire)
-    everyone = range(size)
-    for dtype in DTYPES:
-        own = torch.arange(12).reshape(3, 4).to(dtype) + rank
-        total = sum(torch.arange(12).reshape(3, 4) + r for r in everyone).to(dtype)
-        got = own.clone()
-        dist.all_reduce(got)
-        assert torch.equal(got, total), dtype
-        got = own.clone().t()
-        work = dist.all_reduce(got, op=dist.ReduceOp.MAX, async_op=True)
-        work.wait()
-        assert torch.equal(got, (own - rank + size - 1).t()), "not contiguous"
-        parts = [torch.empty_like(own) for _ in everyone]
-        dist.all_gather(parts, own)
-        assert all(torch.equal(part, own - rank + r) for r, part in enumerate(parts))
-        flat = torch.empty(size * 3, 4, dtype=dtype)
-        dist.all_gather_into_tensor(flat, own)
-        assert torch.equal(flat, torch.cat(parts))
-        out = torch.empty(3, 4, dtype=dtype)
-        dist.reduce_scatter_tensor(out, torch.cat([own] * size))
-        assert torch.equal(out, total)
-        dist.reduce_scatter(out, [own + 1 for _ in everyone])
-        assert torch.equal(out, total + size)
-        dist.broadcast(got := own.clone(), src=size - 1)
-        assert torch.equal(got, own - rank + size - 1)
-        dist.reduce(got := own.clone(), dst=0)
-        assert torch.equal(got, total if rank == 0 else own)
-        gathered = [torch.empty_like(own) for _ in everyone] if rank == 0 else None
-        dist.gather(own, gathered, dst=0)
-        assert rank > 0 or all(torch.equal(a, b) for a, b in zip(gathered, parts, strict=True))
-        dist.scatter(out, parts if rank == 0 else None, src=0)
-        assert torch.equal(out, own)
-        swapped = torch.empty(size, 2, dtype=dtype)
-        dist.all_to_all_single(swapped, torch.full((size, 2), rank).to(dtype))
-        assert torch.equal(swapped[:, 0], torch.arange(size).to(dtype))
-    uneven(rank, size)
-    odd_types(rank, size)
-    objects_and_groups(rank, size)
-    dist.destroy_process_group()
-
-
-def uneven(rank: int, size: int) -> None:
-    outs = [torch.empty(r + rank) for r in range(size)]
-    dist.all_to_all(outs, [torch.full((r + rank,), rank * 10.0 + r) for r in range(size)])
-    assert all((out == r * 10 + rank).all() for r, out in enumerate(outs))
-    out = torch.empty(sum(r + rank for r in range(size)), 2)
-    splits = [r + rank for r in range(size)]
-    dist.all_to_all_single(out, torch.full((sum(splits), 2), float(rank)), splits, splits)
-    assert all((part == r).all() for r, part in enumerate(out.split(splits)))
-    parts = [torch.empty(r + 1, 3) for r in range(size)]
-    dist.all_gather(parts, torch.full((rank + 1, 3), float(rank)))
-    assert all((part == r).all() for r, part in enumerate(parts))
-
-
-def odd_types(rank: int, size: int) -> None:
-    flag = torch.tensor([rank == 0, False])
-    dist.all_reduce(flag)
-    assert flag.tolist() == [True, False]
-    number = torch.tensor([1 + 2j]) * (rank + 1)
-    dist.all_reduce(number)
-    assert number.item() == (1 + 2j) * sum(range(1, size + 1))
-    small = torch.full((4,), float(rank + 1)).to(torch.float8_e4m3fn)
-    dist.broadcast(small, src=0)
-    assert (small.float() == 1).all(), "moved as bytes"
-    scaled = torch.ones(4)
-    dist.all_reduce(scaled, op=dist._make_nccl_premul_sum(0.5) if hasattr(dist, "_make_nccl_premul_sum") else dist.ReduceOp.AVG)
-    assert scaled[0] in (1.0, size * 0.5)
-    spread = torch.sparse_coo_tensor([[0, rank + 1]], [1.0, 2.0], (size + 1,))
-    dist.all_reduce(spread)
-    assert spread.to_dense().tolist() == [float(size)] + [2.0] * size
-    for empty in (torch.empty(0), torch.tensor(3.0)):
-        dist.all_reduce(empty)
-    assert empty == 3 * size
-
-
-def objects_and_groups(rank: int, size: int) -> None:
-    told: list[Any] = [None] * size
-    dist.all_gather_object(told, {"rank": rank})
-    assert told == [{"rank": r} for r in range(size)]
-    box = ["from the last" if rank == size - 1 else None]
-    dist.broadcast_object_list(box, src=size - 1)
-    assert box == ["from the last"]
-    pair = dist.new_group([0, 1])
-    if rank < 2:
-        one = torch.ones(1)
-        dist.all_reduce(one, group=pair)
-        assert one == 2
-    if rank == 0:
-        inbox = torch.empty(2)
-        sources = {dist.recv(inbox) for _ in range(size - 1)}
-        assert sources == set(range(1, size))
-        work = dist.isend(inbox, dst=1, tag=3)
-        work.wait()
-        assert work.is_completed()
-    else:
-        dist.send(torch.full((2,), float(rank)), dst=0)
-        if rank == 1:
-            work = dist.irecv(torch.empty(2), src=0, tag=3)
-            work.wait()
-            assert work.is_completed() and work._source_rank() == 0
-    dist.monitored_barrier(timeout=timedelta(seconds=20))
-    dist.barrier()
-
-
-@pytest.mark.parametrize(("size", "wire"), [(2, "shm"), (2, "tcp"), (3, "shm"), (4, "tcp")])
-def test_every_operation_of_c10d(size: int, wire: str) -> None:
-    run(size, every_operation, wire)
 
 
 def model() -> nn.Module:

@@ -1,18 +1,21 @@
 //! Pure: every setting of the transport, with default, unit and reason.
 
 use crate::CreditSettings;
+use crate::verbs::VerbsConfig;
 use std::time::Duration;
 
 /// Which wire a pair of peers may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WireChoice {
-    /// The best that both ends have: shared memory on one host, else TCP.
+    /// The best that both ends have: shared memory on one host, else RDMA verbs, else TCP.
     #[default]
     Auto,
     /// TCP only, also on one host.
     Tcp,
     /// Shared memory only; a peer on another host is an error.
     Shm,
+    /// RDMA verbs only, also on one host; a peer without them is an error.
+    Verbs,
 }
 
 /// Settings of the wires. Binaries and Python's `init` fill it from flags and the environment; below that, it is passed.
@@ -43,6 +46,8 @@ pub struct Config {
     pub queue_depth: usize,
     /// Turns of polling before a driver sleeps. Default 2,000 with a core each, 100 when peers outnumber cores.
     pub spin_turns: u32,
+    /// Settings of the verbs wire.
+    pub verbs: VerbsConfig,
 }
 
 impl Default for Config {
@@ -60,6 +65,7 @@ impl Default for Config {
             credit: None,
             queue_depth: 1 << 16,
             spin_turns: 2000,
+            verbs: VerbsConfig::default(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Pure: what can go wrong between two peers, with who, what and the remedy.
 
+use crate::verbs::Fault;
 use crate::{PeerName, Tag};
 use std::io;
 use std::net::SocketAddr;
@@ -22,6 +23,8 @@ pub enum LossCause {
     Protocol(String),
     /// Nothing was heard for this long.
     Silent(Duration),
+    /// Its queue pairs failed again and again, and no other wire may take over.
+    QueuePair(Arc<Fault>),
 }
 
 impl std::fmt::Display for LossCause {
@@ -32,6 +35,7 @@ impl std::fmt::Display for LossCause {
             Self::Closed => write!(f, "its connection closed without a goodbye, so the process has died"),
             Self::Io(error) => write!(f, "its connection broke: {error}"),
             Self::Protocol(what) => write!(f, "it sent what is not gradwire's protocol: {what}"),
+            Self::QueuePair(fault) => write!(f, "{fault}"),
             Self::Silent(how_long) => write!(f, "nothing was heard from it for {:.1} s", how_long.as_secs_f64()),
         }
     }

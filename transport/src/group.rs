@@ -1,6 +1,7 @@
 //! Does: forms a group: ranks meet at the store, connect each to each, and find out who shares a host.
 
 mod pairs;
+mod queue_pairs;
 
 use crate::mesh::Mesh;
 use crate::rendezvous::{HostIdentity, InterfaceFilter, Record, Store, addresses};
@@ -78,7 +79,8 @@ pub fn form_group(spec: GroupSpec, deadline: Instant) -> Result<Group, Transport
     }
     forming.accept(began, deadline)?;
     let shared = forming.share(deadline)?;
-    let pairs = forming.pair_up(deadline)?;
+    let mut pairs = forming.pair_up(deadline)?;
+    forming.connect_verbs(shared.0.is_some(), &mut pairs, deadline)?;
     Ok(forming.finish(shared, pairs))
 }
 
@@ -103,6 +105,7 @@ impl Forming {
             pid: std::process::id(),
             boot_id: home.boot_id.clone(),
             nonce,
+            rdma: false,
         };
         let wire = TcpWire::new(&spec.config, identity, Acceptance::Ranks(spec.world_size))?;
         let here = vec![false; spec.world_size.get() as usize];
@@ -291,8 +294,8 @@ impl Forming {
         let members: Vec<PeerName> = self.spec.world_size.ranks().map(name).collect();
         let link = |peer: &PeerName| {
             let rank = peer.rank.filter(|&rank| rank != self.spec.rank)?;
-            let paired = pairs.wire.as_ref().is_some_and(|wire| wire.has(rank.into()));
-            let kind = if segment.is_some() || paired { WireKind::Shm } else { WireKind::Tcp };
+            let better = pairs.better.iter().find(|wire| wire.has(rank.into())).map(|wire| wire.kind(rank.into()));
+            let kind = if segment.is_some() { WireKind::Shm } else { better.unwrap_or(WireKind::Tcp) };
             let reason = if segment.is_some() { &locality.reason } else { &pairs.reasons[rank.index()] };
             Some(Link { peer: peer.clone(), kind, reason: reason.clone() })
         };
@@ -301,9 +304,9 @@ impl Forming {
         let early =
             self.done.into_iter().filter(|completion| matches!(completion, Completion::PeerDown { .. })).collect();
         let others = self.spec.world_size.ranks().filter(|&rank| rank != self.spec.rank).map(PeerId::from);
-        let wire: Box<dyn Wire> = match pairs.wire {
-            Some(shm) => Box::new(Mesh::new(self.wire, shm, others, early)),
-            None => Box::new(self.wire),
+        let wire: Box<dyn Wire> = match pairs.better {
+            better if better.is_empty() => Box::new(self.wire),
+            better => Box::new(Mesh::new(self.wire, better, others, early)),
         };
         Group { wire, rank: self.spec.rank, world_size: self.spec.world_size, members, links, segment }
     }

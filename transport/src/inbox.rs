@@ -229,6 +229,34 @@ impl Inbox {
         Ok(())
     }
 
+    /// Length of a message that was granted as `key`.
+    pub(crate) fn bytes_of(&self, key: u64) -> usize {
+        self.messages.get(key).map_or(0, |message| message.bytes)
+    }
+
+    /// The slice that a message granted as `key` fills: a device writes it, and [`Inbox::filled`] follows.
+    pub(crate) fn slice_of(&self, key: u64) -> Option<&RegionSliceMut> {
+        match self.messages.get(key)?.receive.as_ref()? {
+            Receive::Slice(slice) => Some(slice),
+            Receive::Loan(_) => None,
+        }
+    }
+
+    /// A device has filled the slice of a message that was granted as `key`.
+    ///
+    /// # Errors
+    /// What the peer did wrong.
+    pub(crate) fn filled(&mut self, key: u64, done: &mut Vec<Completion>) -> Result<(), &'static str> {
+        let message = self.messages.get_mut(key).ok_or("bytes of a message that is not under way")?;
+        if !matches!(message.store, Store::Direct) || message.complete {
+            return Err("bytes of a message that was not asked for");
+        }
+        (message.got, message.complete) = (message.bytes, true);
+        let tag = message.from.tag;
+        self.report(tag, done);
+        Ok(())
+    }
+
     /// The earliest message of `tag` that has met no receive: when it came, from whom, its length.
     pub(crate) fn probe(&self, tag: Tag) -> Option<(u64, Envelope, usize)> {
         let queue = self.queues.get(&tag)?;

@@ -4,6 +4,7 @@
 //! held in two ways: *posted* (a slice of the caller's own [`Region`], for payloads that end where they land) and *lent*
 //! (the wire's own memory, read or written in place: [`SendLoan`], [`RecvLoan`]).
 
+mod beside;
 mod completion;
 mod config;
 mod credit;
@@ -24,20 +25,23 @@ pub mod shm;
 pub mod sim;
 mod slab;
 pub mod tcp;
+pub mod verbs;
 mod wire;
 
+pub use beside::{Beside, Words};
 pub use completion::{Arrival, Completion};
 pub use config::{Config, WireChoice};
 pub use credit::CreditSettings;
 pub use error::{LossCause, PostError, RegisterError, TransportError};
 pub use group::{Group, GroupSpec, Link, form_group, home};
 pub use hello::Identity;
-pub use mesh::Mesh;
+pub use mesh::{Mesh, open_verbs};
 pub use peer::{PeerId, PeerName, Tag};
 pub use rank::{Rank, WorldSize};
 pub use region::{BufferHome, Loan, LoanHome, Overlap, RecvLoan, Region, RegionSlice, RegionSliceMut, SendLoan};
-pub use rendezvous::{FileStore, MemoryStore, Store, TcpStore, open_store};
+pub use rendezvous::{FileStore, MemoryStore, Store, TcpStore, open_store, routed_address};
 pub use shm::{GroupSegment, ShmEnd, ShmOffer, ShmWire};
 pub use sim::{FaultPlan, SimNetwork, SimWire};
 pub use tcp::{Acceptance, TcpWire};
+pub use verbs::{VerbsConfig, VerbsWire};
 pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};

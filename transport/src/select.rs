@@ -20,6 +20,7 @@ pub fn before_proof(choice: WireChoice, boots: &[String]) -> Option<Locality> {
     match boots {
         [] | [_] => no("this rank is alone"),
         _ if choice == WireChoice::Tcp => no("GRADWIRE_TRANSPORT=tcp"),
+        _ if choice == WireChoice::Verbs => no("GRADWIRE_TRANSPORT=verbs"),
         [first, ..] if first.is_empty() => no("this host has no boot id to compare"),
         [first, rest @ ..] if rest.iter().any(|boot| boot != first) => {
             no("ranks on different hosts: their boot ids differ")
@@ -38,10 +39,11 @@ pub fn after_proof(refusal: &str) -> Locality {
     }
 }
 
-/// Why two ranks use sockets, as far as that is known before anybody has tried; `None` where the proof must be made.
+/// Why two ranks do not share memory, as far as that is known before anybody has tried; `None` where the proof must be made.
 pub fn pair_before_proof(choice: WireChoice, own_boot: &str, other_boot: &str) -> Option<String> {
     let reason = match choice {
         WireChoice::Tcp => "GRADWIRE_TRANSPORT=tcp",
+        WireChoice::Verbs => "GRADWIRE_TRANSPORT=verbs",
         _ if own_boot.is_empty() || other_boot.is_empty() => "a host without a boot id to compare",
         _ if own_boot != other_boot => "another host: its boot id differs",
         _ => return None,
@@ -55,6 +57,27 @@ pub fn pair_after_proof(refusal: &str) -> String {
         "" => "same host: boot ids are equal and each reached the memory of the pair".to_owned(),
         refusal => format!("one boot id, but no shared memory: {refusal}"),
     }
+}
+
+/// Whether a pair that does not share memory tries RDMA verbs.
+pub fn tries_verbs(choice: WireChoice, shares_memory: bool) -> bool {
+    match choice {
+        WireChoice::Verbs => true,
+        WireChoice::Auto => !shares_memory,
+        WireChoice::Tcp | WireChoice::Shm => false,
+    }
+}
+
+/// Nothing is downgraded in silence: verbs that were asked for by name and cannot be had are an error.
+///
+/// # Errors
+/// `Config` with the reason.
+pub fn check_verbs(choice: WireChoice, refusal: &str) -> Result<(), TransportError> {
+    if choice != WireChoice::Verbs {
+        return Ok(());
+    }
+    let reason = format!("RDMA verbs were asked for, but {refusal}; use auto or tcp");
+    Err(TransportError::Config { setting: "GRADWIRE_TRANSPORT=verbs".to_owned(), reason })
 }
 
 /// Nothing is downgraded in silence: shared memory that was asked for by name and cannot be had is an error.
@@ -77,6 +100,7 @@ mod tests {
     fn every_pair_has_its_reason() {
         for (choice, own, other, expected) in [
             (WireChoice::Tcp, "a", "a", Some("GRADWIRE_TRANSPORT=tcp")),
+            (WireChoice::Verbs, "a", "a", Some("GRADWIRE_TRANSPORT=verbs")),
             (WireChoice::Auto, "a", "b", Some("differs")),
             (WireChoice::Auto, "", "", Some("without a boot id")),
             (WireChoice::Auto, "a", "a", None),
@@ -91,11 +115,22 @@ mod tests {
     }
 
     #[test]
+    fn verbs_are_tried_where_memory_is_not_shared_or_by_name() {
+        assert!(tries_verbs(WireChoice::Verbs, true) && tries_verbs(WireChoice::Auto, false));
+        for (choice, shared) in [(WireChoice::Auto, true), (WireChoice::Tcp, false), (WireChoice::Shm, false)] {
+            assert!(!tries_verbs(choice, shared));
+        }
+        assert!(check_verbs(WireChoice::Auto, "no device").is_ok());
+        assert!(check_verbs(WireChoice::Verbs, "no device").unwrap_err().to_string().contains("no device"));
+    }
+
+    #[test]
     fn every_answer_has_its_reason() {
         let boots = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
         for (choice, boot_ids, expected) in [
             (WireChoice::Auto, boots(&["a"]), Some("alone")),
             (WireChoice::Tcp, boots(&["a", "a"]), Some("GRADWIRE_TRANSPORT=tcp")),
+            (WireChoice::Verbs, boots(&["a", "a"]), Some("GRADWIRE_TRANSPORT=verbs")),
             (WireChoice::Auto, boots(&["a", "b"]), Some("differ")),
             (WireChoice::Auto, boots(&["", ""]), Some("no boot id")),
             (WireChoice::Auto, boots(&["a", "a", "a"]), None),

@@ -80,6 +80,11 @@ pub trait Wire: Send {
     /// Which kind of wire leads to `peer`.
     fn kind(&self, peer: PeerId) -> WireKind;
 
+    /// Why `peer` is reached as it is now, where that is not what its group was formed with.
+    fn reason(&self, _peer: PeerId) -> Option<String> {
+        None
+    }
+
     /// Who `peer` is, for messages to people.
     fn name(&self, peer: PeerId) -> PeerName;
 
@@ -167,6 +172,18 @@ pub trait OneSided: Wire {
         slice: RegionSliceMut,
         remote: RemoteSlice,
     ) -> Result<(), PostError<RegionSliceMut>>;
+}
+
+/// Whether an access of `bytes` stays within the `capacity` of its other side.
+///
+/// # Errors
+/// `MessageTooLong`, before anything is sent.
+pub(crate) fn fits(peer: PeerName, tag: Tag, bytes: u64, capacity: u64) -> Result<(), TransportError> {
+    let whole = |count| usize::try_from(count).unwrap_or(usize::MAX);
+    if bytes <= capacity {
+        return Ok(());
+    }
+    Err(TransportError::MessageTooLong { peer: Box::new(peer), tag, bytes: whole(bytes), capacity: whole(capacity) })
 }
 
 impl fmt::Debug for dyn Wire {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 const PEERS: usize = 12;
 
 fn wire(nonce: u64, accept: Acceptance) -> TcpWire {
-    let me = Identity { rank: None, host: "h".into(), pid: 1, boot_id: String::new(), nonce };
+    let me = Identity { rank: None, host: "h".into(), pid: 1, boot_id: String::new(), nonce, rdma: false };
     TcpWire::new(&Config::default(), me, accept).unwrap()
 }
 

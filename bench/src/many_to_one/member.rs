@@ -80,6 +80,7 @@ impl MemberOptions {
             pid: std::process::id(),
             boot_id: home.boot_id,
             nonce: u64::from(self.rank) + 1,
+            rdma: false,
         };
         let size = WorldSize::new(self.senders + 1).ok_or("no senders")?;
         let accept = if self.rank == 0 { Acceptance::Ranks(size) } else { Acceptance::Nobody };
@@ -121,7 +122,7 @@ impl MemberOptions {
             store.get(&format!("taken-{rank}"), deadline)?;
             shm.attach(PeerId(rank), tcp.name(PeerId(rank)), end)?;
         }
-        Ok(Box::new(Mesh::new(tcp, shm, (1..=self.senders).map(PeerId), Vec::new())))
+        Ok(Box::new(Mesh::new(tcp, vec![Box::new(shm)], (1..=self.senders).map(PeerId), Vec::new())))
     }
 
     /// A sender's wire, with the receiver as peer 0.
@@ -138,6 +139,6 @@ impl MemberOptions {
         let end = shm.accept(&ShmOffer::decode(&offer)?)?;
         shm.attach(PeerId(0), tcp.name(PeerId(0)), end)?;
         store.set(&format!("taken-{}", self.rank), b"yes")?;
-        Ok(Box::new(Mesh::new(tcp, shm, [PeerId(0)], Vec::new())))
+        Ok(Box::new(Mesh::new(tcp, vec![Box::new(shm)], [PeerId(0)], Vec::new())))
     }
 }

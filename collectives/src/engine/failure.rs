@@ -51,6 +51,7 @@ impl Engine {
         }
         self.messages.end_all(&verdict);
         self.settle_messages();
+        self.trace.fail(reason.clone());
         for peer in self.others() {
             let name = Box::new(self.wire.name(peer));
             let cause = LossCause::Aborted(control::seal(&reason, &verdict));

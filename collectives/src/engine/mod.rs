@@ -9,11 +9,13 @@ use crate::local::Local;
 use crate::messages::{Message, Messages};
 use crate::pending::{Done, Outcome, Ticket};
 use crate::plans::Plans;
+use crate::recorder::What;
+use crate::trace::Trace;
 use crate::verdict::Verdict;
 use crate::wishes::Wishes;
 use crate::{Fingerprint, Reduction};
 use gradwire_transport::{
-    Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WorldSize,
+    Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WireKind, WorldSize,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -58,6 +60,7 @@ pub(crate) struct Engine {
     pub(crate) unfinished: Arc<AtomicUsize>,
     pub(crate) wishes: Arc<Wishes>,
     pub(crate) ended: usize,
+    pub(crate) trace: Arc<Trace>,
     queue: VecDeque<Job>,
     running: Vec<Running>,
     messages: Messages,
@@ -86,6 +89,7 @@ impl Engine {
         (group, members): (String, Vec<PeerName>),
         plans: Plans,
         local: Option<Local>,
+        trace: Arc<Trace>,
     ) -> Self {
         let mut engine = Self {
             messages: Messages::new(group.clone(), members.clone()),
@@ -101,6 +105,7 @@ impl Engine {
             asked: Vec::new(),
             watched: Instant::now(),
             ended: 0,
+            trace,
             queue: VecDeque::new(),
             running: Vec::new(),
             begun: 0,
@@ -130,6 +135,8 @@ impl Engine {
         }
         self.remembered.push_back((job.sequence, job.fingerprint.0));
         self.answer_late(job.sequence);
+        let what = What::Collective { number: job.sequence, fingerprint: job.fingerprint };
+        self.trace.begin(&job.ticket, what, job.deadline.checked_sub(job.timeout).unwrap_or(job.deadline));
         match &self.over {
             Some(verdict) => {
                 let error = verdict.error(self.operation(&job), &self.members);
@@ -154,6 +161,7 @@ impl Engine {
 
     /// Takes a user's message.
     pub(crate) fn submit_message(&mut self, message: Message) {
+        self.trace.begin_message(&message);
         self.messages.begin(message, &mut *self.wire);
         if let Some(verdict) = &self.over {
             self.messages.end_all(verdict);
@@ -189,6 +197,11 @@ impl Engine {
     /// What was exchanged with `peer` over the wire.
     pub(crate) fn traffic(&self, peer: Rank) -> Traffic {
         self.wire.traffic(peer.into())
+    }
+
+    /// By which wire `peer` is reached now, and why, where that is not what the group was formed with.
+    pub(crate) fn way(&self, peer: Rank) -> (WireKind, Option<String>) {
+        (self.wire.kind(peer.into()), self.wire.reason(peer.into()))
     }
 
     /// The verdict that ended the group.
@@ -349,6 +362,7 @@ impl Engine {
     fn finish(&mut self, ticket: &Ticket, outcome: Outcome) {
         if !ticket.is_done() {
             self.ended += 1;
+            self.trace.end(ticket, outcome.is_ok());
             ticket.finish(outcome);
             self.unfinished.fetch_sub(1, Ordering::AcqRel);
         }

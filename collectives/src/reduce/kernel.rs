@@ -1,6 +1,7 @@
 //! Pure: the loops. Elements are read from and written to bytes, so that any alignment will do; the compiler makes wide
 //! loads and stores of it.
 
+use super::float8::{self, F8};
 use super::level::{Instructions, Level, Loop};
 use std::marker::PhantomData;
 
@@ -103,7 +104,8 @@ kind! {
     Plain<f32>, 4; Plain<f64>, 8;
     Plain<i8>, 1; Plain<u8>, 1; Plain<i16>, 2; Plain<u16>, 2;
     Plain<i32>, 4; Plain<u32>, 4; Plain<i64>, 8; Plain<u64>, 8;
-    Truth, 1; half::bf16, 2
+    Truth, 1; half::bf16, 2;
+    F8<float8::E4M3Fn>, 1; F8<float8::E5M2>, 1; F8<float8::E4M3FnUz>, 1; F8<float8::E5M2FnUz>, 1
 }
 
 /// An element that is computed with as it is.

@@ -2,19 +2,21 @@
 
 mod copy;
 mod float16;
+mod float8;
 mod kernel;
 mod level;
 
 pub use copy::copy_streaming;
 
 use crate::DType;
+use float8::F8;
 use kernel::{And, Avg, Max, Min, Or, Plain, Product, Sum, Xor};
 use level::Level;
 
 /// How elements are combined.
 ///
-/// Integers wrap; an average of integers is cut towards zero; what a NaN goes into is NaN, and always the same NaN; 16-bit
-/// floats are computed in `f32`. Booleans: sum, maximum and or are "any", product, minimum and and are "all".
+/// Integers wrap; an average of integers is cut towards zero; what a NaN goes into is NaN, and always the same NaN; 8- and
+/// 16-bit floats are computed in `f32`. Booleans: sum, maximum and or are "any", product, minimum and and are "all".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // The names say it all.
 pub enum Reduction {
@@ -70,7 +72,7 @@ pub struct UnsupportedReduction {
 /// Whether `op` means something for `dtype`.
 ///
 /// # Errors
-/// `UnsupportedReduction`: bitwise operations on floats, anything on 8-bit floats and complex numbers, averages of bools.
+/// `UnsupportedReduction`: bitwise operations on floats, anything on complex numbers and on 8-bit floats without a mantissa, averages of bools.
 pub fn check(dtype: DType, op: Reduction) -> Result<(), UnsupportedReduction> {
     fold(dtype, op, &mut [], 0, &[], None, 2)
 }
@@ -85,7 +87,7 @@ pub fn reduce_into(dtype: DType, op: Reduction, dst: &mut [u8], src: &[u8]) -> R
 
 /// `own = inputs[0] ∘ inputs[1] ∘ …`, where `inputs[at]` is `own` itself and `others` are the rest, in rank order.
 ///
-/// 16-bit floats are combined in `f32` and rounded once. With `Reduction::Avg`, the sum is divided by `divisor` at the end
+/// 8- and 16-bit floats are combined in `f32` and rounded once. With `Reduction::Avg`, the sum is divided by `divisor` at the end
 /// (1: not at all). `copy` gets the result too, in the same pass.
 ///
 /// # Errors
@@ -155,7 +157,11 @@ fn fold_at(level: Level, dtype: DType, op: Reduction, job: kernel::Job<'_>) -> R
             Reduction::BitXor => kernel::run::<kernel::Truth, Xor>(level, job),
             Reduction::Avg => return Err(UnsupportedReduction { dtype, op }),
         },
-        DType::F8 | DType::C64 | DType::C128 => return Err(UnsupportedReduction { dtype, op }),
+        DType::F8E4M3Fn => floats!(F8<float8::E4M3Fn>),
+        DType::F8E5M2 => floats!(F8<float8::E5M2>),
+        DType::F8E4M3FnUz => floats!(F8<float8::E4M3FnUz>),
+        DType::F8E5M2FnUz => floats!(F8<float8::E5M2FnUz>),
+        DType::F8 | DType::C32 | DType::C64 | DType::C128 => return Err(UnsupportedReduction { dtype, op }),
     }
     Ok(())
 }

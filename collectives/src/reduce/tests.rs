@@ -2,6 +2,7 @@
 
 use super::*;
 use half::{bf16, f16};
+use kernel::Element;
 
 const LENGTHS: [usize; 14] = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 70, 1023, 1025, 5000];
 
@@ -20,6 +21,10 @@ fn encode(dtype: DType, value: i64) -> Vec<u8> {
         DType::F16 => f16::from_f64(value as f64).to_le_bytes().to_vec(),
         DType::BF16 => bf16::from_f64(value as f64).to_le_bytes().to_vec(),
         DType::Bool => vec![u8::from(value > 0)],
+        DType::F8E4M3Fn => F8::<float8::E4M3Fn>::put(value as f32).to_vec(),
+        DType::F8E5M2 => F8::<float8::E5M2>::put(value as f32).to_vec(),
+        DType::F8E4M3FnUz => F8::<float8::E4M3FnUz>::put(value as f32).to_vec(),
+        DType::F8E5M2FnUz => F8::<float8::E5M2FnUz>::put(value as f32).to_vec(),
         _ => value.to_le_bytes()[..dtype.bytes()].to_vec(),
     }
 }
@@ -43,7 +48,7 @@ fn combine(dtype: DType, op: Reduction, a: i64, b: i64) -> i64 {
 }
 
 fn every(mut body: impl FnMut(DType, Reduction)) {
-    for code in 0..16 {
+    for code in 0..21 {
         for op in 0..8 {
             let (dtype, op) = (DType::from_code(code).unwrap(), Reduction::from_code(op).unwrap());
             if check(dtype, op).is_ok() && op != Reduction::Avg {
@@ -147,7 +152,7 @@ fn noise(dtype: DType, count: usize, seed: u64) -> Vec<u8> {
 
 fn every_reduction(mut body: impl FnMut(DType, Reduction)) {
     every(&mut body);
-    for dtype in (0..16).filter_map(DType::from_code).filter(|&dtype| check(dtype, Reduction::Avg).is_ok()) {
+    for dtype in (0..21).filter_map(DType::from_code).filter(|&dtype| check(dtype, Reduction::Avg).is_ok()) {
         body(dtype, Reduction::Avg);
     }
 }

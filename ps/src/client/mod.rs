@@ -7,9 +7,11 @@ mod lane;
 mod pending;
 mod posting;
 mod reach;
+mod sparse;
 mod table;
 
 pub use pending::{Done, OnDone, Pending};
+pub use sparse::{SparseOptions, SparseTable};
 pub use table::{DenseTable, TableOptions};
 
 use crate::dial::{self, Dialer};
@@ -17,11 +19,11 @@ use crate::header::{Header, Kind};
 use crate::key::TableId;
 use crate::shard_map::{Epoch, MAX_PART_BYTES, ShardMap};
 use crate::status::{PAGE, ShardStatus};
-use crate::{DType, KeyRange, PsError};
+use crate::{DType, KeyRange, Mode, PsError};
 use driver::Driver;
 use engine::{Cargo, Engine, NewRequest};
-use gradwire_transport::{Acceptance, Config, CreditSettings, TcpWire};
-use pending::{Call, What};
+use gradwire_transport::{Config, CreditSettings};
+use pending::{Call, LastStep, What};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -72,6 +74,7 @@ struct Core {
     most_bytes: usize,
     sequence: AtomicU64,
     tables: Mutex<HashMap<String, Arc<table::Table>>>,
+    sparse: Mutex<HashMap<String, Arc<sparse::Table>>>,
 }
 
 impl Core {
@@ -81,18 +84,42 @@ impl Core {
 
     /// Starts a call.
     fn start(&self, verb: &'static str, subject: &Arc<str>, requests: Vec<NewRequest>) -> Result<Pending, PsError> {
-        let call = Call::new(What { verb, subject: Arc::clone(subject) }, requests.len());
+        self.start_with(verb, subject, requests, None)
+    }
+
+    /// Starts a call that ends with a step of its own.
+    fn start_with(
+        &self,
+        verb: &'static str,
+        subject: &Arc<str>,
+        requests: Vec<NewRequest>,
+        last_step: Option<LastStep>,
+    ) -> Result<Pending, PsError> {
+        let call = Call::new(What { verb, subject: Arc::clone(subject) }, requests.len(), last_step);
         if !requests.is_empty() && !self.driver.submit(&call, requests) {
             return Err(PsError::Closed);
         }
         Ok(Pending { call, driver: Arc::clone(&self.driver) })
     }
 
+    /// Checks that this client may push to a table of that mode.
+    fn check_worker(&self, mode: Mode, subject: &str) -> Result<(), PsError> {
+        let Some(workers) = mode.workers() else { return Ok(()) };
+        if self.worker.is_some_and(|worker| worker < workers) {
+            return Ok(());
+        }
+        let who = self.worker.map_or("has no number".to_owned(), |worker| format!("is worker {worker}"));
+        let reason =
+            format!("its {workers} workers push to it, and this client {who}: connect with a worker below {workers}");
+        Err(PsError::invalid(subject, reason))
+    }
+
     /// A request without elements.
     fn request(&self, shard: u32, header: Header, body: Vec<u8>) -> NewRequest {
         let cargo = if body.is_empty() { Cargo::Nothing } else { Cargo::Body(body) };
         let header = Header { epoch: self.map.epoch, sequence: self.next_sequence(), ..header };
-        NewRequest { shard, header, cargo, target: None, lane: None, keep_body: header.kind == Kind::Status }
+        let keep_body = matches!(header.kind, Kind::Status | Kind::Evicted);
+        NewRequest { shard, header, cargo, target: None, lane: None, keep_body }
     }
 }
 
@@ -105,8 +132,7 @@ impl Client {
     pub fn connect(addresses: &[String], settings: ClientSettings) -> Result<Self, PsError> {
         let token = settings.token.clone().filter(|token| !token.is_empty());
         let config = Config { token, ..settings.transport.clone() };
-        let wire = TcpWire::new(&config, dial::identity(dial::random()?), Acceptance::Nobody)?;
-        Self::over(Box::new(wire), addresses, settings)
+        Self::over(dial::dialer(&config, addresses)?, addresses, settings)
     }
 
     /// Connects over a given wire.
@@ -141,6 +167,7 @@ impl Client {
             most_bytes,
             sequence: AtomicU64::new(1),
             tables: Mutex::new(HashMap::new()),
+            sparse: Mutex::new(HashMap::new()),
         };
         Ok(Self { core: Arc::new(core), thread: Mutex::new(Some(thread)) })
     }
@@ -160,6 +187,15 @@ impl Client {
         options: TableOptions,
     ) -> Result<DenseTable, PsError> {
         table::open(&self.core, name, shape, dtype, options)
+    }
+
+    /// Makes the sparse table `name` of rows of `dim` elements, or finds it where somebody has made it. All clients must
+    /// describe it alike. Blocks.
+    ///
+    /// # Errors
+    /// As [`Client::dense`].
+    pub fn sparse(&self, name: &str, dim: usize, dtype: DType, options: SparseOptions) -> Result<SparseTable, PsError> {
+        sparse::open(&self.core, name, dim, dtype, options)
     }
 
     /// Waits until `clients` clients have come to the barrier `name`, each as often as this one. Blocks.
@@ -196,10 +232,11 @@ impl Client {
                     address: String::new(),
                     reason: bad.to_string(),
                 })?;
-                more |= page.tables.len() == PAGE || page.clients.len() == PAGE;
+                more |= [page.tables.len(), page.sparse.len(), page.clients.len()].contains(&PAGE);
                 let whole = &mut all[shard as usize];
                 (whole.memory_bytes, whole.memory_limit_bytes) = (page.memory_bytes, page.memory_limit_bytes);
                 whole.tables.append(&mut page.tables);
+                whole.sparse.append(&mut page.sparse);
                 whole.clients.append(&mut page.clients);
             }
             if !more {

@@ -44,16 +44,21 @@ struct State {
     /// Bodies of answers, where the caller wants them, with the shard that they are from.
     bodies: Vec<(u32, Vec<u8>)>,
     callbacks: Vec<OnDone>,
+    last_step: Option<LastStep>,
 }
+
+/// What is left to do once all requests of a call have ended well, before the call counts as done.
+pub(super) type LastStep = Box<dyn FnOnce() + Send>;
 
 impl Call {
     /// A call of `requests` requests. One of none is done.
-    pub(super) fn new(what: What, requests: usize) -> Arc<Self> {
+    pub(super) fn new(what: What, requests: usize, last_step: Option<LastStep>) -> Arc<Self> {
         let state = State {
             left: requests,
             result: Ok(Done { clock: if requests == 0 { 0 } else { u64::MAX } }),
             bodies: Vec::new(),
             callbacks: Vec::new(),
+            last_step,
         };
         Arc::new(Self { what, done: AtomicBool::new(requests == 0), state: Mutex::new(state) })
     }
@@ -93,6 +98,14 @@ impl Call {
 
     /// Makes the end known; to be called once, after the last request ended, and outside every lock.
     pub(super) fn finish(&self) {
+        let (last_step, well) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            (state.last_step.take(), state.result.is_ok())
+        };
+        match last_step {
+            Some(last_step) if well => last_step(),
+            other => drop(other),
+        }
         let (callbacks, result) = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             self.done.store(true, Ordering::Release);

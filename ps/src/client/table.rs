@@ -234,7 +234,7 @@ impl DenseTable {
     }
 
     fn is_synchronous(&self) -> bool {
-        matches!(self.table.spec.mode, Mode::Sync { .. })
+        self.table.spec.mode.workers().is_some()
     }
 
     fn check_size(&self, bytes: usize, dtype: DType) -> Result<(), PsError> {
@@ -249,14 +249,7 @@ impl DenseTable {
     }
 
     fn check_worker(&self) -> Result<(), PsError> {
-        let Mode::Sync { workers } = self.table.spec.mode else { return Ok(()) };
-        if self.core.worker.is_some_and(|worker| worker < workers) {
-            return Ok(());
-        }
-        let who = self.core.worker.map_or("has no number".to_owned(), |worker| format!("is worker {worker}"));
-        let reason =
-            format!("its {workers} workers push to it, and this client {who}: connect with a worker below {workers}");
-        Err(PsError::invalid(&*self.table.subject, reason))
+        self.core.check_worker(self.table.spec.mode, &self.table.subject)
     }
 
     fn call(

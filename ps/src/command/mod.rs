@@ -2,6 +2,7 @@
 
 pub(crate) mod serve;
 pub(crate) mod status;
+mod wire;
 
 use clap::Args;
 use std::path::PathBuf;

@@ -1,5 +1,6 @@
 //! Does: `gradwire-ps serve`: starts the shards, says where they are, stops on a signal.
 
+use super::wire::Wires;
 use super::{Token, parse_bytes, show_bytes};
 use clap::Args;
 use gradwire_ps::{Limits, LocalServers, ServerSettings};
@@ -20,6 +21,8 @@ pub(crate) struct Serve {
     shards: u32,
     #[command(flatten)]
     token: Token,
+    #[command(flatten)]
+    wires: Wires,
     /// Most memory for tables and waiting gradients, all shards together, such as 512MiB or 64GiB [default: half of what
     /// the machine has]
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
@@ -51,7 +54,7 @@ impl Serve {
             token: self.token.read()?,
             insecure: self.insecure,
             limits,
-            ..ServerSettings::default()
+            transport: self.wires.config(ServerSettings::default().transport)?,
         };
         let secured = settings.token.is_some();
         let servers = LocalServers::start(self.shards, settings).map_err(|error| error.to_string())?;

@@ -2,7 +2,7 @@
 
 use super::{Token, show_bytes};
 use clap::Args;
-use gradwire_ps::{Client, ClientSettings, ShardStatus};
+use gradwire_ps::{Client, ClientSettings, ShardStatus, SparseStatus, TableStatus};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -59,6 +59,25 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
             "waiting": table.waiting,
         })
     });
+    let sparse = shard.sparse.iter().map(|table| {
+        json!({
+            "name": table.spec.name,
+            "dim": table.spec.dim,
+            "dtype": table.spec.dtype.name(),
+            "rule": table.spec.rule.to_string(),
+            "mode": table.spec.mode.to_string(),
+            "rows": table.rows,
+            "capacity": table.spec.share(),
+            "bytes": table.bytes,
+            "clock": table.clock,
+            "pushes": table.pushes,
+            "pulls": table.pulls,
+            "duplicates": table.duplicates,
+            "waiting": table.waiting,
+            "evicted": table.evicted,
+            "unadmitted": table.unadmitted,
+        })
+    });
     let clients = shard.clients.iter().map(|client| {
         json!({
             "client": client.client,
@@ -74,6 +93,7 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
         "memory_bytes": shard.memory_bytes,
         "memory_limit_bytes": shard.memory_limit_bytes,
         "tables": tables.collect::<Vec<_>>(),
+        "sparse": sparse.collect::<Vec<_>>(),
         "clients": clients.collect::<Vec<_>>(),
     })
 }
@@ -83,30 +103,30 @@ fn to_text(status: &[ShardStatus], addresses: &[String]) -> String {
         "SHARD", "TABLE", "SHAPE", "DTYPE", "MODE", "RULE", "HERE", "MEMORY", "CLOCK", "PUSHES", "PULLS", "AGAIN",
         "WAITING",
     ])];
+    let mut sparse = vec![row([
+        "SHARD",
+        "SPARSE TABLE",
+        "DIM",
+        "DTYPE",
+        "MODE",
+        "RULE",
+        "ROWS",
+        "MEMORY",
+        "CLOCK",
+        "PUSHES",
+        "PULLS",
+        "AGAIN",
+        "WAITING",
+        "EVICTED",
+        "UNADMITTED",
+    ])];
     let mut clients = vec![row(["SHARD", "CLIENT", "HOST", "PID", "ADDRESS", "RECEIVED", "SENT"])];
     let mut text = String::new();
     for (n, (shard, address)) in status.iter().zip(addresses).enumerate() {
         let (used, limit) = (show_bytes(shard.memory_bytes), show_bytes(shard.memory_limit_bytes));
         text += &format!("shard {n} at {address}: {used} of {limit} in use\n");
-        for table in &shard.tables {
-            let spec = &table.spec;
-            let rule = spec.rule.to_string();
-            tables.push(row([
-                &n.to_string(),
-                &spec.name,
-                &format!("{:?}", spec.shape),
-                spec.dtype.name(),
-                &spec.mode.to_string(),
-                rule.split('(').next().unwrap_or(&rule),
-                &table.elements.to_string(),
-                &show_bytes(table.bytes),
-                &table.clock.to_string(),
-                &table.pushes.to_string(),
-                &table.pulls.to_string(),
-                &table.duplicates.to_string(),
-                &table.waiting.to_string(),
-            ]));
-        }
+        tables.extend(shard.tables.iter().map(|table| table_row(n, table)));
+        sparse.extend(shard.sparse.iter().map(|table| sparse_row(n, table)));
         for client in &shard.clients {
             let worker = if client.client >> 32 == 0 { client.client.to_string() } else { "-".to_owned() };
             clients.push(row([
@@ -120,7 +140,48 @@ fn to_text(status: &[ShardStatus], addresses: &[String]) -> String {
             ]));
         }
     }
-    text + "\n" + &aligned(&tables) + "\n" + &aligned(&clients)
+    let lists = [tables, sparse, clients];
+    lists.iter().filter(|list| list.len() > 1).fold(text, |text, list| text + "\n" + &aligned(list))
+}
+
+fn table_row(shard: usize, table: &TableStatus) -> Vec<String> {
+    let (spec, rule) = (&table.spec, table.spec.rule.to_string());
+    row([
+        &shard.to_string(),
+        &spec.name,
+        &format!("{:?}", spec.shape),
+        spec.dtype.name(),
+        &spec.mode.to_string(),
+        rule.split('(').next().unwrap_or(&rule),
+        &table.elements.to_string(),
+        &show_bytes(table.bytes),
+        &table.clock.to_string(),
+        &table.pushes.to_string(),
+        &table.pulls.to_string(),
+        &table.duplicates.to_string(),
+        &table.waiting.to_string(),
+    ])
+}
+
+fn sparse_row(shard: usize, table: &SparseStatus) -> Vec<String> {
+    let (spec, rule) = (&table.spec, table.spec.rule.to_string());
+    row([
+        &shard.to_string(),
+        &spec.name,
+        &spec.dim.to_string(),
+        spec.dtype.name(),
+        &spec.mode.to_string(),
+        rule.split('(').next().unwrap_or(&rule),
+        &table.rows.to_string(),
+        &show_bytes(table.bytes),
+        &table.clock.to_string(),
+        &table.pushes.to_string(),
+        &table.pulls.to_string(),
+        &table.duplicates.to_string(),
+        &table.waiting.to_string(),
+        &table.evicted.to_string(),
+        &table.unadmitted.to_string(),
+    ])
 }
 
 fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {

@@ -1,4 +1,4 @@
-"""gradwire for PyTorch: the backend of torch.distributed, and optimizers on parameter servers.
+"""gradwire for PyTorch: the backend of torch.distributed, optimizers and embeddings on parameter servers.
 
 `torch.distributed.init_process_group("gradwire")` finds `register` by its entry point: no import of this is needed.
 """
@@ -8,10 +8,19 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from .backend import NAME, GradwireBackend, create
+from .embedding import EmbeddingBag, EmbeddingCollection, EmbeddingConfig
 from .optimizer import DistributedOptimizer
+from .splitting import leave_out_strangers
 from .work import look_through
 
-__all__ = ["DistributedOptimizer", "GradwireBackend", "register"]
+__all__ = [
+    "DistributedOptimizer",
+    "EmbeddingBag",
+    "EmbeddingCollection",
+    "EmbeddingConfig",
+    "GradwireBackend",
+    "register",
+]
 
 
 def register() -> None:
@@ -19,3 +28,4 @@ def register() -> None:
     if NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
     look_through()
+    leave_out_strangers(NAME)

@@ -20,6 +20,8 @@ from .. import _native
 from ..communicator import Description
 from ..config import Config
 from . import monitor, sparse
+from .coalescing import Coalescing
+from .reconfigure import look_up_place, new_handle, place_among, warn_of_new_size
 from .tensors import Staging, rank_views
 from .work import Work
 
@@ -50,26 +52,23 @@ class GradwireBackend(c10d.Backend):
     def __init__(self, store: Any, rank: int, size: int, options: Any, name: str) -> None:
         super().__init__(rank, size)
         self._options = options
-        config = Config.from_environment(timeout_s=options._timeout.total_seconds())
-        self._group = _native.Group.form(
-            name,
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout_s=config.timeout_s,
-            options=config.options(),
-            environment={},
-        )
-        self._timeout = config.timeout_s
+        self._store = store
+        self._name = name
+        self._timeout = Config.from_environment(timeout_s=options._timeout.total_seconds()).timeout_s
         self._sequence = 0
         self._barriers = 0
-        _live.add(self)
+        self._coalescing: Coalescing | None = None
+        self._handle = new_handle()
+        self._numbers: set[int] = set()
+        self._formed: _native.Group | None = None
+        if not getattr(options, "enable_reconfigure", False):
+            self._form(store, rank, size, name)
 
     # What c10d asks of every backend. Reading an inherited `supports_*` calls itself for ever: each is defined here.
     supports_splitting = property(lambda self: True)
-    supports_coalescing = property(lambda self: False)
+    supports_coalescing = property(lambda self: True)
     supports_shrinking = property(lambda self: False)
-    supports_reconfigure = property(lambda self: False)
+    supports_reconfigure = property(lambda self: True)
     supports_window = property(lambda self: False)
     _supports_time_estimate = property(lambda self: False)
 
@@ -80,9 +79,46 @@ class GradwireBackend(c10d.Backend):
     def getBackendName(self) -> str:
         return NAME
 
+    def rank(self) -> int:
+        """This process's place; after `reconfigure`, the new one."""
+        return super().rank() if self._formed is None else self._formed.rank
+
+    def size(self) -> int:
+        """The number of ranks; after `reconfigure`, the new one."""
+        return super().size() if self._formed is None else self._formed.world_size
+
+    def get_reconfigure_handle(self) -> str:
+        """What names this process to the others in `reconfigure`."""
+        return self._handle
+
+    def reconfigure(self, opts: Any) -> Work:
+        """Leaves the group as it is, in whatever state, and meets the ranks of `opts.handles` in a new one.
+
+        Raises:
+            ValueError: the handles or the uuid cannot be right. Nothing was changed.
+            RendezvousTimeoutError: not all came within the time-out.
+        """
+        rank, size = place_among(opts.handles, self._handle)
+        if opts.uuid in self._numbers:
+            raise ValueError(f"reconfigure: uuid {opts.uuid} has been used before: give a new one each time")
+        self._numbers.add(opts.uuid)
+        if self._formed is not None:
+            self._formed.close(_CLOSE_TIMEOUT_S)
+        store = c10d.PrefixStore(f"reconfigure/{opts.uuid}", self._store)
+        seconds = opts.timeout.total_seconds() if opts.timeout is not None else self._timeout
+        self._form(store, rank, size, f"{self._name}/{opts.uuid}", seconds)
+        warn_of_new_size(super().size(), size)
+        if (rank, size) != (super().rank(), super().size()):
+            look_up_place(GradwireBackend)
+        return Work(None, [])
+
     def describe(self) -> Description:
         """Which wire leads to which rank, and why; `str()` of it is for people."""
         return Description.of(self._group.describe())
+
+    def trace(self) -> str:
+        """The last operations of this rank with their times, as JSON: save it for `gradwire trace merge`."""
+        return self._group.trace()
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = c10d.AllreduceOptions()) -> Work | None:
         if tensors and tensors[0].is_sparse:
@@ -183,13 +219,21 @@ class GradwireBackend(c10d.Backend):
         (tensor,) = tensors
         staging = Staging()
         self._sequence += 1
-        return Work(self._group.send(staging.input(tensor), dst, tag), [tensor])
+        return self._begun(Work(self._group.send(staging.input(tensor), dst, tag), [tensor]))
 
     def recv(self, tensors: Sequence[Tensor], src: int, tag: int = 0) -> Work:
         return self._receive(tensors, src, tag)
 
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
         return self._receive(tensors, None, tag)
+
+    def start_coalescing(self) -> None:
+        """What is called from here on becomes one work, which `end_coalescing` returns."""
+        self._coalescing = Coalescing()
+
+    def end_coalescing(self) -> Work:
+        window, self._coalescing = self._coalescing, None
+        return (window or Coalescing()).end()
 
     def split(self, store: Any, ranks: Sequence[int], opts: Any) -> GradwireBackend:
         """A group of `ranks`; to one that is not among them, a group of its own, since c10d cannot be given None."""
@@ -206,22 +250,26 @@ class GradwireBackend(c10d.Backend):
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout.total_seconds()
-        self._group.set_timeout(self._timeout)
+        if self._formed is not None:
+            self._formed.set_timeout(self._timeout)
 
     def get_error(self) -> Any:
         try:
-            self._group.check()
+            if self._formed is not None:
+                self._formed.check()
         except RuntimeError:
             return c10d.ErrorType.COMM_ERROR
         return c10d.ErrorType.SUCCESS
 
     def abort(self) -> None:
-        self._group.abort("abort() was called")
+        if self._formed is not None:
+            self._formed.abort("abort() was called")
         _live.discard(self)
 
     def shutdown(self) -> None:
         """Leaves the group; what was sent is delivered first."""
-        self._group.close(_CLOSE_TIMEOUT_S)
+        if self._formed is not None:
+            self._formed.close(_CLOSE_TIMEOUT_S)
         _live.discard(self)
 
     def _get_sequence_number_for_group(self) -> int:
@@ -230,12 +278,36 @@ class GradwireBackend(c10d.Backend):
     def _set_sequence_number_for_group(self) -> None:
         """Nothing: every rank counts from 0."""
 
+    @property
+    def _group(self) -> _native.Group:
+        if self._formed is None:
+            raise RuntimeError("the group was made with enable_reconfigure=True and has no ranks yet: call reconfigure() first")
+        return self._formed
+
+    def _form(self, store: Any, rank: int, size: int, name: str, seconds: float | None = None) -> None:
+        config = Config.from_environment(timeout_s=self._timeout)
+        self._formed = _native.Group.form(
+            name,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout_s=seconds or config.timeout_s,
+            options=config.options(),
+            environment={},
+        )
+        self._formed.set_timeout(self._timeout)
+        self._sequence = self._barriers = 0
+        _live.add(self)
+
     def _receive(self, tensors: Sequence[Tensor], source: int | None, tag: int) -> Work:
         (tensor,) = tensors
         staging = Staging()
         self._sequence += 1
         operation = self._group.recv(staging.output(tensor), source, tag)
-        return Work(operation, [tensor], staging.finish())
+        return self._begun(Work(operation, [tensor], staging.finish()))
+
+    def _begun(self, work: Work) -> Work:
+        return work if self._coalescing is None else self._coalescing.add(work)
 
     def _each(
         self,
@@ -250,16 +322,17 @@ class GradwireBackend(c10d.Backend):
         """Carries out `calls` of (inputs, outputs), one after the other, as one operation."""
         self._sequence += 1
         seconds = opts.timeout.total_seconds()
-        background = bool(opts.asyncOp)
+        background = bool(opts.asyncOp) or self._coalescing is not None
         factor = getattr(reduce_op, "factor", None) if _kind(reduce_op) == c10d.ReduceOp.PREMUL_SUM else None
         staging = Staging(factor, in_place=not (calls and calls[0][0]))
+        changes = name != "reduce" or self.rank() == root
         operations: list[Any] = []
         for inputs, outputs in calls:
             operations.append(
                 self._group.run(
                     name,
                     [staging.input(one) for one in inputs],
-                    [staging.output(one) for one in outputs],
+                    [staging.output(one, changes=changes) for one in outputs],
                     op=None if reduce_op is None else _OPS[_kind(reduce_op)],
                     root=root,
                     timeout_s=seconds if seconds > 0 else None,
@@ -269,7 +342,7 @@ class GradwireBackend(c10d.Backend):
         finish = staging.finish()
         if background:
             operation = operations[0] if len(operations) == 1 else _native.Operation.join(operations)
-            return Work(operation, results, finish)
+            return self._begun(Work(operation, results, finish))
         if finish is not None:
             with torch.no_grad():
                 finish()
@@ -286,6 +359,7 @@ def create(opts: Any, backend_options: Any) -> GradwireBackend:
     options = backend_options or c10d.Backend.Options(NAME, timeout=opts.timeout)
     options.global_ranks_in_group = opts.global_ranks_in_group
     options.group_name = opts.group_id
+    options.enable_reconfigure = opts.enable_reconfigure
     return GradwireBackend(opts.store, opts.group_rank, opts.group_size, options, opts.group_id or "default")
 
 

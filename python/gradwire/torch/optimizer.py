@@ -2,7 +2,7 @@
 
 import torch
 
-from ..ps import SGD, Adam
+from ..ps import SGD, Adagrad, Adam
 
 
 def _rule(optimizer, group):
@@ -16,7 +16,10 @@ def _rule(optimizer, group):
     if isinstance(optimizer, torch.optim.Adam):
         decoupled = isinstance(optimizer, torch.optim.AdamW) or bool(group.get("decoupled_weight_decay"))
         return Adam(lr, tuple(map(float, group["betas"])), group["eps"], group["weight_decay"], decoupled)
-    raise ValueError(f"the servers know SGD, Adam and AdamW, not {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.Adagrad):
+        numbers = (group["lr_decay"], group["weight_decay"], group["initial_accumulator_value"], group["eps"])
+        return Adagrad(lr, *numbers)
+    raise ValueError(f"the servers know SGD, Adam, AdamW and Adagrad, not {type(optimizer).__name__}")
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -27,7 +30,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     synchronous, and the same to the bit whoever comes first.
 
     Args:
-        optimizer: a `torch.optim.SGD`, `Adam` or `AdamW` over the model's parameters. Its learning rates may change (by a
+        optimizer: a `torch.optim.SGD`, `Adam`, `AdamW` or `Adagrad` over the model's parameters. Its learning rates may change (by a
             scheduler around *this* optimizer); its other numbers are fixed.
         client: from `gradwire.connect(addresses, rank=...)`.
         workers: how many workers there are.

@@ -26,15 +26,16 @@ class Staging:
         """`tensor`, or a copy that can be sent."""
         return _plain(tensor) if self._factor is None else _plain(tensor.detach() * self._factor)
 
-    def output(self, tensor: Tensor) -> Tensor:
-        """`tensor`, or another to be filled in its place."""
+    def output(self, tensor: Tensor, *, changes: bool = True) -> Tensor:
+        """`tensor`, or another to be filled in its place; unless it `changes` (the root's does), it stays as it is."""
         if self._factor is not None and self._in_place:
             staged = _plain(tensor.detach() * self._factor)
         elif _is_plain(tensor):
             return tensor
         else:
             staged = _plain(tensor)
-        self._back.append((tensor.detach(), staged))
+        if changes:
+            self._back.append((tensor.detach(), staged))
         return staged
 
     def finish(self) -> Callable[[], None] | None:

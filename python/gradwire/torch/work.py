@@ -47,7 +47,8 @@ class Work(dist._Work):
         self, operation: _native.Operation | None, results: list[Any], finish: Callable[[], None] | None = None
     ) -> None:
         super().__init__()
-        self._operation = operation
+        self.operation = self._operation = operation
+        self.copies_back = finish is not None
         self._results = results
         self._finish = finish
         self._lock = threading.Lock()

@@ -2,7 +2,7 @@
 
 use super::Forming;
 use crate::select;
-use crate::{PeerId, Rank, ShmOffer, ShmWire, Tag, TransportError, Wire};
+use crate::{Beside, PeerId, Rank, ShmOffer, ShmWire, Tag, TransportError, Wire};
 use std::time::Instant;
 
 /// The conversations about it: the lower rank offers, the higher one says whether it could open, the lower one whether both
@@ -11,9 +11,9 @@ const OFFER: Tag = Tag(Tag::CONTROL_BIT | 4);
 const ANSWER: Tag = Tag(Tag::CONTROL_BIT | 5);
 const DECISION: Tag = Tag(Tag::CONTROL_BIT | 6);
 
-/// Memory shared with other ranks, and for each rank why so, or why not.
+/// The better ways to other ranks than sockets, and for each rank why it is reached as it is.
 pub(super) struct Pairs {
-    pub(super) wire: Option<ShmWire>,
+    pub(super) better: Vec<Box<dyn Beside>>,
     pub(super) reasons: Vec<String>,
 }
 
@@ -27,7 +27,7 @@ impl Forming {
         let near = |other: &Rank| *other != me && reasons[other.index()].is_empty();
         let (behind, before): (Vec<Rank>, Vec<Rank>) = size.ranks().filter(near).partition(|other| *other > me);
         if behind.is_empty() && before.is_empty() {
-            return Ok(Pairs { wire: None, reasons });
+            return Ok(Pairs { better: Vec::new(), reasons });
         }
         let mut wire = ShmWire::new(&self.spec.config)?;
         let mut made = Vec::new();
@@ -65,6 +65,6 @@ impl Forming {
             }
             reasons[other.index()] = select::pair_after_proof(&refusal);
         }
-        Ok(Pairs { wire: Some(wire), reasons })
+        Ok(Pairs { better: vec![Box::new(wire)], reasons })
     }
 }

@@ -1,7 +1,7 @@
 //! Does: lists the addresses of this host that are worth telling others, the best first.
 
 use crate::TransportError;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 /// Bridges that lead into containers and virtual machines of this host, not to other hosts.
 const BRIDGES: [&str; 4] = ["docker", "virbr", "br-", "cni"];
@@ -64,6 +64,15 @@ fn is_link_local(ip: IpAddr) -> bool {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     }
+}
+
+/// The address of this host from which `to` is reached; nothing is sent.
+pub fn routed_address(to: SocketAddr) -> Option<IpAddr> {
+    let any: SocketAddr =
+        if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip().to_canonical())
 }
 
 #[cfg(test)]

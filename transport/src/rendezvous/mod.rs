@@ -8,7 +8,7 @@ mod tcp_store;
 mod url;
 
 pub use file::FileStore;
-pub use interfaces::{InterfaceFilter, addresses};
+pub use interfaces::{InterfaceFilter, addresses, routed_address};
 pub use memory::MemoryStore;
 pub use record::{HostIdentity, Record};
 pub use tcp_store::TcpStore;

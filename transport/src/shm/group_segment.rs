@@ -280,13 +280,14 @@ mod tests {
         let size = WorldSize::new(n).unwrap();
         let first = GroupSegment::create(size).unwrap();
         let offer = first.offer();
+        // Opened before anybody may leave, or the offer would lead nowhere.
+        let open = |rank| GroupSegment::open(&offer, rank, size).unwrap();
+        let all: Vec<_> = std::iter::once(first).chain(size.ranks().skip(1).map(open)).collect();
         std::thread::scope(|scope| {
-            for rank in size.ranks().skip(1) {
+            for mut segment in all {
                 let body = &body;
-                scope.spawn(move || body(&mut GroupSegment::open(&offer, rank, size).unwrap()));
+                scope.spawn(move || body(&mut segment));
             }
-            let mut first = first;
-            body(&mut first);
         });
     }
 

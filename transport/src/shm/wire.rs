@@ -7,7 +7,7 @@ use crate::flights::Cargo;
 use crate::inbox::Receive;
 use crate::pool::Pool;
 use crate::{
-    Completion, Config, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Rank, Region, RegionSlice,
+    Beside, Completion, Config, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Rank, Region, RegionSlice,
     RegionSliceMut, RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
 };
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -115,39 +115,6 @@ impl ShmWire {
         Ok(())
     }
 
-    /// Ends all operations with `peer`, which another wire has found to be gone; what it had written is taken first.
-    pub fn detach(&mut self, peer: PeerId, error: TransportError) {
-        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
-            link.end_after_reading(&error, &mut self.turn, &mut self.pending);
-        }
-    }
-
-    /// Whether `peer` is on this wire, alive or lost.
-    pub fn has(&self, peer: PeerId) -> bool {
-        self.links.get(peer.index()).is_some_and(Option::is_some)
-    }
-
-    /// Before a sleep on [`ShmWire::sleep_on`] next to other descriptors: asks the peers to ring. False: there is something to
-    /// do, so do not sleep. [`ShmWire::wake_up`] follows in both cases.
-    pub fn fall_asleep(&mut self) -> bool {
-        let links = || self.links.iter().flatten().filter(|link| link.lost.is_none());
-        links().for_each(|link| link.memory().set_asleep(true));
-        self.pending.is_empty() && !self.links.iter_mut().flatten().any(|link| link.has_news())
-    }
-
-    /// What is readable once a peer has rung, or has died.
-    pub fn sleep_on(&self) -> BorrowedFd<'_> {
-        self.sleep_on.as_fd()
-    }
-
-    /// After a sleep.
-    pub fn wake_up(&mut self) {
-        for link in self.links.iter().flatten().filter(|link| link.lost.is_none()) {
-            link.memory().set_asleep(false);
-        }
-        self.look_around();
-    }
-
     fn bell_number(&self) -> u32 {
         u32::try_from(self.bell.far.as_raw_fd()).expect("a descriptor is not negative")
     }
@@ -223,6 +190,40 @@ impl ShmWire {
             link.break_off(broken, &mut self.pending);
         }
         Ok(())
+    }
+}
+
+impl Beside for ShmWire {
+    fn leave(&mut self) -> bool {
+        let busy = |link: &Link| link.lost.is_none() && (link.flights.len() > 0 || link.wants_to_write());
+        !self.links.iter().flatten().any(|link| busy(link))
+    }
+
+    fn detach(&mut self, peer: PeerId, error: TransportError) {
+        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+            link.end_after_reading(&error, &mut self.turn, &mut self.pending);
+        }
+    }
+
+    fn has(&self, peer: PeerId) -> bool {
+        self.links.get(peer.index()).is_some_and(Option::is_some)
+    }
+
+    fn fall_asleep(&mut self) -> bool {
+        let links = || self.links.iter().flatten().filter(|link| link.lost.is_none());
+        links().for_each(|link| link.memory().set_asleep(true));
+        self.pending.is_empty() && !self.links.iter_mut().flatten().any(|link| link.has_news())
+    }
+
+    fn sleep_on(&self) -> BorrowedFd<'_> {
+        self.sleep_on.as_fd()
+    }
+
+    fn wake_up(&mut self) {
+        for link in self.links.iter().flatten().filter(|link| link.lost.is_none()) {
+            link.memory().set_asleep(false);
+        }
+        self.look_around();
     }
 }
 
@@ -330,8 +331,7 @@ impl Wire for ShmWire {
 
     fn shutdown(&mut self, until: Instant) {
         let mut done = Vec::new();
-        let busy = |link: &Link| link.lost.is_none() && (link.flights.len() > 0 || link.wants_to_write());
-        while Instant::now() < until && self.links.iter().flatten().any(|link| busy(link)) {
+        while Instant::now() < until && !self.leave() {
             self.poll(Instant::now(), &mut done);
             done.clear();
             self.park(until.min(Instant::now() + Duration::from_millis(10)));

@@ -5,6 +5,7 @@ use super::link::Frame;
 use crate::flights::Cargo;
 use crate::inbox::Receive;
 use crate::region::{BufferHome, Loan};
+use crate::wire::fits;
 use crate::{
     Completion, Envelope, OneSided, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
     RegisterError, RemoteSlice, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
@@ -158,7 +159,7 @@ impl OneSided for SimWire {
         slice: RegionSlice,
         remote: RemoteSlice,
     ) -> Result<(), PostError<RegionSlice>> {
-        if let Err(error) = fits(to, slice.len() as u64, remote.bytes) {
+        if let Err(error) = fits(name(to.peer), to.tag, slice.len() as u64, remote.bytes) {
             return Err(PostError { error, slice });
         }
         let begin = |link: &mut super::link::Link, slice| Frame::Put {
@@ -175,19 +176,10 @@ impl OneSided for SimWire {
         slice: RegionSliceMut,
         remote: RemoteSlice,
     ) -> Result<(), PostError<RegionSliceMut>> {
-        if let Err(error) = fits(from, remote.bytes, slice.len() as u64) {
+        if let Err(error) = fits(name(from.peer), from.tag, remote.bytes, slice.len() as u64) {
             return Err(PostError { error, slice });
         }
         let begin = |link: &mut super::link::Link, slice| Frame::Get { key: link.gets.insert((from, slice)), remote };
         self.core().one_sided((self.me, from.peer), slice, begin).map_err(|(error, slice)| PostError { error, slice })
     }
-}
-
-fn fits(with: Envelope, bytes: u64, capacity: u64) -> Result<(), TransportError> {
-    let whole = |count| usize::try_from(count).unwrap_or(usize::MAX);
-    if bytes <= capacity {
-        return Ok(());
-    }
-    let peer = Box::new(name(with.peer));
-    Err(TransportError::MessageTooLong { peer, tag: with.tag, bytes: whole(bytes), capacity: whole(capacity) })
 }

@@ -22,7 +22,7 @@ use link::Link;
 use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -118,9 +118,24 @@ impl TcpWire {
         }
     }
 
+    /// Who this process says it is.
+    pub fn own_identity(&self) -> &Identity {
+        &self.me.identity
+    }
+
     /// Who `peer` said it is.
     pub fn identity(&self, peer: PeerId) -> Option<&Identity> {
         self.identities.get(&peer)
+    }
+
+    /// The addresses by which this process reaches its peers, each once.
+    pub fn local_addresses(&self) -> Vec<IpAddr> {
+        let streams = self.links.values().flat_map(|link| link.lanes.first()).map(|lane| &lane.stream);
+        let mut all: Vec<IpAddr> =
+            streams.filter_map(|stream| stream.local_addr().ok()).map(|at| at.ip().to_canonical()).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
     }
 
     /// Where this wire listens.
@@ -173,6 +188,7 @@ pub fn pair(a: &Config, b: &Config) -> Result<(TcpWire, TcpWire), TransportError
         pid: std::process::id(),
         boot_id: String::new(),
         nonce: u64::from(rank) + 1,
+        rdma: false,
     };
     let accept = Acceptance::Ranks(WorldSize::new(2).expect("two is a size"));
     let mut a = TcpWire::new(a, identity(0), accept)?;

@@ -133,13 +133,13 @@ impl TcpWire {
             .collect()
     }
 
-    /// Sleeps as [`Wire::park`] does, and until `beside` is readable.
-    pub(crate) fn park_beside(&mut self, until: Instant, beside: Option<BorrowedFd<'_>>) {
+    /// Sleeps as [`Wire::park`] does, and until one of `beside` is readable.
+    pub(crate) fn park_beside(&mut self, until: Instant, beside: &[BorrowedFd<'_>]) {
         let until = self.entrance.deadline().into_iter().chain(self.credit_deadline()).fold(until, Instant::min);
         let wait = until.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
         let mut fds = self.poll_fds();
-        fds.extend(beside.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(beside.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)));
         // Interrupted or refused, the caller polls and comes back.
         let _ = rustix::event::poll(&mut fds, Some(&timeout));
         let rung = !fds[0].revents().is_empty();
@@ -246,7 +246,7 @@ impl Wire for TcpWire {
     }
 
     fn park(&mut self, until: Instant) {
-        self.park_beside(until, None);
+        self.park_beside(until, &[]);
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

@@ -1,5 +1,7 @@
 //! What the promises are made with: wires of one process that are each other's peers, and a clock that suits them.
 
+#[macro_use]
+pub mod each;
 pub mod loans;
 pub mod loss;
 pub mod messages;
@@ -8,9 +10,12 @@ pub mod order;
 pub mod random;
 pub mod waiting;
 
+use gradwire_transport::verbs::adapter::Adapter;
+use gradwire_transport::verbs::{Fabric, VerbsConfig};
 use gradwire_transport::{
-    Acceptance, Completion, Config, CreditSettings, Envelope, FaultPlan, Identity, Mesh, PeerId, PeerName, Rank,
-    Region, RegionSlice, RegionSliceMut, ShmOffer, ShmWire, SimNetwork, SimWire, Tag, TcpWire, Wire, WorldSize,
+    Acceptance, Beside, Completion, Config, CreditSettings, Envelope, FaultPlan, Identity, Mesh, PeerId, PeerName,
+    Rank, Region, RegionSlice, RegionSliceMut, ShmOffer, ShmWire, SimNetwork, SimWire, Tag, TcpWire, VerbsWire, Wire,
+    WorldSize,
 };
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -123,6 +128,7 @@ fn tcp_wires(config: &Config, count: u32) -> Vec<TcpWire> {
             pid: std::process::id(),
             boot_id: String::new(),
             nonce: u64::from(rank) + 1,
+            rdma: false,
         };
         let mut wire = TcpWire::new(config, identity, accept).unwrap();
         let address = wire.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
@@ -168,10 +174,74 @@ pub fn shm(config: &Config, count: u32) -> World {
 
 /// Sockets for all, and shared memory between the first `near` of them.
 fn mesh_world(config: &Config, count: u32, near: u32) -> World {
-    let pairs = tcp_wires(config, count).into_iter().zip(shm_wires(config, count, near));
-    let join =
-        |(rank, (tcp, shm))| Mesh::new(tcp, shm, (0..count).filter(|&other| other != rank).map(PeerId), Vec::new());
-    boxed((0..).zip(pairs).map(join).collect())
+    let better = shm_wires(config, count, near).into_iter().map(|wire| -> Box<dyn Beside> { Box::new(wire) });
+    joined(config, count, better.collect())
+}
+
+/// Sockets for all, each with a better wire beside them.
+fn joined(config: &Config, count: u32, better: Vec<Box<dyn Beside>>) -> World {
+    let others = |rank| (0..count).filter(move |&other| other != rank).map(PeerId);
+    let pairs = (0..).zip(tcp_wires(config, count).into_iter().zip(better));
+    boxed(pairs.map(|(rank, (tcp, wire))| Mesh::new(tcp, vec![wire], others(rank), Vec::new())).collect())
+}
+
+/// Queue pairs of a network within this process.
+pub fn verbs_on(fabric: &Fabric, config: &Config, count: u32) -> World {
+    verbs_world(config, count, || Box::new(fabric.adapter()))
+}
+
+/// Sockets for all, with queue pairs beside them, of a device for each.
+pub fn verbs_world(config: &Config, count: u32, open: impl FnMut() -> Box<dyn Adapter>) -> World {
+    let wires = verbs_wires(config, count, open).into_iter();
+    joined(config, count, wires.map(|wire| -> Box<dyn Beside> { Box::new(wire) }).collect())
+}
+
+/// Wires that are connected by each other's proposals.
+pub fn verbs_wires(config: &Config, count: u32, mut open: impl FnMut() -> Box<dyn Adapter>) -> Vec<VerbsWire> {
+    let name = |rank| PeerName {
+        rank: Some(Rank(rank)),
+        host: "localhost".to_owned(),
+        pid: std::process::id(),
+        address: "loopback".to_owned(),
+    };
+    let mut wires: Vec<_> = (0..count).map(|_| VerbsWire::new(config, open())).collect();
+    for (a, b) in (0..count).flat_map(|b| (0..b).map(move |a| (a, b))) {
+        let mut proposals = [(a, b), (b, a)].map(|(here, there)| {
+            let wire = &mut wires[here as usize];
+            wire.attach(PeerId(there), name(there), Instant::now()).unwrap();
+            wire.next_words().unwrap().1
+        });
+        proposals.reverse();
+        for ((here, there), words) in [(a, b), (b, a)].into_iter().zip(proposals) {
+            wires[here as usize].hear(PeerId(there), words, Instant::now());
+            assert!(wires[here as usize].is_up(PeerId(there)));
+        }
+    }
+    wires
+}
+
+pub fn verbs(config: &Config, count: u32) -> World {
+    verbs_on(&Fabric::default(), config, count)
+}
+
+/// Few slots, three queue pairs.
+pub fn verbs_lanes(config: &Config, count: u32) -> World {
+    let verbs = VerbsConfig { queue_pairs: 3, slots: 4, ..VerbsConfig::default() };
+    verbs_on(&Fabric::default(), &Config { verbs, ..config.clone() }, count)
+}
+
+/// Queue pairs that break now and then, and are connected again.
+pub fn breaking_verbs(config: &Config, count: u32) -> World {
+    let fabric = Fabric::default();
+    fabric.fail_at_random(5, 20_000, 2);
+    verbs_on(&fabric, config, count)
+}
+
+/// Queue pairs that soon break for good, so that sockets take over.
+pub fn failing_verbs(config: &Config, count: u32) -> World {
+    let fabric = Fabric::default();
+    fabric.fail_at_random(3, 100_000, u64::MAX);
+    verbs_on(&fabric, config, count)
 }
 
 pub fn mesh(config: &Config, count: u32) -> World {

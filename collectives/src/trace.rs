@@ -1,0 +1,103 @@
+//! Does: keeps the record of a group's last operations apart from the engine, which a thread may hold for as long as ranks are
+//! late, and writes it down: on demand, and when the group fails.
+
+use crate::messages::Message;
+use crate::pending::Ticket;
+use crate::recorder::{Recorder, What};
+use gradwire_transport::{PeerName, Rank};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// What a rank remembers of its group.
+pub(crate) struct Trace {
+    group: String,
+    rank: Rank,
+    members: Vec<PeerName>,
+    folder: Option<PathBuf>,
+    made: Instant,
+    made_at: Duration,
+    recorder: Mutex<Recorder>,
+    verdict: Mutex<Option<String>>,
+}
+
+impl Trace {
+    /// An empty record; with a `folder`, it goes there when the group fails.
+    pub(crate) fn new(group: String, rank: Rank, members: Vec<PeerName>, folder: Option<PathBuf>) -> Self {
+        // A clock before 1970 makes all times of this rank small; their order stays.
+        let made_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (recorder, verdict) = (Mutex::default(), Mutex::default());
+        Self { group, rank, members, folder, made: Instant::now(), made_at, recorder, verdict }
+    }
+
+    /// Remembers a call that was made at `called`; the ticket leads back to it.
+    pub(crate) fn begin(&self, ticket: &Ticket, what: What, called: Instant) {
+        let number = lock(&self.recorder).begin(what, called.saturating_duration_since(self.made));
+        ticket.set_record(number);
+    }
+
+    /// The same of a message.
+    pub(crate) fn begin_message(&self, message: &Message) {
+        let what = What::Message { kind: message.kind, tag: message.tag, bytes: message.piece.range.len() };
+        let called = message.deadline.checked_sub(message.timeout).unwrap_or_else(Instant::now);
+        self.begin(&message.ticket, what, called);
+    }
+
+    /// Remembers how a call ended.
+    pub(crate) fn end(&self, ticket: &Ticket, well: bool) {
+        if let Some(number) = ticket.record() {
+            lock(&self.recorder).end(number, self.made.elapsed(), well);
+        }
+    }
+
+    /// Remembers why the group failed, and writes all down where a folder was given.
+    pub(crate) fn fail(&self, verdict: String) {
+        lock(&self.verdict).get_or_insert(verdict);
+        let Some(folder) = &self.folder else { return };
+        let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '-' };
+        let group: String = self.group.chars().map(plain).collect();
+        let path = folder.join(format!("{group}.rank{}.pid{}.json", self.rank.0, std::process::id()));
+        let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&path, self.to_json()));
+        if let Err(error) = written {
+            tracing::warn!(path = %path.display(), %error, "the record of the last operations is not written");
+        }
+    }
+
+    /// All of it, as JSON: times in microseconds since 1970.
+    pub(crate) fn to_json(&self) -> String {
+        let at = |since: Duration| u64::try_from((self.made_at + since).as_micros()).unwrap_or(u64::MAX);
+        let records: Vec<Value> = lock(&self.recorder)
+            .records()
+            .map(|record| {
+                let (kind, number) = match record.what {
+                    What::Collective { number, .. } => ("collective", number),
+                    What::Message { tag, .. } => ("message", u64::from(tag)),
+                };
+                json!({
+                    "kind": kind,
+                    "number": number,
+                    "call": record.what.words(),
+                    "called_us": at(record.called),
+                    "ended_us": record.ended.map(|(when, _)| at(when)),
+                    "well": record.ended.map(|(_, well)| well),
+                })
+            })
+            .collect();
+        let member = |member: &PeerName| json!({ "host": member.host, "pid": member.pid });
+        let all = json!({
+            "version": 1,
+            "group": self.group,
+            "rank": self.rank.0,
+            "members": self.members.iter().map(member).collect::<Vec<_>>(),
+            "taken_us": at(self.made.elapsed()),
+            "verdict": *lock(&self.verdict),
+            "records": records,
+        });
+        all.to_string()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,91 @@
+//! Pure: the learning rate at each clock, as clients set it.
+
+use crate::header::{FLAG_AGAIN, Header};
+use crate::refusal::{Reason, Refusal};
+use crate::{Mode, UpdateRule};
+
+/// A learning rate and the clock from which it holds.
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    clock: u64,
+    rate: f64,
+    client: u64,
+    sequence: u64,
+}
+
+/// A rule whose learning rate changes.
+#[derive(Clone, Debug)]
+pub(crate) struct Rates {
+    rule: UpdateRule,
+    rates: Vec<Rate>,
+}
+
+impl Rates {
+    pub(crate) fn new(rule: UpdateRule) -> Self {
+        Self { rule, rates: Vec::new() }
+    }
+
+    /// The rule as it is at `clock`.
+    pub(crate) fn at(&self, clock: u64) -> UpdateRule {
+        let last = self.rates.iter().rev().find(|rate| rate.clock <= clock);
+        last.map_or(self.rule, |rate| self.rule.with_learning_rate(rate.rate))
+    }
+
+    /// Sets the learning rate from the header's clock on; where clocks are not completed together, at once. Clients that set
+    /// it for the same clock must agree. `completed`: the last clock that is.
+    pub(crate) fn set(
+        &mut self,
+        header: &Header,
+        rate: f64,
+        mode: Mode,
+        completed: u64,
+        subject: String,
+    ) -> Result<(), Refusal> {
+        if self.rule.learning_rate().is_none() {
+            let rule = self.rule;
+            return Err(Refusal::new(Reason::Mismatch, subject, "update rule", "one with a learning rate", rule));
+        }
+        let checked = self.rule.with_learning_rate(rate).check();
+        checked.map_err(|why| Refusal::new(Reason::Malformed, subject.clone(), "learning rate", "at least 0", why))?;
+        if !matches!(mode, Mode::Sync { .. }) {
+            self.rule = self.rule.with_learning_rate(rate);
+            return Ok(());
+        }
+        let new = Rate { clock: header.clock, rate, client: header.client, sequence: header.sequence };
+        let known = self.rates.iter_mut().find(|known| known.clock == new.clock);
+        match known {
+            Some(known) if known.client == new.client => {
+                if new.sequence > known.sequence {
+                    *known = new;
+                }
+            }
+            Some(known) if known.rate.to_bits() != rate.to_bits() => {
+                let what =
+                    format!("learning rate at clock {} (client {} and client {})", new.clock, known.client, new.client);
+                return Err(Refusal::new(Reason::Mismatch, subject, what, known.rate, rate));
+            }
+            Some(_) => {}
+            // Sent again, and its clock complete: it came before its client's push to that clock, so it was heeded.
+            None if completed >= new.clock && header.flags & FLAG_AGAIN != 0 => {}
+            None if completed >= new.clock => {
+                let expected = format!("a clock after {completed}");
+                return Err(Refusal::new(Reason::Mismatch, subject, "clock of a learning rate", expected, new.clock));
+            }
+            None => {
+                let at = self.rates.partition_point(|known| known.clock < new.clock);
+                self.rates.insert(at, new);
+            }
+        }
+        self.forget_old(completed + 1);
+        Ok(())
+    }
+
+    /// Folds rates that hold for every clock still to come into the rule.
+    fn forget_old(&mut self, next: u64) {
+        let past = self.rates.partition_point(|rate| rate.clock <= next);
+        // The last of them holds at the next clock, and may still be set anew for it.
+        for rate in self.rates.drain(..past.saturating_sub(1)) {
+            self.rule = self.rule.with_learning_rate(rate.rate);
+        }
+    }
+}

@@ -1,0 +1,105 @@
+"""What ranks remember of their last operations, and what the records tell when they are put together."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import gradwire
+import numpy
+import pytest
+from gradwire import trace
+from ranks import Ranks, run
+
+
+def goes_astray(rank: int, size: int, url: str, wire: str, folder: str, how: str) -> None:
+    os.environ["GRADWIRE_TRACE"] = folder
+    group = gradwire.Communicator(url, rank=rank, world_size=size, transport=wire, timeout_s=60)
+    for _ in range(3):
+        group.all_reduce(numpy.ones(10, "float32"))
+    with pytest.raises(gradwire.GradwireError):
+        if rank == 1 and how == "differs":
+            group.all_reduce(numpy.ones(10, "float32"), "max")
+        elif rank == 1 and how == "does not come":
+            group.recv(numpy.zeros(1), 0, timeout_s=30)
+        else:
+            group.all_reduce(numpy.ones(10, "float32"), timeout_s=0.5 if how == "does not come" else None)
+
+
+@pytest.mark.parametrize("wire", ["shm", "tcp"])
+@pytest.mark.parametrize("how", ["differs", "does not come"])
+def test_the_records_of_a_failed_group_name_the_rank_that_went_astray(how: str, wire: str, tmp_path: pathlib.Path) -> None:
+    run(3, goes_astray, wire, str(tmp_path), how)
+    timeline = tmp_path / "out" / "timeline.json"
+    timeline.parent.mkdir()
+    command = [sys.executable, "-m", "gradwire", "trace", "merge", str(tmp_path), "--chrome", str(timeline)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert text.startswith("group world: rank 1 (host ")
+    if how == "differs":
+        assert "called all_reduce max of 10 float32 as number 3, where the others called all_reduce sum" in text
+    else:
+        assert "did not come to number 3, all_reduce sum of 10 float32; its last was number 2" in text
+    assert "rank 0 says: " in text
+    events = json.loads(timeline.read_text())["traceEvents"]
+    assert sum(event["ph"] == "X" and event["cat"] == "collective" for event in events) >= 11
+    assert {event["args"]["name"].split(" (")[0] for event in events if event["name"] == "process_name"} == {
+        f"rank {rank}" for rank in range(3)
+    }
+
+
+def works_until_killed(rank: int, size: int, url: str, folder: str) -> None:
+    os.environ["GRADWIRE_TRACE"] = folder
+    group = gradwire.Communicator(url, rank=rank, world_size=size, timeout_s=60)
+    group.all_reduce(numpy.ones(10))
+    pathlib.Path(folder, f"at-work.{rank}").touch()
+    with pytest.raises(gradwire.RankFailedError):
+        while True:
+            group.all_reduce(numpy.ones(10))
+
+
+def test_a_killed_rank_leaves_no_record_and_is_named_for_it(tmp_path: pathlib.Path) -> None:
+    ranks = Ranks(3, works_until_killed, str(tmp_path))
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("at-work.*"))) < 3:
+        assert time.monotonic() < deadline, "the ranks did not meet"
+        time.sleep(0.01)
+    ranks.kill(2)
+    ranks.results(but=2)
+    records = trace.read([str(tmp_path)])["world"]
+    assert sorted(records) == [0, 1]
+    text = trace.diverged(records)
+    assert text.startswith("rank 2 (host ") and f"pid {ranks.processes[2].pid}" in text
+
+
+def remembers(rank: int, size: int, url: str) -> Any:
+    group = gradwire.Communicator(url, rank=rank, world_size=size, timeout_s=60)
+    for _ in range(1500):
+        group.barrier()
+    if rank == 0:
+        group.send(numpy.ones(3, "uint8"), 1, tag=5)
+    else:
+        group.recv(numpy.zeros(3, "uint8"), 0, tag=5)
+    told = json.loads(group.trace())
+    group.close()
+    return told
+
+
+def test_the_last_operations_are_remembered_and_no_more() -> None:
+    for rank, told in enumerate(run(2, remembers)):
+        assert (told["rank"], told["verdict"], len(told["records"])) == (rank, None, 1024)
+        *barriers, message = told["records"]
+        assert [one["number"] for one in barriers] == list(range(1500 - 1023, 1500))
+        assert all(one["well"] and one["called_us"] <= one["ended_us"] <= told["taken_us"] for one in told["records"])
+        assert message["call"] == ["send of 3 bytes to rank 1", "recv of 3 bytes from rank 0"][rank]
+        assert abs(told["taken_us"] / 1e6 - time.time()) < 600
+
+
+def test_what_is_no_record_is_refused(tmp_path: pathlib.Path, capsys: Any) -> None:
+    (tmp_path / "odd.json").write_text("{}")
+    assert trace.main(["merge", str(tmp_path)]) == 2
+    assert "odd.json: not a record" in capsys.readouterr().err

@@ -1,0 +1,173 @@
+//! Does: peers that come and go: how a caller and who is called agree on a better wire than the sockets between them.
+//!
+//! Each tells in its hello whether it has queue pairs to offer. Where both do, the caller proposes at once, and is answered,
+//! before either side tells of the other.
+
+use super::Mesh;
+use crate::verbs::device::Device;
+use crate::verbs::{VerbsWire, refusal};
+use crate::{Beside, Completion, Config, LossCause, PeerId, TcpWire, TransportError, Wire, WireChoice, Words, select};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+/// How long a caller may take to propose.
+const PROPOSAL: Duration = Duration::from_secs(5);
+
+/// A caller that has said hello and will propose.
+pub(super) struct Guest {
+    peer: PeerId,
+    until: Instant,
+}
+
+impl Mesh {
+    /// A wire whose peers are called by [`Mesh::call`], or call. With both ends' consent they are reached by `better`; whether
+    /// who calls consents, `choice` says.
+    pub fn meeting(tcp: TcpWire, better: Box<dyn Beside>, choice: WireChoice) -> Self {
+        Self { mixed: true, public: true, choice, ..Self::new(tcp, vec![better], [], Vec::new()) }
+    }
+
+    /// Connects to the process at one of `addresses` and makes it `peer`, by the best wire that both have.
+    ///
+    /// # Errors
+    /// As [`TcpWire::dial`]; `Timeout` where the other end does not answer a proposal; `Config` where verbs were asked for by
+    /// name and cannot be had.
+    pub fn call(&mut self, peer: PeerId, addresses: &[SocketAddr], deadline: Instant) -> Result<(), TransportError> {
+        let choice = self.choice;
+        self.better.iter_mut().for_each(|wire| wire.forget(peer));
+        self.down.retain(|gone| *gone != peer);
+        self.ending.retain(|ending| ending.peer != peer);
+        self.tcp.dial(peer, None, addresses, deadline)?;
+        let (own_boot, other) = (self.tcp.own_identity().boot_id.clone(), self.tcp.identity(peer).cloned());
+        let Some(other) = other.filter(|other| other.rdma) else {
+            return select::check_verbs(choice, "the other end has no RDMA device");
+        };
+        let same_host = !own_boot.is_empty() && own_boot == other.boot_id;
+        let name = self.tcp.name(peer);
+        let Some(wire) = self.better.iter_mut().find(|wire| wire.speaks()) else { return Ok(()) };
+        let ours = if select::tries_verbs(choice, same_host) {
+            wire.greet(peer, name, Instant::now())
+        } else {
+            Err("both ends are on one host".to_owned())
+        };
+        let words = ours.clone().unwrap_or_else(|why| Words::Proposal(refusal(&why)));
+        self.say(peer, &words);
+        let theirs = self.answer_of(peer, deadline)?;
+        let refused = match (ours, self.better.iter_mut().find(|wire| wire.has(peer))) {
+            (Ok(_), Some(wire)) => wire.accept(peer, theirs, Instant::now()),
+            (Err(why), _) => Some(why),
+            (Ok(_), None) => Some("the link is gone already".to_owned()),
+        };
+        match refused {
+            None => self.begin_listening(peer),
+            Some(why) => {
+                tracing::debug!(peer = %self.tcp.name(peer), why, "reached over sockets");
+                if let Err(error) = select::check_verbs(choice, &why) {
+                    self.tcp.disconnect(peer, error.clone());
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the answer to our first proposal; what else happens meanwhile is told later.
+    fn answer_of(&mut self, peer: PeerId, deadline: Instant) -> Result<Words, TransportError> {
+        let began = Instant::now();
+        let deadline = deadline.max(began + Duration::from_millis(100)).min(began + PROPOSAL);
+        self.listen(peer);
+        loop {
+            let mut came = Vec::new();
+            self.tcp.poll(Instant::now(), &mut came);
+            let mut answer = None;
+            for completion in came {
+                match completion {
+                    Completion::Arrived(arrival) if arrival.from.peer == peer && arrival.from.tag == Words::TAG => {
+                        answer = Words::decode(&arrival.loan);
+                    }
+                    Completion::PeerDown { peer: gone, error } if gone == peer => return Err(error),
+                    other => self.early.push(other),
+                }
+            }
+            if let Some(answer) = answer {
+                return Ok(answer);
+            }
+            if Instant::now() >= deadline {
+                let what = format!("{} to answer about RDMA", self.tcp.name(peer));
+                return Err(TransportError::Timeout { what, waited: began.elapsed() });
+            }
+            self.tcp.park(deadline);
+        }
+    }
+
+    /// Somebody has called. Who will propose is told of once that is settled.
+    pub(super) fn take_in(&mut self, peer: PeerId, now: Instant, done: &mut Vec<Completion>) {
+        if self.public && self.tcp.identity(peer).is_some_and(|identity| identity.rdma) {
+            self.guests.push(Guest { peer, until: now + PROPOSAL });
+            self.listen(peer);
+        } else {
+            done.push(Completion::PeerUp(peer));
+        }
+    }
+
+    /// A guest proposes: answers it, and tells of it.
+    pub(super) fn settle(&mut self, peer: PeerId, theirs: Words, now: Instant, done: &mut Vec<Completion>) {
+        self.guests.retain(|guest| guest.peer != peer);
+        let name = self.tcp.name(peer);
+        let Some(wire) = self.better.iter_mut().find(|wire| wire.speaks()) else { return };
+        let (ours, refused) = match wire.greet(peer, name, now) {
+            Ok(ours) => (ours, wire.accept(peer, theirs, now)),
+            Err(why) => (Words::Proposal(refusal(&why)), Some(why)),
+        };
+        self.say(peer, &ours);
+        match refused {
+            None => self.begin_listening(peer),
+            Some(why) => tracing::debug!(peer = %self.tcp.name(peer), why, "reached over sockets"),
+        }
+        done.push(Completion::PeerUp(peer));
+    }
+
+    pub(super) fn is_guest(&self, peer: PeerId) -> bool {
+        self.guests.iter().any(|guest| guest.peer == peer)
+    }
+
+    /// Turns away guests that do not propose, and forgets peers whose end has been told.
+    pub(super) fn tidy_up(&mut self, now: Instant) {
+        if !self.public {
+            return;
+        }
+        let late: Vec<PeerId> = self.guests.iter().filter(|guest| guest.until <= now).map(|guest| guest.peer).collect();
+        for peer in late {
+            self.guests.retain(|guest| guest.peer != peer);
+            let cause = LossCause::Silent(PROPOSAL);
+            let error = TransportError::PeerLost { peer: Box::new(self.tcp.name(peer)), cause };
+            self.tcp.disconnect(peer, error);
+        }
+        for peer in std::mem::take(&mut self.down) {
+            self.better.iter_mut().for_each(|wire| wire.forget(peer));
+        }
+    }
+}
+
+/// A wire over the RDMA device that fits best, with the reason for the choice. `local`: addresses by which peers are reached.
+///
+/// # Errors
+/// `Config` or `Io` with why there is none.
+pub(crate) fn open_device(config: &Config, local: &[IpAddr]) -> Result<(VerbsWire, String), TransportError> {
+    let (device, reason) = Device::open(&config.verbs, local)?;
+    Ok((VerbsWire::new(config, Box::new(device)), reason))
+}
+
+/// As `open_device`, for peers that come and go; `None` where `config` wants none, or this host has none.
+///
+/// # Errors
+/// `Config` with the reason, where verbs were asked for by name.
+pub fn open_verbs(config: &Config, local: &[IpAddr]) -> Result<Option<(VerbsWire, String)>, TransportError> {
+    if !select::tries_verbs(config.wire, false) {
+        return Ok(None);
+    }
+    open_device(config, local).map(Some).or_else(|error| {
+        select::check_verbs(config.wire, &error.to_string())?;
+        tracing::debug!(%error, "no RDMA");
+        Ok(None)
+    })
+}

@@ -1,0 +1,289 @@
+//! Does: the verbs wire as the sockets beside it know it: how links begin, break, go on, and end.
+
+use super::link::{Link, Phase};
+use super::proposal::{Conclusion, Proposal, conclude};
+use super::wire::VerbsWire;
+use crate::beside::{Beside, Words};
+use crate::{Completion, LossCause, PeerId, PeerName, RegisterError, TransportError};
+use rustix::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a stopped queue pair may take to tell what became of its receives.
+const DRAIN: Duration = Duration::from_millis(50);
+/// How long a peer has to answer a proposal.
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long nothing may come of a peer that something is awaited of before its device is asked.
+const PROBE: Duration = Duration::from_secs(2);
+/// How long what a peer sent before its goodbye may still be on its way.
+const LAST_FRAMES: Duration = Duration::from_millis(50);
+
+impl VerbsWire {
+    /// Makes a link to `peer`, which is on the sockets beside this wire already. It comes up once both ends have heard each
+    /// other's proposal; what is posted until then waits.
+    ///
+    /// # Errors
+    /// The device's, where the link's memory cannot be registered: use another wire.
+    pub fn attach(&mut self, peer: PeerId, name: PeerName, now: Instant) -> Result<(), RegisterError> {
+        let configs = (&self.config, &self.verbs);
+        let link = Link::new((peer, name, now), configs, Arc::clone(&self.pool), &mut self.nic)?;
+        let at = peer.index();
+        if self.links.len() <= at {
+            self.links.resize_with(at + 1, || None);
+        }
+        self.links[at] = Some(Box::new(link));
+        self.propose(at, now);
+        Ok(())
+    }
+
+    /// Whether the link to `peer` has been connected, by whichever means.
+    pub fn is_up(&self, peer: PeerId) -> bool {
+        self.links
+            .get(peer.index())
+            .and_then(Option::as_ref)
+            .is_some_and(|link| !matches!(link.phase, Phase::Apart { .. }))
+    }
+
+    /// Why the link to `peer` cannot begin, by our own first proposal and by the one that came; `None`: it can.
+    fn refusal(&self, peer: PeerId, theirs: &Words) -> Option<String> {
+        let ours = self.links.get(peer.index())?.as_ref()?.ours.as_ref()?;
+        let Words::Proposal(theirs) = theirs else { return Some("the other end speaks otherwise".to_owned()) };
+        match Proposal::decode(theirs).map(|theirs| conclude(ours, &theirs)) {
+            Some(Conclusion::Connect(..)) => None,
+            Some(Conclusion::Sockets(reason)) => Some(reason),
+            None => Some("the other end's proposal makes no sense".to_owned()),
+        }
+    }
+
+    fn propose(&mut self, at: usize, now: Instant) {
+        let Some(Some(link)) = self.links.get_mut(at) else { return };
+        let proposal = link.propose(now, &mut self.nic);
+        for (lane, queue_pair) in link.lanes.iter().map(|lane| lane.queue_pair).enumerate() {
+            self.routes.extend(queue_pair.map(|queue_pair| (queue_pair, (at, lane))));
+        }
+        let peer = link.peer;
+        self.words.push_back((peer, Words::Proposal(proposal.encode())));
+    }
+
+    /// Sees to a link whose queue pairs have failed, or whose peer does not answer.
+    pub(super) fn see_to(&mut self, at: usize, now: Instant, done: &mut Vec<Completion>) {
+        let Some(link) = self.at(at).filter(|link| link.lost.is_none()) else { return };
+        match link.phase {
+            Phase::Apart { since: Some(since) } if now.saturating_duration_since(since) >= ANSWER => {
+                self.end(at, LossCause::Silent(ANSWER), done);
+            }
+            Phase::Up if link.fault.is_some() => {
+                self.break_off(at, now, done);
+                self.propose(at, now);
+            }
+            Phase::Up => self.probe(at, now),
+            _ => {}
+        }
+    }
+
+    /// Asks whether a peer's device is there, where something is awaited of it and nothing has come for a while: a host that
+    /// vanishes closes no connection.
+    fn probe(&mut self, at: usize, now: Instant) {
+        let Some(Some(link)) = self.links.get_mut(at) else { return };
+        if std::mem::take(&mut link.active) {
+            link.heard = now;
+        }
+        if link.is_waiting() && !link.probing && now.saturating_duration_since(link.heard) >= PROBE {
+            link.send_probe(&mut self.nic);
+            link.heard = now;
+        }
+    }
+
+    /// Ends the queue pairs of a link, having taken all that came by them, for another try.
+    fn break_off(&mut self, at: usize, now: Instant, done: &mut Vec<Completion>) {
+        let Some(Some(link)) = self.links.get_mut(at) else { return };
+        if let Some(fault) = &link.fault {
+            tracing::warn!(peer = %link.name, %fault, epoch = link.epoch, "queue pairs failed; they are connected anew");
+            link.failures.push(now);
+            link.last_fault = Some(fault.clone());
+            self.count.failures += 1;
+        }
+        link.phase = Phase::Apart { since: None };
+        link.epoch += 1;
+        for queue_pair in link.lanes.iter().filter_map(|lane| lane.queue_pair) {
+            self.nic.adapter.stop(queue_pair);
+        }
+        let until = Instant::now() + DRAIN;
+        while self.at(at).is_some_and(|link| link.lanes.iter().any(|lane| lane.posted > 0)) {
+            if !self.take_events(done) && Instant::now() >= until {
+                break;
+            }
+        }
+        if let Some(Some(link)) = self.links.get_mut(at) {
+            link.close(&mut self.nic);
+        }
+        self.routes.retain(|_, (other, _)| *other != at);
+    }
+
+    /// Takes a peer's proposal.
+    fn consider(&mut self, at: usize, theirs: Proposal, now: Instant, done: &mut Vec<Completion>) {
+        let Some(link) = self.at(at).filter(|link| link.lost.is_none()) else { return };
+        if theirs.epoch == link.epoch + 1 && !matches!(link.phase, Phase::Apart { .. }) {
+            // The peer's queue pairs failed first.
+            self.break_off(at, now, done);
+            self.propose(at, now);
+        }
+        let Some(Some(link)) = self.links.get_mut(at) else { return };
+        if theirs.epoch != link.epoch || link.ours.is_none() {
+            let cause = LossCause::Protocol(format!("a proposal for epoch {} in epoch {}", theirs.epoch, link.epoch));
+            return self.end(at, cause, done);
+        }
+        let resumed = link.resume(&theirs, &mut self.nic, done);
+        let lanes: Vec<u32> = link.lanes.iter().filter_map(|lane| lane.queue_pair).collect();
+        self.routes.retain(|pair, (other, _)| *other != at || lanes.contains(pair));
+        match resumed {
+            Err(broken) => self.end(at, LossCause::Protocol(broken.to_owned()), done),
+            Ok(false) => {
+                self.break_off(at, now, done);
+                self.propose(at, now);
+            }
+            Ok(true) => self.resumed(at, done),
+        }
+    }
+
+    fn resumed(&mut self, at: usize, done: &mut Vec<Completion>) {
+        let must = self.must;
+        let Some(Some(link)) = self.links.get_mut(at) else { return };
+        match &link.phase {
+            Phase::Sockets(reason) if must => {
+                let why = format!("GRADWIRE_TRANSPORT=verbs lets no other wire take over, but {reason}");
+                let cause = link
+                    .last_fault
+                    .clone()
+                    .map_or(LossCause::Aborted(why), |fault| LossCause::QueuePair(Arc::new(fault)));
+                self.end(at, cause, done);
+            }
+            Phase::Sockets(reason) => {
+                tracing::warn!(peer = %link.name, reason, "going on over sockets");
+                self.count.fallbacks += 1;
+            }
+            _ if link.epoch > 0 => {
+                tracing::info!(peer = %link.name, epoch = link.epoch, "queue pairs are connected again");
+                self.count.reconnects += 1;
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Beside for VerbsWire {
+    fn greet(&mut self, peer: PeerId, name: PeerName, now: Instant) -> Result<Words, String> {
+        self.attach(peer, name, now).map_err(|error| error.to_string())?;
+        let ours = self.words.iter().position(|(other, _)| *other == peer).and_then(|at| self.words.remove(at));
+        ours.map(|(_, words)| words).ok_or_else(|| "it has nothing to say".to_owned())
+    }
+
+    fn accept(&mut self, peer: PeerId, theirs: Words, now: Instant) -> Option<String> {
+        let refusal = self.refusal(peer, &theirs);
+        match &refusal {
+            Some(_) => self.forget(peer),
+            None => self.hear(peer, theirs, now),
+        }
+        refusal
+    }
+
+    fn forget(&mut self, peer: PeerId) {
+        if let Some(slot) = self.links.get_mut(peer.index())
+            && let Some(mut link) = slot.take()
+        {
+            link.close(&mut self.nic);
+            self.routes.retain(|_, (at, _)| *at != peer.index());
+            self.words.retain(|(other, _)| *other != peer);
+        }
+    }
+
+    fn leave(&mut self) -> bool {
+        let mut left = self.words.is_empty();
+        for link in self.links.iter_mut().flatten().filter(|link| link.lost.is_none()) {
+            left &= link.leave(&mut self.nic);
+        }
+        left
+    }
+
+    fn has(&self, peer: PeerId) -> bool {
+        self.links.get(peer.index()).is_some_and(Option::is_some)
+    }
+
+    fn detach(&mut self, peer: PeerId, error: TransportError) {
+        let mut done = std::mem::take(&mut self.pending);
+        let left = matches!(error, TransportError::PeerLost { cause: LossCause::Goodbye, .. });
+        let until = Instant::now() + if left { LAST_FRAMES } else { Duration::ZERO };
+        loop {
+            let any = self.take_events(&mut done);
+            let Some(link) = self.at(peer.index()) else { break };
+            let expected = left && matches!(link.phase, Phase::Up) && !link.heard_goodbye && link.fault.is_none();
+            if link.lost.is_some() || (!any && (!expected || Instant::now() >= until)) {
+                break;
+            }
+        }
+        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+            link.end(&error, &mut self.nic, &mut done);
+            self.routes.retain(|_, (at, _)| *at != peer.index());
+        }
+        self.pending = done;
+    }
+
+    fn fall_asleep(&mut self) -> bool {
+        let mut done = std::mem::take(&mut self.pending);
+        let now = Instant::now();
+        self.flush(now, &mut done);
+        self.nic.adapter.arm();
+        let any = self.take_events(&mut done);
+        self.pending = done;
+        !any && self.pending.is_empty() && self.words.is_empty()
+    }
+
+    fn sleep_on(&self) -> BorrowedFd<'_> {
+        self.nic.adapter.sleep_on()
+    }
+
+    fn wake_up(&mut self) {
+        self.look_around();
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let apart = |link: &Link| match link.phase {
+            _ if link.lost.is_some() => None,
+            Phase::Apart { since: Some(since) } => Some(since + ANSWER),
+            Phase::Up if link.is_waiting() && !link.probing => Some(link.heard + PROBE),
+            _ => None,
+        };
+        self.links.iter().flatten().filter_map(|link| apart(link)).min()
+    }
+
+    fn speaks(&self) -> bool {
+        true
+    }
+
+    fn next_words(&mut self) -> Option<(PeerId, Words)> {
+        self.words.pop_front()
+    }
+
+    fn hear(&mut self, peer: PeerId, words: Words, now: Instant) {
+        let mut done = std::mem::take(&mut self.pending);
+        let at = peer.index();
+        match words {
+            Words::Proposal(bytes) => match Proposal::decode(&bytes) {
+                Some(theirs) => self.consider(at, theirs, now, &mut done),
+                None => self.end(at, LossCause::Protocol("a proposal that makes no sense".to_owned()), &mut done),
+            },
+            Words::Frame(bytes) => {
+                let Some(Some(link)) =
+                    self.links.get_mut(at).filter(|link| link.as_ref().is_some_and(|link| link.lost.is_none()))
+                else {
+                    self.pending = done;
+                    return;
+                };
+                if let Err(broken) = link.carry_in(&bytes, &mut self.nic, &mut done) {
+                    self.end(at, LossCause::Protocol(broken.to_owned()), &mut done);
+                }
+            }
+        }
+        self.pending = done;
+    }
+}

@@ -1,0 +1,173 @@
+//! Pure: the records that two ends of a verbs link exchange, and how a frame packs several. Decoding believes nothing.
+//!
+//! A frame is what one send carries: records one behind the other, each in multiples of eight bytes, all little-endian.
+
+use crate::Tag;
+
+/// Bytes of the longest head of a record.
+pub(super) const HEAD_BYTES: usize = 40;
+/// What an eager message takes of a frame beside its payload, padding included.
+pub(super) const EAGER_BYTES: usize = 32;
+
+/// One thing that one end tells the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Record<'a> {
+    /// A whole message, sent before anybody asked for it.
+    Eager { tag: Tag, note: u64, payload: &'a [u8] },
+    /// "I have a message of so many bytes for you."
+    Announce { tag: Tag, note: u64, bytes: u64, id: u64 },
+    /// "Write message `id` at `address`, and say `key` when it is there."
+    Grant { id: u64, address: u64, rkey: u32, key: u32 },
+    /// "I do not want message `id`: it does not fit."
+    Refuse { id: u64, capacity: u64 },
+    /// Receives of a lane that have been posted anew, and bytes of the window that have been taken, both since the start.
+    Credit { lane: u8, returned: u64, taken: u64 },
+    /// Bytes of the message that was granted as `key`, where memory cannot be written remotely.
+    Piece { key: u32, offset: u64, payload: &'a [u8] },
+    /// Nothing follows.
+    Goodbye,
+}
+
+impl Record<'_> {
+    /// What the record takes of a frame.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Self::Eager { payload, .. } | Self::Piece { payload, .. } => 24 + payload.len().next_multiple_of(8),
+            Self::Announce { .. } => HEAD_BYTES,
+            Self::Grant { .. } => 32,
+            Self::Refuse { .. } | Self::Credit { .. } => 24,
+            Self::Goodbye => 8,
+        }
+    }
+
+    /// Writes the record at the beginning of `into`, which has room for it; how many bytes it took.
+    pub(super) fn encode(&self, into: &mut [u8]) -> usize {
+        let (kind, lane, payload): (u8, u8, &[u8]) = match self {
+            Self::Eager { payload, .. } => (1, 0, payload),
+            Self::Announce { .. } => (2, 0, &[]),
+            Self::Grant { .. } => (3, 0, &[]),
+            Self::Refuse { .. } => (4, 0, &[]),
+            Self::Credit { lane, .. } => (5, *lane, &[]),
+            Self::Piece { payload, .. } => (6, 0, payload),
+            Self::Goodbye => (7, 0, &[]),
+        };
+        let length = u32::try_from(payload.len()).expect("a frame is far shorter than 4 GiB");
+        into[..8].copy_from_slice(&(u64::from(length) << 32 | u64::from(lane) << 8 | u64::from(kind)).to_le_bytes());
+        let words = match *self {
+            Self::Eager { tag, note, .. } => [tag.0, note, 0, 0],
+            Self::Announce { tag, note, bytes, id } => [tag.0, note, bytes, id],
+            Self::Grant { id, address, rkey, key } => [id, address, u64::from(key) << 32 | u64::from(rkey), 0],
+            Self::Refuse { id, capacity } => [id, capacity, 0, 0],
+            Self::Credit { returned, taken, .. } => [returned, taken, 0, 0],
+            Self::Piece { key, offset, .. } => [key.into(), offset, 0, 0],
+            Self::Goodbye => [0; 4],
+        };
+        let head = self.bytes() - payload.len().next_multiple_of(8);
+        for (place, word) in into[8..head].chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        into[head..head + payload.len()].copy_from_slice(payload);
+        self.bytes()
+    }
+
+    /// The record at the beginning of `frame`, which is moved behind it; `None` at the end.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn decode<'a>(frame: &mut &'a [u8]) -> Result<Option<Record<'a>>, &'static str> {
+        const SHORT: &str = "a record that ends too early";
+        if frame.is_empty() {
+            return Ok(None);
+        }
+        let mut rest = *frame;
+        let first = word(&mut rest).ok_or(SHORT)?;
+        let length = usize::try_from(first >> 32).map_err(|_| SHORT)?;
+        let mut next = || word(&mut rest).ok_or(SHORT);
+        let record = match first & 0xff {
+            1 => Record::Eager { tag: Tag(next()?), note: next()?, payload: cut(&mut rest, length).ok_or(SHORT)? },
+            2 => Record::Announce { tag: Tag(next()?), note: next()?, bytes: next()?, id: next()? },
+            3 => {
+                let (id, address, keys) = (next()?, next()?, next()?);
+                Record::Grant { id, address, rkey: (keys & 0xffff_ffff) as u32, key: (keys >> 32) as u32 }
+            }
+            4 => Record::Refuse { id: next()?, capacity: next()? },
+            5 => Record::Credit { lane: (first >> 8) as u8, returned: next()?, taken: next()? },
+            6 => {
+                let key = u32::try_from(next()?).map_err(|_| "a key that does not exist")?;
+                Record::Piece { key, offset: next()?, payload: cut(&mut rest, length).ok_or(SHORT)? }
+            }
+            7 => Record::Goodbye,
+            _ => return Err("a record of an unknown kind"),
+        };
+        *frame = rest;
+        Ok(Some(record))
+    }
+}
+
+fn word(rest: &mut &[u8]) -> Option<u64> {
+    let (head, tail) = rest.split_first_chunk::<8>()?;
+    *rest = tail;
+    Some(u64::from_le_bytes(*head))
+}
+
+fn cut<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
+    let (padded, tail) = rest.split_at_checked(length.checked_next_multiple_of(8)?)?;
+    *rest = tail;
+    Some(&padded[..length])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn samples(payload: &[u8]) -> [Record<'_>; 7] {
+        let (tag, note) = (Tag(u64::MAX - 5), 7);
+        [
+            Record::Eager { tag, note, payload },
+            Record::Announce { tag, note, bytes: 1 << 40, id: 3 },
+            Record::Grant { id: 9, address: 0xffff_0000_1234_5678, rkey: u32::MAX, key: 17 },
+            Record::Refuse { id: 4, capacity: 5 },
+            Record::Credit { lane: 3, returned: 1 << 33, taken: 8 },
+            Record::Piece { key: u32::MAX, offset: 1 << 33, payload },
+            Record::Goodbye,
+        ]
+    }
+
+    #[test]
+    fn records_of_one_frame_come_back_as_they_were() {
+        for length in [0, 1, 7, 8, 9, 4000] {
+            let payload: Vec<u8> = (0..length).map(|at| at as u8).collect();
+            let records = samples(&payload);
+            let mut frame = vec![0; records.iter().map(Record::bytes).sum()];
+            let mut at = 0;
+            for record in &records {
+                at += record.encode(&mut frame[at..]);
+            }
+            let mut rest = &frame[..];
+            for record in records {
+                assert_eq!(Record::decode(&mut rest), Ok(Some(record)));
+            }
+            assert_eq!(Record::decode(&mut rest), Ok(None));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_frames_are_refused_not_believed(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut rest = &bytes[..];
+            while let Ok(Some(record)) = Record::decode(&mut rest) {
+                prop_assert!(record.bytes() <= bytes.len());
+            }
+        }
+
+        #[test]
+        fn a_record_cut_short_is_refused(which in 0usize..7, at in 1usize..60) {
+            let record = samples(&[1; 30])[which];
+            let mut frame = vec![0; record.bytes()];
+            record.encode(&mut frame);
+            let mut cut = &frame[..at.min(frame.len() - 1)];
+            prop_assert!(Record::decode(&mut cut).is_err());
+        }
+    }
+}
