@@ -33,7 +33,7 @@ struct Arguments {
 enum Command {
     /// All-reduce of float32 between processes of this host: nccl-tests' table
     AllReduce(all_reduce::Options),
-    /// N processes push to one: goodput, fairness, loss and latency as N grows
+    /// N processes push to one, with and without credit: goodput, fairness, loss and latency as N grows
     ManyToOne(many_to_one::Options),
     /// Push, pull and push_pull of the parameter server
     Ps(ps::Options),

@@ -9,7 +9,8 @@ use crate::shard::{Action, Limits, Shard};
 use crate::status::{ClientStatus, PAGE};
 use crate::{PsError, dial};
 use gradwire_transport::{
-    Completion, Config, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TransportError, Wake, Wire,
+    Completion, Config, CreditSettings, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TransportError, Wake,
+    Wire,
 };
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -43,7 +44,8 @@ impl Default for ServerSettings {
     fn default() -> Self {
         // A server mostly shares its cores with workers who compute: on a busy machine of 2 cores, 50 turns of spinning
         // made a push_pull of 64 KiB three times slower than none. With a core of its own, 2,000 halve the latency.
-        let transport = Config { spin_turns: 0, ..Config::default() };
+        let credit = Some(CreditSettings::default());
+        let transport = Config { spin_turns: 0, credit, ..Config::default() };
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             token: None,

@@ -1,5 +1,6 @@
 //! Pure: every setting of the transport, with default, unit and reason.
 
+use crate::CreditSettings;
 use crate::verbs::VerbsConfig;
 use std::time::Duration;
 
@@ -38,6 +39,9 @@ pub struct Config {
     pub eager_bytes: usize,
     /// Bytes one peer may have sent us that no receive has met. Default 1 MiB, about what a loopback RTT carries.
     pub window_bytes: usize,
+    /// Lets large messages come in portions that the receiver grants, so that many senders do not overrun the network.
+    /// Default: none, whole messages are asked for; a parameter server and its clients have it.
+    pub credit: Option<CreditSettings>,
     /// Operations queued per peer and direction. Default 65,536.
     pub queue_depth: usize,
     /// Turns of polling before a driver sleeps. Default 2,000 with a core each, 100 when peers outnumber cores.
@@ -58,6 +62,7 @@ impl Default for Config {
             max_message_bytes: 1 << 30,
             eager_bytes: 64 << 10,
             window_bytes: 1 << 20,
+            credit: None,
             queue_depth: 1 << 16,
             spin_turns: 2000,
             verbs: VerbsConfig::default(),

@@ -15,7 +15,7 @@ pub enum Kind {
     Eager,
     /// "I have a message of `total` bytes for you."
     Announce,
-    /// "Send me message `id`."
+    /// "Send me message `id`, up to byte `total`."
     Grant,
     /// "I do not want message `id`: it does not fit `total` bytes."
     Refuse,
@@ -27,10 +27,21 @@ pub enum Kind {
     Goodbye,
     /// The sender gives up; the payload says why.
     Abort,
+    /// "I grant what I can take: send unasked only messages of at most `note` bytes, and `total` bytes of them in all."
+    Terms,
 }
 
-const KINDS: [Kind; 8] =
-    [Kind::Eager, Kind::Announce, Kind::Grant, Kind::Refuse, Kind::Data, Kind::Credit, Kind::Goodbye, Kind::Abort];
+const KINDS: [Kind; 9] = [
+    Kind::Eager,
+    Kind::Announce,
+    Kind::Grant,
+    Kind::Refuse,
+    Kind::Data,
+    Kind::Credit,
+    Kind::Goodbye,
+    Kind::Abort,
+    Kind::Terms,
+];
 
 /// The head of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,7 +133,7 @@ impl Header {
             Kind::Announce => length == 0 && total <= limit,
             Kind::Data => total <= limit && length <= total && header.note <= total - length,
             Kind::Abort => length <= MAX_TEXT_BYTES as u64,
-            Kind::Grant | Kind::Refuse | Kind::Credit | Kind::Goodbye => length == 0,
+            Kind::Grant | Kind::Refuse | Kind::Credit | Kind::Goodbye | Kind::Terms => length == 0,
         };
         if sound { Ok(header) } else { Err(FrameError::Length { length, total, limit }) }
     }
@@ -143,7 +154,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_header_comes_back_as_it_was(kind in 0usize..8, id: u32, tag: u64, note in 0u64..1 << 40, total in 0u64..1 << 20) {
+        fn a_header_comes_back_as_it_was(kind in 0usize..9, id: u32, tag: u64, note in 0u64..1 << 40, total in 0u64..1 << 20) {
             let kind = KINDS[kind];
             let (length, note) = match kind {
                 Kind::Eager => (total, note),

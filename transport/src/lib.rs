@@ -7,6 +7,7 @@
 mod beside;
 mod completion;
 mod config;
+mod credit;
 mod error;
 mod flights;
 mod frame;
@@ -31,6 +32,7 @@ mod wire;
 pub use beside::{Beside, Words};
 pub use completion::{Arrival, Completion};
 pub use config::{Config, WireChoice};
+pub use credit::CreditSettings;
 pub use error::{LossCause, PostError, RegisterError, TransportError};
 pub use group::{Group, GroupSpec, Link, form_group, home};
 pub use hello::Identity;

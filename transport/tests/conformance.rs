@@ -13,6 +13,7 @@ promises! {
     over_mixed_mesh by crate::promises::mixed_mesh;
     over_tcp by crate::promises::tcp;
     over_tcp_lanes by crate::promises::tcp_lanes;
+    over_tcp_credit by crate::promises::tcp_credit;
     over_verbs by crate::promises::verbs;
     over_verbs_lanes by crate::promises::verbs_lanes;
     over_breaking_verbs by crate::promises::breaking_verbs;

@@ -1,10 +1,11 @@
 //! Does: one process of a many-to-one measurement: what it is told, and how it meets the others.
 
-use super::super::all_reduce::Way;
+use super::row::Cc;
+use crate::all_reduce::Way;
 use clap::Args;
 use gradwire_transport::{
-    Acceptance, Completion, Config, FileStore, Identity, Mesh, PeerId, Rank, ShmOffer, ShmWire, Store, Tag, TcpWire,
-    Wire, WorldSize,
+    Acceptance, Completion, Config, CreditSettings, FileStore, Identity, Mesh, PeerId, Rank, ShmOffer, ShmWire, Store,
+    Tag, TcpWire, Wire, WorldSize,
 };
 use std::error::Error;
 use std::net::{IpAddr, SocketAddr};
@@ -41,6 +42,8 @@ pub(crate) struct MemberOptions {
     pub(super) folder: PathBuf,
     #[arg(long, value_enum)]
     pub(super) wire: Way,
+    #[arg(long, value_enum)]
+    pub(super) cc: Cc,
     #[arg(long)]
     pub(super) bytes: usize,
     #[arg(long)]
@@ -65,7 +68,8 @@ impl MemberOptions {
 
     fn config(&self) -> Config {
         // More processes than cores: who waits sleeps.
-        Config { spin_turns: 0, ..Config::default() }
+        let credit = CreditSettings { loopback: true, ..CreditSettings::default() };
+        Config { spin_turns: 0, credit: (self.cc == Cc::Credit).then_some(credit), ..Config::default() }
     }
 
     fn tcp(&self) -> Result<TcpWire, Box<dyn Error>> {

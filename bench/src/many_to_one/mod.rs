@@ -13,7 +13,7 @@ use crate::family::Family;
 use crate::report::{Chart, Report, Section, Series};
 use crate::{machine, plural};
 use clap::Args;
-use row::{About, Row, Shape, Switch};
+use row::{About, Cc, Row, Shape, Switch};
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -38,6 +38,9 @@ pub(crate) struct Options {
     /// Behind links of this rate and a switch with this buffer, such as 1gbit:64kb (network namespaces; needs root)
     #[arg(long, value_name = "RATE:BUFFER")]
     shape: Option<Shape>,
+    /// How the network is kept from being overrun; both in turns: none,credit
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "none,credit")]
+    cc: Vec<Cc>,
     /// Bytes of a push; 256 KiB is what the parameter server sends as one part
     #[arg(long, default_value_t = 256 << 10)]
     bytes: usize,
@@ -113,8 +116,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         println!("{title}; {}\n{}", machine::described(), Row::head());
     }
     let mut rows = Vec::new();
-    for &senders in &options.senders.0 {
-        let row = measure(options, &about, senders)?;
+    let runs = options.senders.0.iter().flat_map(|senders| options.cc.iter().map(|cc| (*senders, *cc)));
+    for (senders, cc) in runs.filter(|(_, cc)| options.wire == Way::Tcp || *cc == Cc::None) {
+        let row = measure(options, &about, senders, cc)?;
         if options.json {
             println!("{}", serde_json::to_string(&row)?);
         } else {
@@ -140,7 +144,7 @@ fn path(options: &Options) -> String {
 }
 
 /// One row: starts the members, waits for them, reads what they saw.
-fn measure(options: &Options, about: &About, senders: u32) -> Result<Row, Box<dyn Error>> {
+fn measure(options: &Options, about: &About, senders: u32, cc: Cc) -> Result<Row, Box<dyn Error>> {
     let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
     let mut family = Family::default();
     let whole = Duration::from_secs_f64(options.seconds + options.warm_up) + BESIDE;
@@ -158,12 +162,12 @@ fn measure(options: &Options, about: &About, senders: u32) -> Result<Row, Box<dy
             &shape.buffer,
         ]);
         command.args(["--timeout", &whole.as_secs().to_string(), "--plain", "--stats"]).arg(&stats).arg("--");
-        add_member(command.arg(std::env::current_exe()?), options, senders, folder.path());
+        add_member(command.arg(std::env::current_exe()?), options, (senders, cc), folder.path());
         family.start("the network of namespaces".to_owned(), &mut command)?;
     } else {
         for rank in 0..=senders {
             let mut command = Command::new(std::env::current_exe()?);
-            add_member(&mut command, options, senders, folder.path());
+            add_member(&mut command, options, (senders, cc), folder.path());
             command.args(["--rank", &rank.to_string(), "--ip", "127.0.0.1"]);
             let name = if rank == 0 { "the receiver".to_owned() } else { format!("sender {rank}") };
             family.start(name, &mut command)?;
@@ -175,38 +179,37 @@ fn measure(options: &Options, about: &About, senders: u32) -> Result<Row, Box<dy
     let pushed = (1..=senders).map(|rank| Ok(serde_json::from_slice(&read(rank)?)?));
     let pushed = pushed.collect::<Result<_, Box<dyn Error>>>()?;
     let switch = if options.shape.is_some() { Switch::parse(&std::fs::read_to_string(&stats)?) } else { None };
-    Ok(Row::new(about, &taken, pushed, switch))
+    Ok(Row::new(about, cc, &taken, pushed, switch))
 }
 
-fn add_member(command: &mut Command, options: &Options, senders: u32, folder: &Path) {
+fn add_member(command: &mut Command, options: &Options, (senders, cc): (u32, Cc), folder: &Path) {
     command.args(["many-to-one-member", "--senders", &senders.to_string(), "--folder"]).arg(folder);
-    command.args(["--wire", options.wire.name(), "--bytes", &options.bytes.to_string()]);
+    command.args(["--wire", options.wire.name(), "--cc", cc.name(), "--bytes", &options.bytes.to_string()]);
     command.args(["--depth", &options.depth.to_string(), "--seconds", &options.seconds.to_string()]);
     command.args(["--warm-up", &options.warm_up.to_string()]);
 }
 
 fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
-    let series = |value: fn(&Row) -> f64, name: &str| Series {
-        name: name.to_owned(),
-        points: rows.iter().map(|row| (row.senders as f64, value(row))).collect(),
+    let line = |name: &str, value: fn(&Row) -> f64| {
+        let each = move |cc: Cc| Series {
+            name: format!("{name}, cc {}", cc.name()),
+            points: rows.iter().filter(|row| row.cc == cc).map(|row| (row.senders as f64, value(row))).collect(),
+        };
+        [Cc::None, Cc::Credit].map(each).into_iter().filter(|series| !series.points.is_empty()).collect::<Vec<_>>()
     };
-    let by_senders = |title: &str, y: &str, log: bool, series: Vec<Series>| Chart {
+    let by_senders = |title: &str, y: &str, y_log: bool, series: Vec<Vec<Series>>| Chart {
         title: title.to_owned(),
         x: "senders".to_owned(),
         y: y.to_owned(),
         x_log: true,
-        y_log: log,
-        series,
+        y_log,
+        series: series.concat(),
     };
     let charts = vec![
-        by_senders("Goodput", "GB/s", false, vec![series(|row| row.goodput_gb_per_s, "all senders together")]),
-        by_senders("Fairness", "Jain's index", false, vec![series(|row| row.jain, "Jain's index of goodput")]),
-        by_senders(
-            "Time of a push",
-            "µs",
-            true,
-            vec![series(|row| row.p50_us, "p50"), series(|row| row.p99_us, "p99")],
-        ),
+        by_senders("Goodput of all senders", "GB/s", false, vec![line("goodput", |row| row.goodput_gb_per_s)]),
+        by_senders("Fairness", "Jain's index of goodput", false, vec![line("Jain", |row| row.jain)]),
+        by_senders("Time of a push", "µs", true, vec![line("p50", |row| row.p50_us), line("p99", |row| row.p99_us)]),
+        by_senders("Segments sent again", "segments", false, vec![line("retransmits", |row| row.retransmits as f64)]),
     ];
     let shape = options.shape.as_ref().map_or(String::new(), |shape| format!("-{}-{}", shape.rate, shape.buffer));
     Ok(Section {

@@ -35,6 +35,26 @@ impl std::str::FromStr for Shape {
     }
 }
 
+/// How the network is kept from being overrun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Cc {
+    /// By TCP alone: whole messages are sent as soon as they are wanted
+    None,
+    /// The receiver grants portions, for as many bytes as the path holds
+    Credit,
+}
+
+impl Cc {
+    /// Its name, as it is given.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Credit => "credit",
+        }
+    }
+}
+
 /// What the switch saw on its port to the receiver.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Switch {
@@ -74,6 +94,7 @@ pub(super) struct Row {
     pub(super) host: String,
     pub(super) wire: Way,
     pub(super) shape: Option<Shape>,
+    pub(super) cc: Cc,
     pub(super) senders: usize,
     pub(super) dtype: &'static str,
     pub(super) bytes: usize,
@@ -102,7 +123,7 @@ pub(super) struct About {
 }
 
 impl Row {
-    pub(super) fn new(about: &About, taken: &Taken, pushed: Vec<Pushed>, switch: Option<Switch>) -> Self {
+    pub(super) fn new(about: &About, cc: Cc, taken: &Taken, pushed: Vec<Pushed>, switch: Option<Switch>) -> Self {
         let rate = |pushes: u64| pushes as f64 * about.bytes as f64 / taken.seconds / 1e9;
         let rates: Vec<f64> = taken.pushes.iter().map(|pushes| rate(*pushes)).collect();
         let total = rates.iter().sum();
@@ -126,6 +147,7 @@ impl Row {
             host: about.host.clone(),
             wire: about.wire,
             shape: about.shape.clone(),
+            cc,
             senders: rates.len(),
             dtype: "bytes",
             bytes: about.bytes,
@@ -147,8 +169,9 @@ impl Row {
     /// The head of the table that people read.
     pub(super) fn head() -> String {
         format!(
-            "{:>7} {:>12} {:>8} {:>7} {:>17} {:>11} {:>11} {:>11} {:>8} {:>15}",
+            "{:>7} {:>7} {:>12} {:>8} {:>7} {:>17} {:>11} {:>11} {:>11} {:>8} {:>15}",
             "senders",
+            "cc",
             "goodput GB/s",
             "of link",
             "Jain",
@@ -171,8 +194,14 @@ impl Row {
             (switch.dropped.to_string(), queue)
         });
         format!(
-            "{:>7} {:>12.4} {share:>8} {:>7.4} {spread:>17} {:>11.0} {:>11.0} {:>11} {dropped:>8} {queue:>15}",
-            self.senders, self.goodput_gb_per_s, self.jain, self.p50_us, self.p99_us, self.retransmits
+            "{:>7} {:>7} {:>12.4} {share:>8} {:>7.4} {spread:>17} {:>11.0} {:>11.0} {:>11} {dropped:>8} {queue:>15}",
+            self.senders,
+            self.cc.name(),
+            self.goodput_gb_per_s,
+            self.jain,
+            self.p50_us,
+            self.p99_us,
+            self.retransmits
         )
     }
 
@@ -180,8 +209,9 @@ impl Row {
     pub(super) fn sender_lines(&self) -> impl Iterator<Item = String> {
         self.per_sender.iter().map(|one| {
             format!(
-                "{:>7} {:>12.4} {:>8} {:>7} {:>17} {:>11.0} {:>11.0} {:>11}",
+                "{:>7} {:>7} {:>12.4} {:>8} {:>7} {:>17} {:>11.0} {:>11.0} {:>11}",
                 format!("#{}", one.rank),
+                "",
                 one.goodput_gb_per_s,
                 "",
                 "",
@@ -206,7 +236,13 @@ mod tests {
         let about = About { host: "h".into(), wire: Way::Tcp, shape: Some(shape), bytes: 1_000_000, depth: 2 };
         let taken = Taken { seconds: 2.0, pushes: vec![1000, 500] };
         let one = |us: f64| Pushed { push_us: vec![us; 10], sent: Sent { segments: 100, retransmits: us as u64 } };
-        let row = Row::new(&about, &taken, vec![one(3.0), one(5.0)], Switch::parse("queue 10\nqueue 30\ndropped 7\n"));
+        let row = Row::new(
+            &about,
+            Cc::None,
+            &taken,
+            vec![one(3.0), one(5.0)],
+            Switch::parse("queue 10\nqueue 30\ndropped 7\n"),
+        );
         assert_eq!((row.goodput_gb_per_s, row.share_of_link), (0.75, Some(0.75)));
         assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500));
         assert_eq!((row.p50_us, row.p99_us, row.per_sender[1].p50_us), (3.0, 5.0, 5.0));

@@ -22,7 +22,7 @@ use crate::status::{PAGE, ShardStatus};
 use crate::{DType, KeyRange, Mode, PsError};
 use driver::Driver;
 use engine::{Cargo, Engine, NewRequest};
-use gradwire_transport::Config;
+use gradwire_transport::{Config, CreditSettings};
 use pending::{Call, LastStep, What};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,7 +54,8 @@ impl Default for ClientSettings {
             timeout: Duration::from_secs(300),
             reconnect: Duration::from_secs(5),
             // As for a server: who waits here leaves the core to whoever it waits for.
-            transport: Config { spin_turns: 0, ..Config::default() },
+            // Many servers answer a pull at once.
+            transport: Config { spin_turns: 0, credit: Some(CreditSettings::default()), ..Config::default() },
         }
     }
 }

@@ -57,7 +57,7 @@ impl Landing {
 /// What a match asks of the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reply {
-    Grant(u32),
+    Grant { id: u32, bytes: u64, tag: Tag },
     Refuse(u32, usize),
 }
 
@@ -140,7 +140,8 @@ impl Incoming {
             Receive::Slice(_) => Store::Direct,
             Receive::Loan(_) => Store::Buffer(self.pool.take(landing.total)),
         };
-        (!landing.eager).then_some(Reply::Grant(landing.id))
+        let (id, bytes, tag) = (landing.id, landing.total as u64, landing.from.tag);
+        (!landing.eager).then_some(Reply::Grant { id, bytes, tag })
     }
 
     /// A receive is posted: it meets the earliest message of its tag that has met none.
@@ -179,11 +180,11 @@ impl Incoming {
         }
     }
 
-    /// `bytes` of message `serial` have come.
-    pub(super) fn came(&mut self, serial: u64, bytes: usize) {
-        if let Some(landing) = self.landings.iter_mut().find(|landing| landing.serial == serial) {
-            landing.got += bytes;
-        }
+    /// `bytes` of message `serial` have come; whether they had been asked for.
+    pub(super) fn came(&mut self, serial: u64, bytes: usize) -> bool {
+        let Some(landing) = self.landings.iter_mut().find(|landing| landing.serial == serial) else { return false };
+        landing.got += bytes;
+        !landing.eager
     }
 
     /// The earliest message of `tag` that has met no receive, with its serial.

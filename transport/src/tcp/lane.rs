@@ -32,6 +32,8 @@ pub(super) struct Lane<P> {
     pub(super) reading: Option<Reading>,
     /// Whether the peer has closed it after its goodbye.
     pub(super) ended: bool,
+    /// Whether the last read found less than it had room for: asking again would find nothing.
+    pub(super) drained: bool,
     staging: Box<[u8]>,
     head: usize,
     tail: usize,
@@ -40,7 +42,7 @@ pub(super) struct Lane<P> {
 impl<P> Lane<P> {
     pub(super) fn new(stream: TcpStream) -> Self {
         let staging = vec![0; STAGING_BYTES].into_boxed_slice();
-        Self { stream, writing: None, reading: None, ended: false, staging, head: 0, tail: 0 }
+        Self { stream, writing: None, reading: None, ended: false, drained: false, staging, head: 0, tail: 0 }
     }
 
     /// Writes what the socket takes of a header and `payload`; how much of both has now been written, `None` where the
@@ -97,6 +99,7 @@ impl<P> Lane<P> {
             (self.head, self.tail) = (0, self.tail - self.head);
         }
         let free = &mut self.staging[self.tail..];
+        let room = into.len() + free.len();
         let result = if into.is_empty() {
             self.stream.read(free)
         } else {
@@ -105,6 +108,7 @@ impl<P> Lane<P> {
         match result {
             Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
             Ok(bytes) => {
+                self.drained = bytes < room;
                 let filled = bytes.min(into.len());
                 self.tail += bytes - filled;
                 Ok(Some(filled))

@@ -3,9 +3,10 @@
 use super::incoming::{Incoming, Reply};
 use super::lane::{Lane, Reading, Writing};
 use super::outgoing::{Outgoing, Payload};
+use crate::credit::{Grant, UNASKED_BYTES, UNASKED_WINDOW, Want};
 use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
 use crate::pool::Pool;
-use crate::{Completion, Config, LossCause, PeerId, PeerName, Traffic, TransportError};
+use crate::{Completion, Config, LossCause, PeerId, PeerName, Tag, Traffic, TransportError};
 use std::io::{self, ErrorKind};
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub(super) struct Link {
     /// Whether a poll has passed since it was lost, so that its end has been told.
     pub(super) told: bool,
     sent: (u64, u64),
+    /// Where what comes is granted in portions: messages that wait for that, and bytes that have come of it.
+    portions: Option<Portions>,
     window: usize,
     max_message_bytes: usize,
     max_unmatched: usize,
@@ -30,9 +33,17 @@ pub(super) struct Link {
     heard_goodbye: bool,
 }
 
+/// What the wire's credit is told of a link.
+#[derive(Default)]
+pub(super) struct Portions {
+    pub(super) wants: Vec<Want>,
+    pub(super) came: u64,
+}
+
 impl Link {
     pub(super) fn new(peer: PeerId, name: PeerName, streams: Vec<TcpStream>, config: &Config, pool: Arc<Pool>) -> Self {
         Self {
+            portions: None,
             name,
             outgoing: Outgoing::new(config.window_bytes),
             incoming: Incoming::new(peer, pool),
@@ -65,12 +76,39 @@ impl Link {
     /// Answers the peer about a message that has met its receive.
     pub(super) fn reply(&mut self, reply: Option<Reply>) {
         match reply {
-            Some(Reply::Grant(id)) => self.outgoing.control(Header::control(Kind::Grant, id, 0), Vec::new()),
+            Some(Reply::Grant { id, bytes, tag }) => match &mut self.portions {
+                Some(portions) if bytes > 0 => {
+                    portions.wants.push(Want { id, bytes, urgent: tag.0 & Tag::CONTROL_BIT != 0 });
+                }
+                _ => self.ask(id, bytes),
+            },
             Some(Reply::Refuse(id, capacity)) => {
                 self.outgoing.control(Header::control(Kind::Refuse, id, capacity as u64), Vec::new());
             }
             None => {}
         }
+    }
+
+    fn ask(&mut self, id: u32, until: u64) {
+        self.outgoing.control(Header::control(Kind::Grant, id, until), Vec::new());
+    }
+
+    /// From now on what comes is granted in portions; tells the peer that little may come unasked.
+    pub(super) fn grant_in_portions(&mut self) {
+        self.portions = Some(Portions::default());
+        self.window = self.window.min(UNASKED_WINDOW);
+        let terms = Header::control(Kind::Terms, 0, UNASKED_WINDOW as u64);
+        self.outgoing.control(Header { note: UNASKED_BYTES as u64, ..terms }, Vec::new());
+    }
+
+    /// What the wire's credit has not been told yet.
+    pub(super) fn portions(&mut self) -> Option<&mut Portions> {
+        self.portions.as_mut()
+    }
+
+    /// Asks for a portion.
+    pub(super) fn grant(&mut self, grant: &Grant) {
+        self.ask(grant.id, grant.until);
     }
 
     /// Says goodbye after everything that has been posted.
@@ -166,6 +204,9 @@ impl Link {
                         moved = true;
                         budget = budget.saturating_sub(filled.max(HEADER_BYTES));
                         self.advance(at, filled);
+                        if self.lanes[at].drained {
+                            break;
+                        }
                     }
                     Ok(None) => break,
                     // The other lanes may end before the goodbye is heard on the first; a process that died ends that too.
@@ -217,7 +258,10 @@ impl Link {
             if left == 0 {
                 self.lanes[at].reading = None;
             }
-            self.incoming.came(landing, bytes);
+            let asked_for = self.incoming.came(landing, bytes);
+            if let Some(portions) = self.portions.as_mut().filter(|_| asked_for) {
+                portions.came += bytes as u64;
+            }
         }
     }
 
@@ -245,14 +289,17 @@ impl Link {
                     self.lanes[at].reading = Some(Reading { landing, offset, left: header.length as usize });
                 }
             }
-            Kind::Grant => self.sent.1 += u64::from(self.outgoing.on_grant(header.id).ok_or_else(unknown)?),
+            Kind::Grant => {
+                self.sent.1 += u64::from(self.outgoing.on_grant(header.id, header.total).ok_or_else(unknown)?)
+            }
             Kind::Refuse => {
                 let (serial, to, bytes) = self.outgoing.on_refuse(header.id).ok_or_else(unknown)?;
                 let capacity = usize::try_from(header.total).unwrap_or(usize::MAX);
                 let peer = Box::new(self.name.clone());
                 self.outgoing.fail(serial, TransportError::MessageTooLong { peer, tag: to.tag, bytes, capacity });
             }
-            Kind::Credit => self.outgoing.on_credit(header.total, self.window).ok_or_else(unknown)?,
+            Kind::Credit => self.outgoing.on_credit(header.total).ok_or_else(unknown)?,
+            Kind::Terms => self.outgoing.on_terms(header.note, header.total),
             Kind::Goodbye => {
                 self.heard_goodbye = true;
                 self.lanes[at].ended = true;

@@ -1,6 +1,7 @@
 //! Does: the TCP wire. Non-blocking sockets, bytes read straight into posted slices and written straight from them.
 
 mod accept;
+mod granting;
 mod handshake;
 mod incoming;
 mod lane;
@@ -11,6 +12,7 @@ mod wire;
 
 pub use accept::Acceptance;
 
+use crate::credit::{Credit, Grant};
 use crate::hello::Identity;
 use crate::pool::Pool;
 use crate::{Completion, Config, PeerId, PeerName, Rank, TransportError, WorldSize};
@@ -40,6 +42,9 @@ pub struct TcpWire {
     bell: Arc<Bell>,
     pending: Vec<Completion>,
     turns: u32,
+    credit: Option<Credit>,
+    /// Scratch of `granting`.
+    grants: Vec<Grant>,
 }
 
 /// Wakes a parked wire.
@@ -69,6 +74,8 @@ impl TcpWire {
             bell: Arc::new(Bell(bell)),
             pending: Vec::new(),
             turns: 0,
+            credit: config.credit.map(Credit::new),
+            grants: Vec::new(),
             config: config.clone(),
         })
     }
@@ -159,7 +166,8 @@ impl TcpWire {
             pid: identity.pid,
             address: address.to_string(),
         };
-        let link = Link::new(peer, name, streams, &self.config, Arc::clone(&self.pool));
+        let mut link = Link::new(peer, name, streams, &self.config, Arc::clone(&self.pool));
+        self.begin_credit(peer, &mut link, address);
         self.links.insert(peer, Box::new(link));
         self.identities.insert(peer, identity);
     }

@@ -60,6 +60,8 @@ struct Large {
     id: u32,
     cargo: Arc<Cargo>,
     next: usize,
+    /// What the peer has asked for so far.
+    asked: usize,
     left: usize,
 }
 
@@ -71,6 +73,8 @@ pub(super) struct Outgoing {
     flights: VecDeque<Flight>,
     serial: u64,
     id: u32,
+    /// Bytes sent unasked that the peer has not taken yet, and how many there may be.
+    unasked: u64,
     window: u64,
     eager: usize,
 }
@@ -84,6 +88,7 @@ impl Outgoing {
             flights: VecDeque::new(),
             serial: 0,
             id: 0,
+            unasked: 0,
             window: window as u64,
             eager: window / 2,
         }
@@ -96,7 +101,7 @@ impl Outgoing {
 
     /// Whether there is nothing left to write, lanes' current frames aside.
     pub(super) fn is_idle(&self) -> bool {
-        self.urgent.is_empty() && self.large.is_empty()
+        self.urgent.is_empty() && self.large.iter().all(|large| large.next == large.asked)
     }
 
     /// Queues a message: whole where the window has room, else announced.
@@ -106,8 +111,8 @@ impl Outgoing {
         self.flights.push_back(Flight { serial, to, ended: None });
         let (total, cost) = (cargo.len() as u64, cargo.len() as u64 + MESSAGE_COST);
         let header = Header { kind: Kind::Announce, id: self.id, tag: to.tag, note: to.note, total, length: 0 };
-        if cargo.len() <= self.eager && cost <= self.window {
-            self.window -= cost;
+        if cargo.len() <= self.eager && self.unasked + cost <= self.window {
+            self.unasked += cost;
             let length = u32::try_from(total).expect("an eager message fits the window");
             self.urgent.push_back((Header { kind: Kind::Eager, length, ..header }, Payload::Message { serial, cargo }));
         } else {
@@ -122,17 +127,32 @@ impl Outgoing {
         self.urgent.push_back((header, if text.is_empty() { Payload::Nothing } else { Payload::Text(text) }));
     }
 
-    /// The peer wants message `id`; whether that ends it, there being no bytes to send. `None`: it was never announced.
-    pub(super) fn on_grant(&mut self, id: u32) -> Option<bool> {
+    /// The peer wants message `id` up to byte `until`; whether that ends it, there being no bytes to send. `None`: it was
+    /// never announced, or is not as long, or has been asked for as far already.
+    pub(super) fn on_grant(&mut self, id: u32, until: u64) -> Option<bool> {
+        let asked = usize::try_from(until).ok()?;
+        if let Some(large) = self.large.iter_mut().find(|large| large.id == id) {
+            large.asked = Some(asked).filter(|asked| large.asked < *asked && *asked <= large.cargo.len())?;
+            return Some(false);
+        }
         let at = self.announced.iter().position(|(other, ..)| *other == id)?;
+        let left = self.announced[at].2.len();
+        if asked > left || (asked == 0 && left > 0) {
+            return None;
+        }
         let (id, serial, cargo) = self.announced.remove(at);
-        let left = cargo.len();
         if left == 0 {
             self.end(serial, cargo);
         } else {
-            self.large.push_back(Large { serial, id, cargo: Arc::new(cargo), next: 0, left });
+            self.large.push_back(Large { serial, id, cargo: Arc::new(cargo), next: 0, asked, left });
         }
         Some(left == 0)
+    }
+
+    /// The peer grants: from now on at most `eager` bytes go unasked in one message, and `window` in all.
+    pub(super) fn on_terms(&mut self, eager: u64, window: u64) {
+        self.eager = self.eager.min(usize::try_from(eager).unwrap_or(usize::MAX));
+        self.window = self.window.min(window);
     }
 
     /// The peer's receive is too small for message `id`, which must have been announced; the peer's envelope of it.
@@ -159,8 +179,8 @@ impl Outgoing {
     }
 
     /// The peer has taken `bytes` of the window. `None`: more than it was given.
-    pub(super) fn on_credit(&mut self, bytes: u64, window: usize) -> Option<()> {
-        self.window = self.window.checked_add(bytes).filter(|&left| left <= window as u64)?;
+    pub(super) fn on_credit(&mut self, bytes: u64) -> Option<()> {
+        self.unasked = self.unasked.checked_sub(bytes)?;
         Some(())
     }
 
@@ -171,8 +191,8 @@ impl Outgoing {
         {
             return Some(frame);
         }
-        let large = self.large.iter_mut().find(|large| large.next < large.cargo.len())?;
-        let (start, end) = (large.next, large.cargo.len().min(large.next + PIECE_BYTES));
+        let large = self.large.iter_mut().find(|large| large.next < large.asked)?;
+        let (start, end) = (large.next, large.asked.min(large.next + PIECE_BYTES));
         large.next = end;
         let header = Header {
             kind: Kind::Data,

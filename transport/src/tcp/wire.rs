@@ -68,6 +68,7 @@ impl TcpWire {
             Ok(link) => {
                 let reply = link.incoming.post(tag, receive);
                 link.reply(reply);
+                self.grant_to(peer);
                 Ok(())
             }
             Err(error) => Err((error, receive)),
@@ -134,7 +135,7 @@ impl TcpWire {
 
     /// Sleeps as [`Wire::park`] does, and until one of `beside` is readable.
     pub(crate) fn park_beside(&mut self, until: Instant, beside: &[BorrowedFd<'_>]) {
-        let until = self.entrance.deadline().map_or(until, |deadline| until.min(deadline));
+        let until = self.entrance.deadline().into_iter().chain(self.credit_deadline()).fold(until, Instant::min);
         let wait = until.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
         let mut fds = self.poll_fds();
@@ -241,6 +242,7 @@ impl Wire for TcpWire {
                 link.progress(done);
             }
         }
+        self.grant_to_all();
     }
 
     fn park(&mut self, until: Instant) {

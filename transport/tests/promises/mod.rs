@@ -13,8 +13,9 @@ pub mod waiting;
 use gradwire_transport::verbs::adapter::Adapter;
 use gradwire_transport::verbs::{Fabric, VerbsConfig};
 use gradwire_transport::{
-    Acceptance, Beside, Completion, Config, Envelope, FaultPlan, Identity, Mesh, PeerId, PeerName, Rank, Region,
-    RegionSlice, RegionSliceMut, ShmOffer, ShmWire, SimNetwork, SimWire, Tag, TcpWire, VerbsWire, Wire, WorldSize,
+    Acceptance, Beside, Completion, Config, CreditSettings, Envelope, FaultPlan, Identity, Mesh, PeerId, PeerName,
+    Rank, Region, RegionSlice, RegionSliceMut, ShmOffer, ShmWire, SimNetwork, SimWire, Tag, TcpWire, VerbsWire, Wire,
+    WorldSize,
 };
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -158,6 +159,12 @@ fn tcp_wires(config: &Config, count: u32) -> Vec<TcpWire> {
 
 pub fn tcp_lanes(config: &Config, count: u32) -> World {
     tcp(&Config { lanes: 3, ..config.clone() }, count)
+}
+
+/// What comes is granted in portions.
+pub fn tcp_credit(config: &Config, count: u32) -> World {
+    let credit = CreditSettings { loopback: true, ..CreditSettings::default() };
+    tcp(&Config { lanes: 2, credit: Some(credit), ..config.clone() }, count)
 }
 
 /// Wires over shared memory, each pair by an offer that is sent as bytes.

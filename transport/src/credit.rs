@@ -1,0 +1,256 @@
+//! Pure: receiver-driven credit: how many bytes may be on their way to one receiver, and who may send them next.
+//!
+//! Many senders and one receiver fill the buffer of the last switch, which drops, and TCP waits. So the receiver asks for
+//! bytes in small grants, and never for more at once than the path holds, its bandwidth times its round trip, and a small
+//! allowance, which is what may queue; `climb` finds what it holds. Senders take turns; short and control messages go first,
+//! but for each fourth grant. Who does not deliver in time gets no further grant and holds nobody up; what it was granted is
+//! forgotten when it is lost.
+
+mod climb;
+
+use crate::PeerId;
+use climb::Climb;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+/// Longest message that may be sent unasked to a receiver that grants: a parameter server's request with a short payload.
+pub(crate) const UNASKED_BYTES: usize = 12 << 10;
+/// Bytes one peer may have sent unasked: a few requests, little beside a switch's buffer.
+pub(crate) const UNASKED_WINDOW: usize = 32 << 10;
+/// Grants are of this length or longer: short enough for turns behind a small buffer, long enough to be worth a frame.
+const LEAST_GRANT: u64 = 16 << 10;
+/// A longer grant than this gains nothing.
+const MOST_GRANT: u64 = 256 << 10;
+/// Grants that the budget is cut into.
+const SHARES: u64 = 8;
+/// Urgent grants in a row while others wait.
+const STREAK: u32 = 3;
+/// The least time after which a grant is late: a TCP that has lost a packet repairs it well before.
+const LATE: Duration = Duration::from_millis(20);
+/// A grant is late after this many round trips.
+const LATE_ROUND_TRIPS: u32 = 8;
+
+/// How a receiver grants credit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreditSettings {
+    /// Bytes that may be on their way, beside a grant, whatever the path holds: what may queue in the network. Default 48 KiB,
+    /// less than a small switch's buffer.
+    pub allowance_bytes: u64,
+    /// Bytes on their way at most. Default 16 MiB: 400 Gb/s times 300 µs.
+    pub most_bytes: u64,
+    /// Whether peers on this very host are granted credit too. Default false: nothing queues between them that can be lost.
+    pub loopback: bool,
+}
+
+impl Default for CreditSettings {
+    fn default() -> Self {
+        Self { allowance_bytes: 48 << 10, most_bytes: 16 << 20, loopback: false }
+    }
+}
+
+/// Leave to send message `id` up to byte `until`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Grant {
+    pub(crate) to: PeerId,
+    pub(crate) id: u32,
+    pub(crate) until: u64,
+}
+
+/// A message that somebody waits for and that has not been sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Want {
+    pub(crate) id: u32,
+    pub(crate) bytes: u64,
+    /// Whether it goes before others whatever its length.
+    pub(crate) urgent: bool,
+}
+
+struct Message {
+    id: u32,
+    bytes: u64,
+    granted: u64,
+}
+
+#[derive(Default)]
+struct Sender {
+    /// Wanted messages: urgent ones, and others.
+    messages: [VecDeque<Message>; 2],
+    /// Bytes granted, and bytes come, since the start.
+    granted: u64,
+    came: u64,
+    /// Grants of which nothing has come: when, and `granted` before each. The first byte tells the round trip; the last one
+    /// would tell the length of the grant.
+    under_way: VecDeque<(Instant, u64)>,
+    /// When the first grant under way became the first.
+    since: Option<Instant>,
+    late: bool,
+}
+
+impl Sender {
+    fn outstanding(&self) -> u64 {
+        self.granted - self.came
+    }
+}
+
+/// All credit of one receiver.
+pub(crate) struct Credit {
+    senders: BTreeMap<PeerId, Sender>,
+    /// Senders with urgent messages, and with others, in turn.
+    turns: [VecDeque<PeerId>; 2],
+    streak: u32,
+    outstanding: u64,
+    /// What the path holds.
+    climb: Climb,
+    /// Whether somebody had to wait when credit was last handed out.
+    wanted: bool,
+    /// The shortest time from a grant to its first byte.
+    round_trip: Duration,
+}
+
+impl Credit {
+    pub(crate) fn new(settings: CreditSettings) -> Self {
+        Self {
+            senders: BTreeMap::new(),
+            turns: Default::default(),
+            streak: 0,
+            outstanding: 0,
+            climb: Climb::new(settings.allowance_bytes + LEAST_GRANT, settings.most_bytes),
+            wanted: false,
+            round_trip: Duration::MAX,
+        }
+    }
+
+    /// Bytes that may be on their way now.
+    pub(crate) fn budget(&self) -> u64 {
+        self.climb.budget()
+    }
+
+    /// Bytes that are on their way, late ones included.
+    #[cfg(test)]
+    pub(crate) fn outstanding(&self) -> u64 {
+        self.outstanding
+    }
+
+    /// A message of `from` has met its receive.
+    pub(crate) fn want(&mut self, from: PeerId, want: Want) {
+        let class = usize::from(!(want.urgent || want.bytes <= LEAST_GRANT));
+        let messages = &mut self.senders.entry(from).or_default().messages[class];
+        if messages.is_empty() {
+            self.turns[class].push_back(from);
+        }
+        messages.push_back(Message { id: want.id, bytes: want.bytes, granted: 0 });
+    }
+
+    /// Granted bytes have come from `from`.
+    pub(crate) fn came(&mut self, from: PeerId, bytes: u64, now: Instant) {
+        let Some(sender) = self.senders.get_mut(&from) else { return };
+        // A peer that sends more than it was granted gains nothing by it here.
+        let bytes = bytes.min(sender.outstanding());
+        sender.came += bytes;
+        (sender.late, sender.since) = (false, (sender.outstanding() > 0).then_some(now));
+        self.outstanding -= bytes;
+        while let Some(&(at, start)) = sender.under_way.front()
+            && start < sender.came
+        {
+            sender.under_way.pop_front();
+            self.round_trip = self.round_trip.min(now.saturating_duration_since(at));
+        }
+        self.climb.came(bytes, self.wanted, now);
+    }
+
+    /// `peer` is gone: what it was granted will not come.
+    pub(crate) fn gone(&mut self, peer: PeerId) {
+        if let Some(sender) = self.senders.remove(&peer) {
+            self.outstanding -= sender.outstanding();
+            self.turns.iter_mut().for_each(|turns| turns.retain(|other| *other != peer));
+        }
+    }
+
+    /// Everything that may be asked for now.
+    pub(crate) fn grant(&mut self, now: Instant, grants: &mut Vec<Grant>) {
+        self.wanted = false;
+        if self.turns.iter().all(VecDeque::is_empty) {
+            return;
+        }
+        let mut counted = self.outstanding - self.mark_late(now);
+        let budget = self.budget();
+        let longest = (budget / SHARES).clamp(LEAST_GRANT, MOST_GRANT);
+        while let Some((class, to)) = self.next() {
+            let Some(sender) = self.senders.get_mut(&to) else { break };
+            let Some(message) = sender.messages[class].front_mut() else { break };
+            let left = message.bytes - message.granted;
+            // A rest that is shorter than half a grant would be asked for by a frame of its own.
+            let bytes = if left < longest + longest / 2 { left } else { longest };
+            if counted > 0 && counted + bytes > budget {
+                self.wanted = true;
+                break;
+            }
+            message.granted += bytes;
+            grants.push(Grant { to, id: message.id, until: message.granted });
+            if message.granted == message.bytes {
+                sender.messages[class].pop_front();
+            }
+            sender.under_way.push_back((now, sender.granted));
+            sender.granted += bytes;
+            sender.since = sender.since.or(Some(now));
+            let more = !sender.messages[class].is_empty();
+            counted += bytes;
+            self.outstanding += bytes;
+            self.pass(class, to, more);
+        }
+    }
+
+    /// When to look again though nothing comes: a grant that is late makes room for others.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let waits = !self.turns.iter().all(VecDeque::is_empty);
+        let late_after = self.late_after();
+        let first = self.senders.values().filter(|sender| !sender.late).filter_map(|sender| sender.since).min();
+        first.filter(|_| waits).map(|since| since + late_after)
+    }
+
+    /// Finds who is late; how much they hold.
+    fn mark_late(&mut self, now: Instant) -> u64 {
+        let late_after = self.late_after();
+        let mut held = 0;
+        for sender in self.senders.values_mut() {
+            sender.late |= sender.since.is_some_and(|since| now >= since + late_after);
+            held += if sender.late { sender.outstanding() } else { 0 };
+        }
+        held
+    }
+
+    fn late_after(&self) -> Duration {
+        if self.round_trip == Duration::MAX { LATE } else { LATE.max(self.round_trip * LATE_ROUND_TRIPS) }
+    }
+
+    /// Whose turn it is, and in which class; not somebody who is late.
+    fn next(&mut self) -> Option<(usize, PeerId)> {
+        let senders = &self.senders;
+        let on_time = |turns: &VecDeque<PeerId>| {
+            turns.iter().position(|peer| senders.get(peer).is_some_and(|sender| !sender.late))
+        };
+        let [urgent, other] = [on_time(&self.turns[0]), on_time(&self.turns[1])];
+        let class = match (urgent, other) {
+            (None, None) => return None,
+            (Some(_), None) => 0,
+            (None, Some(_)) => 1,
+            (Some(_), Some(_)) => usize::from(self.streak >= STREAK),
+        };
+        let turns = &mut self.turns[class];
+        turns.rotate_left([urgent, other][class].unwrap_or(0));
+        turns.front().map(|peer| (class, *peer))
+    }
+
+    /// `peer` has had its turn.
+    fn pass(&mut self, class: usize, peer: PeerId, more: bool) {
+        self.streak = if class == 0 { self.streak + 1 } else { 0 };
+        let turns = &mut self.turns[class];
+        turns.pop_front();
+        if more {
+            turns.push_back(peer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
