@@ -7,7 +7,7 @@ use gradwire_transport::verbs::status::Status;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Once, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub const BYTES: usize = 1 << 20;
 pub const DEADLINE: Duration = Duration::from_secs(30);

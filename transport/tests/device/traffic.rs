@@ -1,8 +1,8 @@
 //! Does: messages, writes, reads, and the sleep between them.
 
-use crate::end::{BYTES, DEADLINE, End, open, pair, readable, shared};
+use crate::end::{BYTES, DEADLINE, End, pair, readable, shared};
 use gradwire_transport::TransportError;
-use gradwire_transport::verbs::adapter::{Access, Adapter, Span, What, Work};
+use gradwire_transport::verbs::adapter::{Access, Adapter, What, Work};
 use gradwire_transport::verbs::device::Device;
 use gradwire_transport::verbs::settings::VerbsConfig;
 use std::time::Duration;
