@@ -1,11 +1,13 @@
-//! Does: times all-reduce between processes of this host, each started as a copy of this program.
+//! Does: times all-reduce between processes of this host, each started as a copy of this program, or as one rank of several
+//! hosts.
 
 use crate::family::Family;
 use crate::machine;
 use crate::report::{Chart, Report, Section, Series};
+use crate::verbs;
 use clap::{Args, ValueEnum};
 use gradwire_collectives::{Call, Collective, Communicator, DType, Piece, Reduction, Settings};
-use gradwire_transport::{Config, FileStore, GroupSpec, Rank, Region, WireChoice, WorldSize, form_group};
+use gradwire_transport::{Config, GroupSpec, Rank, Region, WireChoice, WorldSize, form_group, open_store};
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::io::BufRead;
@@ -24,6 +26,8 @@ pub(crate) enum Way {
     Shm,
     /// TCP
     Tcp,
+    /// RDMA verbs, also on one host
+    Verbs,
 }
 
 impl Way {
@@ -32,6 +36,24 @@ impl Way {
         match self {
             Self::Shm => "shm",
             Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
+        }
+    }
+
+    fn choice(self) -> WireChoice {
+        match self {
+            Self::Shm => WireChoice::Shm,
+            Self::Tcp => WireChoice::Tcp,
+            Self::Verbs => WireChoice::Verbs,
+        }
+    }
+
+    /// Its name for people.
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Shm => "shared memory",
+            Self::Tcp => "TCP",
+            Self::Verbs => "RDMA verbs",
         }
     }
 }
@@ -44,6 +66,15 @@ pub(crate) struct Options {
     /// Which way bytes go
     #[arg(long, value_enum, default_value = "shm")]
     wire: Way,
+    /// Be this rank only; the others are started elsewhere [default: as the launcher says]
+    #[arg(long, requires = "store")]
+    rank: Option<u32>,
+    /// Ranks in all, where this is one of them [default: as the launcher says]
+    #[arg(long, requires = "store")]
+    world_size: Option<u32>,
+    /// Where the ranks meet: tcp://HOST:PORT (rank 0 serves it), file:///FOLDER, or env:// (torchrun, mpirun, srun)
+    #[arg(long, value_name = "URL", conflicts_with_all = ["ranks", "report"])]
+    store: Option<String>,
     /// Smallest buffer, in bytes
     #[arg(long, default_value_t = 8)]
     min_bytes: usize,
@@ -64,11 +95,11 @@ pub(crate) struct Options {
 #[derive(Args)]
 pub(crate) struct RankOptions {
     #[arg(long)]
-    rank: u32,
+    rank: Option<u32>,
     #[arg(long)]
-    ranks: u32,
+    ranks: Option<u32>,
     #[arg(long)]
-    folder: PathBuf,
+    store: String,
     #[arg(long, value_enum)]
     wire: Way,
     #[arg(long)]
@@ -99,13 +130,17 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.ranks == 0 || options.min_bytes < 4 || options.min_bytes > options.max_bytes {
         return Err("give at least one rank, and 4 <= --min-bytes <= --max-bytes".into());
     }
+    if let Some(store) = &options.store {
+        return one(options, store);
+    }
     let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
     let mut family = Family::default();
     let mut told = None;
     for rank in 0..options.ranks {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["rank", "--rank", &rank.to_string(), "--ranks", &options.ranks.to_string()]);
-        command.arg("--folder").arg(folder.path()).args(["--wire", options.wire.name()]);
+        command.arg("--store").arg(format!("file://{}", folder.path().display()));
+        command.args(["--wire", options.wire.name()]);
         command.args(["--min-bytes", &options.min_bytes.to_string(), "--max-bytes", &options.max_bytes.to_string()]);
         command.args(["--rounds", &options.rounds.to_string()]);
         if rank == 0 {
@@ -114,27 +149,15 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         let child = family.start(format!("rank {rank}"), &mut command)?;
         told = told.or(child.stdout.take());
     }
-    let way = if options.wire == Way::Shm { "shared memory" } else { "TCP over loopback" };
-    let title = format!("all_reduce sum of float32, {} ranks on one host by {way}", options.ranks);
+    let title = format!("all_reduce sum of float32, {} ranks on one host by {}", options.ranks, options.wire.title());
     if !options.json {
-        println!("{title}; {}", machine::described());
-        println!(
-            "{:>12} {:>8} {:>12} {:>12} {:>10} {:>10}",
-            "bytes", "rounds", "p50 us", "p99 us", "algbw", "busbw GB/s"
-        );
+        head(&title);
     }
     let mut rows: Vec<Row> = Vec::new();
     for line in told.into_iter().flat_map(|told| std::io::BufReader::new(told).lines()) {
         let line = line?;
         let row: Row = serde_json::from_str(&line)?;
-        if options.json {
-            println!("{line}");
-        } else {
-            let Row { bytes, rounds, p50_us, p99_us, algbw_gb_per_s, busbw_gb_per_s, .. } = row;
-            println!(
-                "{bytes:>12} {rounds:>8} {p50_us:>12.1} {p99_us:>12.1} {algbw_gb_per_s:>10.3} {busbw_gb_per_s:>10.3}"
-            );
-        }
+        tell(&row, options.json)?;
         rows.push(row);
     }
     family.wait("ending the ranks", Instant::now() + PATIENCE)?;
@@ -142,6 +165,42 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         Some(folder) => Report::open(folder)?.add(section(options, title, &rows)?),
         None => Ok(()),
     }
+}
+
+fn head(title: &str) {
+    println!("{title}; {}", machine::described());
+    println!("{:>12} {:>8} {:>12} {:>12} {:>10} {:>10}", "bytes", "rounds", "p50 us", "p99 us", "algbw", "busbw GB/s");
+}
+
+fn tell(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
+    let Row { bytes, rounds, p50_us, p99_us, algbw_gb_per_s, busbw_gb_per_s, .. } = row;
+    match json {
+        true => println!("{}", serde_json::to_string(row)?),
+        false => println!(
+            "{bytes:>12} {rounds:>8} {p50_us:>12.1} {p99_us:>12.1} {algbw_gb_per_s:>10.3} {busbw_gb_per_s:>10.3}"
+        ),
+    }
+    Ok(())
+}
+
+/// One rank, for a person or a launcher that starts the others; rank 0 prints.
+fn one(options: &Options, store: &str) -> Result<(), Box<dyn Error>> {
+    let rank = RankOptions {
+        rank: options.rank,
+        ranks: options.world_size,
+        store: store.to_owned(),
+        wire: options.wire,
+        min_bytes: options.min_bytes,
+        max_bytes: options.max_bytes,
+        rounds: options.rounds,
+    };
+    let mut began = options.json;
+    take_part(&rank, &mut |row| {
+        if !std::mem::replace(&mut began, true) {
+            head(&format!("all_reduce sum of float32, {} ranks by {}", row.ranks, options.wire.title()));
+        }
+        tell(row, options.json)
+    })
 }
 
 fn section(options: &Options, title: String, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
@@ -171,15 +230,17 @@ fn section(options: &Options, title: String, rows: &[Row]) -> Result<Section, Bo
 
 /// One rank; rank 0 tells each row as JSON.
 pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
-    let world_size = WorldSize::new(options.ranks).ok_or("no ranks")?;
-    let wire = if options.wire == Way::Tcp { WireChoice::Tcp } else { WireChoice::Shm };
-    let spec = GroupSpec {
-        name: "bench".to_owned(),
-        rank: Rank(options.rank),
-        world_size,
-        store: Arc::new(FileStore::new(&options.folder)?),
-        config: Config { wire, ..Config::default() },
-    };
+    take_part(options, &mut |row| tell(row, true))
+}
+
+/// What is done with each row once it is there.
+type Tell<'a> = &'a mut dyn FnMut(&Row) -> Result<(), Box<dyn Error>>;
+
+fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>> {
+    let env = |name: &str| std::env::var(name).ok();
+    let (store, rank, world_size) = open_store(&options.store, options.rank, options.ranks, &env)?;
+    let config = Config { wire: options.wire.choice(), verbs: verbs::settings()?, ..Config::default() };
+    let spec = GroupSpec { name: "bench".to_owned(), rank, world_size, store, config };
     let group = form_group(spec, Instant::now() + PATIENCE)?;
     let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
@@ -187,9 +248,9 @@ pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
     let mut bytes = options.min_bytes.next_power_of_two();
     while bytes <= options.max_bytes {
         let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
-        let row = measure(&communicator, options, &host, bytes, rounds)?;
-        if options.rank == 0 {
-            println!("{}", serde_json::to_string(&row)?);
+        let row = measure(&communicator, (options.wire, rank, world_size), &host, bytes, rounds)?;
+        if rank.0 == 0 {
+            tell(&row)?;
         }
         bytes *= 4;
     }
@@ -199,25 +260,25 @@ pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
 
 fn measure(
     communicator: &Communicator,
-    options: &RankOptions,
+    (wire, rank, world_size): (Way, Rank, WorldSize),
     host: &str,
     bytes: usize,
     rounds: usize,
 ) -> Result<Row, Box<dyn Error>> {
     let count = bytes / 4;
     let mine = |rank: u32| (0..count).map(move |i| (i % 97) as f32 + rank as f32);
-    let buffer = Region::from_vec(mine(options.rank).flat_map(f32::to_le_bytes).collect());
+    let buffer = Region::from_vec(mine(rank.0).flat_map(f32::to_le_bytes).collect());
     let call =
         |collective, output: Vec<Piece>| Call { collective, dtype: DType::F32, input: vec![], output, timeout: None };
     let sum = || call(Collective::AllReduce { op: Reduction::Sum }, vec![Piece::whole(Arc::clone(&buffer))]);
     communicator.run(sum())?;
-    let n = options.ranks as f32;
+    let n = world_size.get() as f32;
     let offset = n * (n - 1.0) / 2.0;
     let result = buffer.read(0..bytes)?;
     for (i, four) in result.as_chunks::<4>().0.iter().enumerate() {
         let (got, expected) = (f32::from_le_bytes(*four), (i % 97) as f32 * n + offset);
         if got != expected {
-            return Err(format!("rank {}: element {i} of {count} is {got}, not {expected}", options.rank).into());
+            return Err(format!("{rank}: element {i} of {count} is {got}, not {expected}").into());
         }
     }
     drop(result);
@@ -237,14 +298,14 @@ fn measure(
     let algbw = bytes as f64 / p50 / 1e9;
     Ok(Row {
         host: host.to_owned(),
-        wire: options.wire,
-        ranks: options.ranks,
+        wire,
+        ranks: world_size.get(),
         dtype: "float32".to_owned(),
         bytes,
         rounds,
         p50_us: p50 * 1e6,
         p99_us: p99 * 1e6,
         algbw_gb_per_s: algbw,
-        busbw_gb_per_s: algbw * 2.0 * f64::from(options.ranks - 1) / f64::from(options.ranks),
+        busbw_gb_per_s: algbw * 2.0 * f64::from(world_size.get() - 1) / f64::from(world_size.get()),
     })
 }

@@ -11,6 +11,7 @@ mod report;
 mod sizes;
 mod sockets;
 mod statistics;
+mod verbs;
 
 use clap::{Parser, Subcommand};
 
@@ -19,6 +20,8 @@ const EXAMPLES: &str = "Examples:
   gradwire-bench many-to-one --senders 1..64                       (loopback)
   sudo gradwire-bench many-to-one --senders 16 --shape 1gbit:64kb  (a switch with a small buffer)
   gradwire-bench ps --against echo
+  gradwire-bench all-reduce --wire verbs --rank 0 --world-size 2 --store tcp://first.example:18610
+  gradwire-bench verbs                                             (where there is an RDMA device)
   gradwire-bench memory --report out/report                        (then open out/report/index.html)";
 
 /// Measures gradwire on this machine. Every result is verified before it is timed.
@@ -39,6 +42,8 @@ enum Command {
     Ps(ps::Options),
     /// The kernels that sums are made with, beside the limit of this machine's memory
     Memory(memory::Options),
+    /// Latency and bandwidth of RDMA by message size: writes, writes with immediate data, and our messages
+    Verbs(verbs::Options),
     /// One rank of a measurement; started by the others
     #[command(hide = true)]
     Rank(all_reduce::RankOptions),
@@ -54,6 +59,7 @@ fn main() -> std::process::ExitCode {
         Command::ManyToOne(options) => many_to_one::run(&options),
         Command::Ps(options) => ps::run(&options),
         Command::Memory(options) => memory::run(&options),
+        Command::Verbs(options) => verbs::run(&options),
         Command::Rank(options) => all_reduce::rank(&options),
         Command::ManyToOneMember(options) => many_to_one::member(&options),
         Command::PsPeer(options) => ps::peer(&options),

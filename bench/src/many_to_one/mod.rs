@@ -99,6 +99,11 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.shape.is_some() && options.wire != Way::Tcp {
         return Err("--shape is about a network: use --wire tcp".into());
     }
+    if options.wire == Way::Verbs {
+        return Err(
+            "many senders are measured over tcp and shm: use --wire tcp, or gradwire-bench verbs for a pair".into()
+        );
+    }
     let about = About {
         host: machine::host(),
         wire: options.wire,
@@ -139,7 +144,7 @@ fn path(options: &Options) -> String {
             format!("TCP over links of {} and a switch buffer of {} (network namespaces)", shape.rate, shape.buffer)
         }
         (None, Way::Tcp) => "TCP over loopback".to_owned(),
-        (None, Way::Shm) => "shared memory".to_owned(),
+        (None, way) => way.title().to_owned(),
     }
 }
 

@@ -36,3 +36,5 @@ impl fmt::Display for Fault {
         write!(f, "queue pair {} on {}: {}; {}", self.queue_pair, self.device, self.what, self.remedy)
     }
 }
+
+impl std::error::Error for Fault {}

@@ -5,6 +5,7 @@
 mod abi_check;
 pub mod adapter;
 mod async_events;
+pub mod bare;
 mod completion_queue;
 mod context;
 pub mod device;

@@ -1,0 +1,259 @@
+//! Does: messages of the verbs wire, alone or as a group has it.
+
+use super::meeting::Meeting;
+use super::{End, Plan, deadline, device, in_time, settings};
+use gradwire_transport::{
+    Beside, Completion, Config, Envelope, PeerId, PeerName, Rank, Region, RegionSlice, RegionSliceMut, Tag, VerbsWire,
+    Wire, WireChoice, WireKind, Words, form_group,
+};
+use std::error::Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+const FORWARD: Tag = Tag(1);
+const BACK: Tag = Tag(2);
+
+/// One end.
+pub(super) struct Messages {
+    is_first: bool,
+    wire: Box<dyn Wire>,
+    device: String,
+    peer: PeerId,
+    spin: u32,
+    /// A buffer for each message under way.
+    buffers: Vec<Arc<Region>>,
+    done: Vec<Completion>,
+    /// Completions that nobody has waited for yet.
+    sent: usize,
+    received: usize,
+}
+
+impl Messages {
+    /// The wire alone: its first words go through the meeting.
+    pub(super) fn open(plan: &Plan, meeting: &mut Meeting) -> Result<Self, Box<dyn Error>> {
+        let config = Config { wire: WireChoice::Verbs, verbs: settings()?, ..Config::default() };
+        let mut wire = VerbsWire::new(&config, device()?);
+        let device = wire.device();
+        let peer = PeerId(u32::from(meeting.is_first));
+        let name =
+            PeerName { rank: Some(Rank(peer.0)), host: "the other end".to_owned(), pid: 0, address: device.clone() };
+        wire.attach(peer, name, Instant::now())?;
+        let Some((_, Words::Proposal(ours))) = wire.next_words() else { return Err("the wire has no proposal".into()) };
+        let theirs = meeting.swap(&ours)?;
+        wire.hear(peer, Words::Proposal(theirs), Instant::now());
+        if wire.kind(peer) != WireKind::Verbs || !wire.is_up(peer) {
+            return Err(wire.reason(peer).unwrap_or("the two ends cannot be connected".to_owned()).into());
+        }
+        meeting.swap(b"connected")?;
+        Ok(Self::with(Box::new(wire), device, plan, meeting.is_first))
+    }
+
+    /// The wire of a group.
+    pub(super) fn form(plan: &Plan, meeting: &mut Meeting) -> Result<Self, Box<dyn Error>> {
+        let config = Config { wire: WireChoice::Verbs, verbs: settings()?, ..Config::default() };
+        let group = form_group(meeting.group(config), deadline())?;
+        let device = group.links.first().map(|link| link.reason.clone()).unwrap_or_default();
+        Ok(Self::with(group.wire, device, plan, meeting.is_first))
+    }
+
+    fn with(wire: Box<dyn Wire>, device: String, plan: &Plan, is_first: bool) -> Self {
+        let peer = PeerId(u32::from(is_first));
+        let (buffers, done, spin) = (Vec::new(), Vec::new(), plan.spin);
+        Self { is_first, wire, device, peer, spin, buffers, done, sent: 0, received: 0 }
+    }
+
+    /// At least so many buffers of at least so many bytes.
+    fn prepare(&mut self, bytes: usize, count: usize) {
+        if self.buffers.first().is_some_and(|buffer| buffer.len() < bytes + PAGE) {
+            self.buffers.clear();
+        }
+        while self.buffers.len() < count {
+            self.buffers.push(Region::zeroed(bytes + PAGE));
+        }
+    }
+
+    fn place(&self, at: usize, bytes: usize) -> std::ops::Range<usize> {
+        // Page by page as in perftest: how a buffer lies is part of what is compared.
+        let first = self.buffers[at].as_ptr().addr();
+        let start = first.next_multiple_of(PAGE) - first;
+        start..start + bytes
+    }
+
+    fn post_send(&mut self, tag: Tag, slice: RegionSlice) -> Result<(), Box<dyn Error>> {
+        let to = Envelope { peer: self.peer, tag, note: 0 };
+        self.wire.post_send(to, slice).map_err(|refused| refused.error.into())
+    }
+
+    fn post_recv(&mut self, tag: Tag, slice: RegionSliceMut) -> Result<(), Box<dyn Error>> {
+        self.wire.post_recv(self.peer, tag, slice).map_err(|refused| refused.error.into())
+    }
+
+    fn send(&mut self, tag: Tag, at: usize, bytes: usize) -> Result<(), Box<dyn Error>> {
+        let slice = self.buffers[at].read(self.place(at, bytes))?;
+        self.post_send(tag, slice)
+    }
+
+    fn receive(&mut self, tag: Tag, at: usize, bytes: usize) -> Result<(), Box<dyn Error>> {
+        let slice = self.buffers[at].write(self.place(at, bytes))?;
+        self.post_recv(tag, slice)
+    }
+
+    /// The next completions: polls, then sleeps.
+    fn wait(&mut self, until: Instant) -> Result<Vec<Completion>, Box<dyn Error>> {
+        let mut idle = 0;
+        while self.done.is_empty() {
+            self.wire.poll(Instant::now(), &mut self.done);
+            idle += 1;
+            if idle > self.spin && self.done.is_empty() {
+                in_time(until, "a message")?;
+                self.wire.park(until);
+            }
+        }
+        let failed = self.done.iter().find_map(|completion| match completion {
+            Completion::SendFailed { error, .. }
+            | Completion::RecvFailed { error, .. }
+            | Completion::PeerDown { error, .. } => Some(error.clone()),
+            _ => None,
+        });
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(std::mem::take(&mut self.done)),
+        }
+    }
+
+    /// Waits for so many completions of either kind; more of them count for the next time.
+    fn wait_for(&mut self, sent: usize, received: usize) -> Result<(), Box<dyn Error>> {
+        let until = deadline();
+        while self.sent < sent || self.received < received {
+            let mut done = self.wait(until)?;
+            for completion in done.drain(..) {
+                match completion {
+                    Completion::Sent { .. } => self.sent += 1,
+                    _ => self.received += 1,
+                }
+            }
+            self.done = done;
+        }
+        self.sent -= sent;
+        self.received -= received;
+        Ok(())
+    }
+
+    fn pour(&mut self, bytes: usize, count: usize, in_flight: usize) -> Result<(), Box<dyn Error>> {
+        self.receive(BACK, 1, 8)?;
+        let (mut posted, mut sent, until) = (0, 0, deadline());
+        while posted < count.min(in_flight) {
+            self.send(FORWARD, 0, bytes)?;
+            posted += 1;
+        }
+        let mut answered = false;
+        while sent < count || !answered {
+            let mut done = self.wait(until)?;
+            for completion in done.drain(..) {
+                let Completion::Sent { slice, .. } = completion else {
+                    answered = true;
+                    continue;
+                };
+                sent += 1;
+                if posted < count {
+                    self.post_send(FORWARD, slice)?;
+                    posted += 1;
+                }
+            }
+            self.done.append(&mut done);
+        }
+        Ok(())
+    }
+
+    fn drink(&mut self, bytes: usize, count: usize, in_flight: usize) -> Result<(), Box<dyn Error>> {
+        let (mut posted, mut received, until) = (0, 0, deadline());
+        while posted < count.min(in_flight) {
+            self.receive(FORWARD, posted, bytes)?;
+            posted += 1;
+        }
+        while received < count {
+            let mut done = self.wait(until)?;
+            for completion in done.drain(..) {
+                let Completion::Received { slice, .. } = completion else { continue };
+                received += 1;
+                if posted < count {
+                    self.post_recv(FORWARD, slice)?;
+                    posted += 1;
+                }
+            }
+            self.done.append(&mut done);
+        }
+        self.send(BACK, 0, 8)?;
+        self.wait_for(1, 0)
+    }
+}
+
+impl End for Messages {
+    fn device(&self) -> String {
+        self.device.clone()
+    }
+
+    fn verify(&mut self, bytes: usize) -> Result<(), Box<dyn Error>> {
+        self.prepare(bytes, 2);
+        let expected = |at: usize| (at.wrapping_mul(31) ^ (at >> 8) ^ bytes) as u8;
+        if self.is_first {
+            self.buffers[0].write(self.place(0, bytes))?.iter_mut().enumerate().for_each(|(at, b)| *b = expected(at));
+            self.receive(BACK, 1, bytes)?;
+            self.send(FORWARD, 0, bytes)?;
+            self.wait_for(1, 1)?;
+        } else {
+            self.receive(FORWARD, 1, bytes)?;
+            self.wait_for(0, 1)?;
+        }
+        let came = self.buffers[1].read(self.place(1, bytes))?;
+        if let Some(at) = came.iter().enumerate().position(|(at, &byte)| byte != expected(at)) {
+            return Err(format!("byte {at} of a message of {bytes} bytes is {}", came[at]).into());
+        }
+        if !self.is_first {
+            self.post_send(BACK, came)?;
+            self.wait_for(1, 0)?;
+        }
+        Ok(())
+    }
+
+    fn ping(&mut self, bytes: usize, rounds: usize) -> Result<Vec<f64>, Box<dyn Error>> {
+        self.prepare(bytes, 2);
+        let (out, back) = if self.is_first { (FORWARD, BACK) } else { (BACK, FORWARD) };
+        self.receive(back, 1, bytes)?;
+        let mut times = Vec::with_capacity(rounds);
+        for round in 0..rounds {
+            let began = Instant::now();
+            if self.is_first {
+                self.send(out, 0, bytes)?;
+            }
+            self.wait_for(usize::from(self.is_first), 1)?;
+            times.push(began.elapsed().as_secs_f64());
+            if round + 1 < rounds {
+                self.receive(back, 1, bytes)?;
+            }
+            if !self.is_first {
+                self.send(out, 0, bytes)?;
+                self.wait_for(1, 0)?;
+            }
+        }
+        Ok(times)
+    }
+
+    fn stream(&mut self, bytes: usize, count: usize, in_flight: usize) -> Result<f64, Box<dyn Error>> {
+        self.prepare(bytes, in_flight.max(2));
+        let began = Instant::now();
+        if self.is_first {
+            self.pour(bytes, count, in_flight)?;
+        } else {
+            self.drink(bytes, count, in_flight)?;
+        }
+        Ok(began.elapsed().as_secs_f64())
+    }
+}
+
+impl Drop for Messages {
+    fn drop(&mut self) {
+        self.wire.shutdown(Instant::now() + Duration::from_millis(500));
+    }
+}
