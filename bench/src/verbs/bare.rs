@@ -44,7 +44,7 @@ impl Bare {
             serde_json::from_slice(&meeting.swap(&offer)?)?;
         pair.connect((Endpoint { queue_pair, packet, lid, mtu_bytes, gid }, Remote { address, key }))?;
         meeting.swap(b"connected")?;
-        let (is_first, spin) = (meeting.is_first, plan.spin);
+        let (is_first, spin) = (meeting.is_first, plan.spin(meeting));
         Ok(Self { is_first, by_word, pair, spin, writes: 0, mark: 0, progress: Progress::default() })
     }
 

@@ -14,6 +14,8 @@ const UNWELL: u8 = 0;
 pub(super) struct Meeting {
     /// The first says what is measured, and begins.
     pub(super) is_first: bool,
+    /// How many of the two run in this process.
+    pub(super) ends_here: usize,
     store: Arc<dyn Store>,
     turn: u64,
 }
@@ -22,12 +24,13 @@ impl Meeting {
     /// Both, within this process.
     pub(super) fn within() -> (Self, Self) {
         let store: Arc<dyn Store> = Arc::new(MemoryStore::default());
-        (Self { is_first: true, store: Arc::clone(&store), turn: 0 }, Self { is_first: false, store, turn: 0 })
+        let end = |is_first, store| Self { is_first, ends_here: 2, store, turn: 0 };
+        (end(true, Arc::clone(&store)), end(false, store))
     }
 
     /// The end that the other finds at `address`.
     pub(super) fn listen(address: SocketAddr) -> Result<Self, TransportError> {
-        Ok(Self { is_first: false, store: Arc::new(TcpStore::serve(address)?), turn: 0 })
+        Ok(Self { is_first: false, ends_here: 1, store: Arc::new(TcpStore::serve(address)?), turn: 0 })
     }
 
     /// The end that finds the other at `address`, a host and a port.
@@ -38,7 +41,12 @@ impl Meeting {
         };
         let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
         let port = port.parse().map_err(|_| wrong())?;
-        Ok(Self { is_first: true, store: Arc::new(TcpStore::client(host.trim_matches(['[', ']']), port)?), turn: 0 })
+        Ok(Self {
+            is_first: true,
+            ends_here: 1,
+            store: Arc::new(TcpStore::client(host.trim_matches(['[', ']']), port)?),
+            turn: 0,
+        })
     }
 
     /// This host's name.

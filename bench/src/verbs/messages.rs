@@ -46,7 +46,7 @@ impl Messages {
             return Err(wire.reason(peer).unwrap_or("the two ends cannot be connected".to_owned()).into());
         }
         meeting.swap(b"connected")?;
-        Ok(Self::with(Box::new(wire), device, plan, meeting.is_first))
+        Ok(Self::with(Box::new(wire), device, plan, meeting))
     }
 
     /// The wire of a group.
@@ -54,12 +54,13 @@ impl Messages {
         let config = Config { wire: WireChoice::Verbs, verbs: settings()?, ..Config::default() };
         let group = form_group(meeting.group(config), deadline())?;
         let device = group.links.first().map(|link| link.reason.clone()).unwrap_or_default();
-        Ok(Self::with(group.wire, device, plan, meeting.is_first))
+        Ok(Self::with(group.wire, device, plan, meeting))
     }
 
-    fn with(wire: Box<dyn Wire>, device: String, plan: &Plan, is_first: bool) -> Self {
+    fn with(wire: Box<dyn Wire>, device: String, plan: &Plan, meeting: &Meeting) -> Self {
+        let is_first = meeting.is_first;
         let peer = PeerId(u32::from(is_first));
-        let (buffers, done, spin) = (Vec::new(), Vec::new(), plan.spin);
+        let (buffers, done, spin) = (Vec::new(), Vec::new(), plan.spin(meeting));
         Self { is_first, wire, device, peer, spin, buffers, done, sent: 0, received: 0 }
     }
 

@@ -91,9 +91,9 @@ struct Plan {
     /// Messages under way at once for bandwidth [default: 4 MiB worth, from 2 to 64]
     #[arg(long)]
     in_flight: Option<usize>,
-    /// Empty polls before a sleep; bare latency always polls
-    #[arg(long, default_value_t = 200)]
-    spin: u32,
+    /// Empty polls before a sleep; bare latency always polls [default: 2000 with a core for each end, else 20]
+    #[arg(long)]
+    spin: Option<u32>,
 }
 
 impl Plan {
@@ -120,6 +120,12 @@ impl Plan {
 
     fn in_flight(&self, bytes: usize) -> usize {
         self.in_flight.unwrap_or_else(|| ((4 << 20) / bytes).clamp(2, 64))
+    }
+
+    /// As collectives do it.
+    fn spin(&self, meeting: &Meeting) -> u32 {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        self.spin.unwrap_or(if meeting.ends_here <= cores { 2000 } else { 20 })
     }
 
     fn wants(&self, figure: Figure) -> bool {
