@@ -10,7 +10,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, ShardMap, parts};
 use crate::staleness::{Call, ClockLedger, Verdict, Window};
 use crate::values::{self, Source, Values};
-use crate::{Combine, DType, KeyRange, Mode, TableSpec, UpdateRule};
+use crate::{Combine, DType, KeyRange, Mode, Schedule, TableSpec, UpdateRule};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::HashMap;
 use std::time::Instant;
@@ -165,10 +165,10 @@ impl Table {
         self.parts[part].waiting()
     }
 
-    /// Sets the learning rate from the header's clock on.
-    pub(crate) fn set_rate(&mut self, header: &Header, rate: f64) -> Result<(), Refusal> {
+    /// Sets the learning rates from the header's clock on.
+    pub(crate) fn set_rate(&mut self, header: &Header, schedule: Schedule) -> Result<(), Refusal> {
         let completed = self.completed();
-        self.rates.set(header, rate, self.spec.mode, completed, self.spec.subject())
+        self.rates.set(header, schedule, self.spec.mode, completed, self.spec.subject())
     }
 
     /// The table as it is now: with the learning rate of the next clock.
@@ -205,7 +205,7 @@ impl Table {
                 let duplicate = match admit(windows, header) {
                     Call::New => {
                         *applied += 1;
-                        part.values.apply(&rates.at(0), *applied, 1.0, Source::Only(gradient));
+                        part.values.apply(&rates.at(*applied), *applied, 1.0, Source::Only(gradient));
                         false
                     }
                     Call::Duplicate => true,

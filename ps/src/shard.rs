@@ -9,7 +9,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, MAX_PART_BYTES};
 use crate::sparse::{Means, SparseTable};
 use crate::status::{PAGE, ShardStatus, TableStatus};
-use crate::{Mode, SparseSpec, TableId, TableSpec};
+use crate::{Mode, Schedule, SparseSpec, TableId, TableSpec};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -167,12 +167,13 @@ impl Shard {
             Kind::SparsePush | Kind::SparsePull => self.sparse_data(wait, payload, now, out),
             Kind::Evicted => self.evicted(wait, out),
             Kind::SetRate => {
-                let rate = payload.try_into().map(f64::from_le_bytes);
-                let rate =
-                    rate.map_err(|_| Refusal::new(Reason::Malformed, "request", "learning rate", "8 bytes", "others"))?;
+                let mut from = Reader(payload);
+                let schedule = Schedule::decode(&mut from).and_then(|schedule| from.end().map(|()| schedule));
+                let malformed = |bad| Refusal::new(Reason::Malformed, "request", "learning rate", "a schedule", bad);
+                let schedule = schedule.map_err(malformed)?;
                 match self.sparse.get_mut(&header.table) {
-                    Some(table) => table.set_rate(header, rate)?,
-                    None => self.table(header)?.set_rate(header, rate)?,
+                    Some(table) => table.set_rate(header, schedule)?,
+                    None => self.table(header)?.set_rate(header, schedule)?,
                 }
                 done(wait, header.clock, out);
                 Ok(())

@@ -246,6 +246,9 @@ class PsTable:
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate from this worker's next push on."""
 
+    def set_schedule(self, schedule: tuple[str, Sequence[float], int, int, float]) -> None:
+        """Sets the learning rates from this worker's next push on."""
+
     @property
     def clock(self) -> int:
         """Pushes made by this client."""
@@ -262,6 +265,9 @@ class PsSparseTable:
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate from this worker's next push on."""
+
+    def set_schedule(self, schedule: tuple[str, Sequence[float], int, int, float]) -> None:
+        """Sets the learning rates from this worker's next push on."""
 
     def evicted(self) -> tuple[list[int], int]:
         """The ids that were evicted since last asked, and how many more are forgotten."""

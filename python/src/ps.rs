@@ -2,6 +2,7 @@
 
 use crate::buffer::{Access, Memory};
 use crate::errors;
+use crate::schedule::Described;
 use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
@@ -293,6 +294,12 @@ impl PsTable {
     /// Sets the learning rate from this worker's next push on.
     fn set_learning_rate(&self, py: Python<'_>, rate: f64) -> PyResult<()> {
         py.detach(|| self.inner.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// Sets the learning rates from this worker's next push on.
+    fn set_schedule(&self, py: Python<'_>, schedule: Described) -> PyResult<()> {
+        let schedule = schedule.schedule()?;
+        py.detach(|| self.inner.set_schedule(&schedule)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Pushes made by this client.

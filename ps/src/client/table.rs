@@ -3,9 +3,10 @@
 use super::engine::{Cargo, NewRequest};
 use super::{Core, Pending};
 use crate::header::{Header, Kind};
+use crate::schedule::rate_body;
 use crate::shard::open_body;
 use crate::shard_map::{part_elements, parts};
-use crate::{Combine, DType, KeyRange, Mode, PsError, TableSpec, UpdateRule};
+use crate::{Combine, DType, KeyRange, Mode, PsError, Schedule, TableSpec, UpdateRule};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -188,11 +189,21 @@ impl DenseTable {
     /// # Errors
     /// `Refused` for a rule without a learning rate, or where workers differ; `Invalid` for one who is not a worker.
     pub fn set_learning_rate(&self, rate: f64) -> Result<(), PsError> {
+        self.set_schedule(&rate.into())
+    }
+
+    /// Sets the learning rates of all clocks to come, until others are set: the servers evaluate `schedule`, whose step 0 is
+    /// this worker's next push; in asynchronous mode, the next push of anybody. Blocks until the servers know.
+    ///
+    /// # Errors
+    /// As [`DenseTable::set_learning_rate`]; `Invalid` for a schedule whose numbers make no sense.
+    pub fn set_schedule(&self, schedule: &Schedule) -> Result<(), PsError> {
         self.check_worker()?;
+        schedule.check().map_err(|why| PsError::invalid(&*self.table.subject, why))?;
         let pushed = self.pushed();
         let requests = (0..self.core.map.shards()).map(|shard| {
             let header = Header { table: self.table.spec.id(), clock: *pushed + 1, ..Header::new(Kind::SetRate) };
-            self.core.request(shard, header, rate.to_le_bytes().to_vec())
+            self.core.request(shard, header, rate_body(schedule))
         });
         let pending = self.core.start("setting the learning rate of", &self.table.subject, requests.collect())?;
         drop(pushed);
