@@ -7,6 +7,7 @@ mod dense;
 mod dial;
 mod dtype;
 mod error;
+mod exact_sum;
 pub mod header;
 mod kernel;
 mod key;

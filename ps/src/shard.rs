@@ -122,6 +122,7 @@ impl Shard {
         }
         for answer in self.answers.drain(..) {
             match answer {
+                Answer::Told(to, header, body) => out.push(Action::Reply { to, header, body }),
                 Answer::Counted(to, header) => out.push(Action::Reply { to, header, body: Vec::new() }),
                 Answer::Value(to, header, slice) => out.push(Action::Value { to, header, slice }),
                 Answer::Refused(wait, refusal) => refuse(wait.to, &wait.header, &refusal, out),
@@ -175,6 +176,19 @@ impl Shard {
                     Some(table) => table.set_rate(header, schedule)?,
                     None => self.table(header)?.set_rate(header, schedule)?,
                 }
+                done(wait, header.clock, out);
+                Ok(())
+            }
+            Kind::Norm => {
+                let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+                check_waiting(table.waiting(), || table.spec.subject(), &self.limits)?;
+                table.norm(*wait, &mut self.answers)
+            }
+            Kind::Scale => {
+                let wrong = |_| Refusal::new(Reason::Malformed, "request", "scale", "8 bytes", payload.len());
+                let scale = payload.try_into().map(f64::from_le_bytes).map_err(wrong)?;
+                let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+                table.scale(header, scale, &mut self.memory, &mut self.answers)?;
                 done(wait, header.clock, out);
                 Ok(())
             }

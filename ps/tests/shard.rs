@@ -27,6 +27,7 @@ fn spec(elements: u64, mode: Mode, rule: UpdateRule) -> TableSpec {
         rule,
         mode,
         combine: Combine::Sum,
+        clipped: false,
         shards: 1,
         shard: 0,
         part_elements: part_elements(elements, 1, DType::F32, MAX_PART_BYTES),

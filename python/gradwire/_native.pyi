@@ -206,6 +206,7 @@ class PsClient:
         workers: int | None,
         average: bool,
         staleness: int | None,
+        clipped: bool,
     ) -> PsTable:
         """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""
 
@@ -213,6 +214,9 @@ class PsClient:
         self, name: str, dim: int, dtype_name: str, rule: tuple[str, Sequence[float], bool], making: Any
     ) -> PsSparseTable:
         """Makes a sparse table, or finds it. `making`: a `gradwire.sparse.Making`."""
+
+    def clip(self, tables: Sequence[PsTable], most: float) -> float:
+        """Clips the gradients that were pushed last by their common norm; the norm."""
 
     def barrier(self, name: str, clients: int, timeout_s: float | None = None) -> None:
         """Waits until `clients` clients have come."""

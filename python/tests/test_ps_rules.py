@@ -170,3 +170,31 @@ def test_any_optimizer_may_stay_with_the_workers():
         first, second = on_workers(cluster, 2, work)
     assert torch.equal(first, second)
     assert (first - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("where", ["server", "worker"])
+@pytest.mark.parametrize("servers", [1, 3])
+def test_clipping_is_torch_s_on_the_merged_gradient(servers, where):
+    make = lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    alone, norms = network(), []
+    optimizer = make(alone)
+    plain_step = optimizer.step
+
+    def clipped_step():
+        norms.append(torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.3).item())
+        plain_step()
+
+    optimizer.step = clipped_step
+    expected = steps(alone, optimizer, 0, 1)
+    models = [network() for _ in range(2)]
+
+    def work(client, rank):
+        optimizer = DistributedOptimizer(make(models[rank]), client, workers=2, max_grad_norm=0.3, where=where)
+        return steps(models[rank], optimizer, rank, 2), optimizer.grad_norm
+
+    with gradwire.LocalCluster(servers=servers) as cluster:
+        (first, norm), (second, other) = on_workers(cluster, 2, work)
+    assert torch.equal(first, second) and norm == other
+    assert (first - expected).abs().max() < 1e-12
+    assert norm == pytest.approx(norms[-1], rel=1e-12)
+    assert max(norms) > 0.3

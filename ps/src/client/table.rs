@@ -6,7 +6,7 @@ use crate::header::{Header, Kind};
 use crate::schedule::rate_body;
 use crate::shard::open_body;
 use crate::shard_map::{part_elements, parts};
-use crate::{Combine, DType, KeyRange, Mode, PsError, Schedule, TableSpec, UpdateRule};
+use crate::{Combine, DType, KeyRange, Mode, PsError, Schedule, TableId, TableSpec, UpdateRule};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,11 +19,13 @@ pub struct TableOptions {
     pub mode: Mode,
     /// How the contributions to a clock become one gradient. Default: their sum.
     pub combine: Combine,
+    /// Whether each clock's gradient waits for [`crate::Client::clip`] before it is applied. Default: it does not.
+    pub clipped: bool,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum }
+        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum, clipped: false }
     }
 }
 
@@ -63,6 +65,7 @@ pub(super) fn open(
         rule: options.rule,
         mode: options.mode,
         combine: options.combine,
+        clipped: options.clipped,
         shards,
         shard: 0,
         part_elements: 1,
@@ -242,6 +245,21 @@ impl DenseTable {
 
     fn pushed(&self) -> MutexGuard<'_, u64> {
         self.table.pushed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn id(&self) -> TableId {
+        self.table.spec.id()
+    }
+
+    /// Whether this client may clip it now.
+    pub(super) fn check_clipped(&self) -> Result<(), PsError> {
+        self.check_worker()?;
+        let reason = match (self.options().clipped, self.clock()) {
+            (false, _) => "it was not opened to be clipped: its gradients are applied at once",
+            (true, 0) => "nothing has been pushed to it yet: push first",
+            (true, _) => return Ok(()),
+        };
+        Err(PsError::invalid(&*self.table.subject, reason))
     }
 
     fn is_synchronous(&self) -> bool {

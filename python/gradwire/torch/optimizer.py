@@ -44,6 +44,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         backward_passes_per_step: backward passes whose gradients add up before they are pushed.
         schedule: learning rates that the servers work out by themselves, one of `gradwire.schedules`; a rate that a
             scheduler or anybody sets afterwards takes its place.
+        max_grad_norm: the averaged gradients are clipped to this norm over all parameters before they are applied, as by
+            `torch.nn.utils.clip_grad_norm_`; `grad_norm` is the last one before clipping. Costs a round trip a step.
         where: "server", or "worker": the servers only average the gradients, and each worker's own `optimizer`, of any
             kind, takes the step.
 
@@ -53,7 +55,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, optimizer, client, *, workers, name="model", backward_passes_per_step=1, schedule=None, where="server"
+        self,
+        optimizer,
+        client,
+        *,
+        workers,
+        name="model",
+        backward_passes_per_step=1,
+        schedule=None,
+        max_grad_norm=None,
+        where="server",
     ):
         if where not in ("server", "worker"):
             raise ValueError(f'where={where!r}: the step is taken by the "server" or by the "worker"')
@@ -61,7 +72,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise ValueError("the servers follow a schedule only where they take the step: use a torch scheduler here")
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._inner, self._on_server = optimizer, where == "server"
-        self._passes = backward_passes_per_step
+        self._client, self._passes = client, backward_passes_per_step
+        self._max_grad_norm, self.grad_norm = max_grad_norm, None
+        how = {"workers": workers, "average": True, "clipped": max_grad_norm is not None}
         self._entries = {}
         self._works = {}
         index = 0
@@ -71,9 +84,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 if not parameter.requires_grad:
                     continue
                 dtype = str(parameter.dtype).removeprefix("torch.")
-                table = client.dense(
-                    f"{name}/{index}", parameter.shape, dtype, rule=rule, workers=workers, average=True
-                )
+                table = client.dense(f"{name}/{index}", parameter.shape, dtype, rule=rule, **how)
                 value = parameter.detach()
                 table.init(value)
                 table.pull(value)
@@ -124,6 +135,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if missing:
             message = f"parameters {missing} got no gradient since the last step: every worker must contribute to each"
             raise RuntimeError(message)
+        if self._max_grad_norm is not None:
+            tables = [entry.table for entry in self._entries.values()]
+            self.grad_norm = self._client.clip_grad_norm(tables, self._max_grad_norm)
         works, self._works = self._works, {}
         for parameter, (work, _) in works.items():
             work.wait()
