@@ -1,8 +1,10 @@
 //! Pure: a dense table's share of one shard: its parts, what has been pushed to them, and who waits for what.
 
+mod clipping;
 mod nearness;
 
 use crate::bounded::Progress;
+use crate::exact_sum::ExactSum;
 use crate::header::{Header, Kind};
 use crate::memory::Memory;
 use crate::rates::Rates;
@@ -10,7 +12,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, ShardMap, parts};
 use crate::staleness::{Call, ClockLedger, Verdict, Window};
 use crate::values::{self, Source, Values};
-use crate::{Combine, DType, KeyRange, Mode, TableSpec, UpdateRule};
+use crate::{Combine, DType, KeyRange, Mode, Schedule, TableSpec, UpdateRule};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::HashMap;
 use std::time::Instant;
@@ -33,6 +35,8 @@ pub(crate) enum Answer {
     Counted(PeerId, Header),
     /// The value it asked for.
     Value(PeerId, Header, RegionSlice),
+    /// What it asked about.
+    Told(PeerId, Header, Vec<u8>),
     /// It waited, and now cannot be taken.
     Refused(Wait, Box<Refusal>),
 }
@@ -59,11 +63,14 @@ pub(crate) struct Part {
     waits: Vec<Wait>,
     parked: Vec<nearness::Parked>,
     init_claim: u64,
+    /// The squares of the sum of the clock under way, where it is whole and waits for its scale.
+    closed: Option<ExactSum>,
 }
 
 /// How a clock's sum is applied.
 struct Apply<'a> {
     divisor: f64,
+    clipped: bool,
     rule_at: &'a dyn Fn(u64) -> UpdateRule,
 }
 
@@ -93,6 +100,7 @@ pub(crate) struct Table {
     pub(crate) memory_bytes: u64,
     parts: Vec<Part>,
     rates: Rates,
+    clipping: clipping::Clipping,
 }
 
 impl Table {
@@ -101,7 +109,7 @@ impl Table {
         let elements = spec.elements().expect("the spec was checked");
         let map = ShardMap::new(Epoch(1), spec.shards).expect("the spec was checked");
         let keys = map.range(elements, spec.shard);
-        let sums = matches!(spec.mode, Mode::Sync { workers: 2.. });
+        let sums = spec.clipped || matches!(spec.mode, Mode::Sync { workers: 2.. });
         let each = values::bytes_per_element(spec.dtype, &spec.rule, sums);
         let count = keys.len().div_ceil(spec.part_elements);
         // A part costs something even where it holds one element.
@@ -118,6 +126,7 @@ impl Table {
             counts: Counts::default(),
             memory_bytes,
             rates: Rates::new(spec.rule),
+            clipping: clipping::Clipping::default(),
             spec,
         })
     }
@@ -157,7 +166,7 @@ impl Table {
 
     /// Requests that wait.
     pub(crate) fn waiting(&self) -> usize {
-        self.parts.iter().map(Part::waiting).sum::<usize>() + self.init.waits.len()
+        self.parts.iter().map(Part::waiting).sum::<usize>() + self.init.waits.len() + self.waiting_for_squares()
     }
 
     /// Requests that wait for one part.
@@ -165,10 +174,10 @@ impl Table {
         self.parts[part].waiting()
     }
 
-    /// Sets the learning rate from the header's clock on.
-    pub(crate) fn set_rate(&mut self, header: &Header, rate: f64) -> Result<(), Refusal> {
+    /// Sets the learning rates from the header's clock on.
+    pub(crate) fn set_rate(&mut self, header: &Header, schedule: Schedule) -> Result<(), Refusal> {
         let completed = self.completed();
-        self.rates.set(header, rate, self.spec.mode, completed, self.spec.subject())
+        self.rates.set(header, schedule, self.spec.mode, completed, self.spec.subject())
     }
 
     /// The table as it is now: with the learning rate of the next clock.
@@ -205,7 +214,7 @@ impl Table {
                 let duplicate = match admit(windows, header) {
                     Call::New => {
                         *applied += 1;
-                        part.values.apply(&rates.at(0), *applied, 1.0, Source::Only(gradient));
+                        part.values.apply(&rates.at(*applied), *applied, 1.0, Source::Only(gradient));
                         false
                     }
                     Call::Duplicate => true,
@@ -219,7 +228,7 @@ impl Table {
                 Some(duplicate) => duplicate,
             },
             Order::Clocks(_) => {
-                let apply = Apply { divisor, rule_at: &rule_at };
+                let apply = Apply { divisor, rule_at: &rule_at, clipped: self.spec.clipped };
                 match part.contribute(from, gradient, &apply, memory, out) {
                     None => return Ok(false),
                     Some(duplicate) => duplicate,
@@ -228,6 +237,7 @@ impl Table {
         };
         counts.pushes += u64::from(!duplicate);
         counts.duplicates += u64::from(duplicate);
+        self.tell_squares(out);
         Ok(true)
     }
 
@@ -244,6 +254,7 @@ impl Table {
             part.unpark_of(peer, memory);
         }
         self.init.waits.retain(|wait| wait.to != peer);
+        self.forget_squares(peer);
     }
 
     /// Takes out the requests that have waited too long, with who they waited for.
@@ -257,6 +268,7 @@ impl Table {
                 refuse(wait, waited(subject.clone(), format!("clock {clock} of {}", part.keys), &missing));
             }
         }
+        self.expire_squares(now, &mut refuse);
         for wait in self.init.waits.extract_if(.., |wait| wait.until <= now) {
             let holder = self.init.holder.map_or(0, |(client, ..)| client);
             let got = format!("none yet from client {holder}");
@@ -308,7 +320,16 @@ impl Part {
             Mode::Async => Order::Arrival { windows: HashMap::new(), applied: 0 },
         };
         let values = values::new(spec.dtype, &spec.rule, elements);
-        Self { keys, values, order, held: Vec::new(), waits: Vec::new(), parked: Vec::new(), init_claim: 0 }
+        Self {
+            keys,
+            values,
+            order,
+            held: Vec::new(),
+            waits: Vec::new(),
+            parked: Vec::new(),
+            init_claim: 0,
+            closed: None,
+        }
     }
 
     fn waiting(&self) -> usize {
@@ -383,6 +404,10 @@ impl Part {
         let Order::Clocks(ledger) = &mut self.order else { unreachable!("only clocks have contributions") };
         if ledger.is_whole() {
             let source = if verdict == Verdict::Begin { Source::Only(last) } else { Source::SumAnd(last) };
+            if apply.clipped {
+                self.closed = Some(self.values.close(apply.divisor, source));
+                return;
+            }
             let clock = ledger.completed() + 1;
             self.values.apply(&(apply.rule_at)(clock), clock, apply.divisor, source);
             ledger.advance();

@@ -62,6 +62,10 @@ pub enum Kind {
     SparsePull = 14,
     /// Asks which ids were evicted, from the number in the clock's place on.
     Evicted = 15,
+    /// Asks for the sum of squares of a clipped table's gradient at a clock, once it is whole.
+    Norm = 24,
+    /// Says by what the gradient of a clock is multiplied before it is applied.
+    Scale = 25,
     /// Done, nothing to tell.
     Done = 64,
     /// Refused: the status says why, the body with what.
@@ -71,7 +75,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 20] = [
         Self::Hello,
         Self::Open,
         Self::ClaimInit,
@@ -87,6 +91,8 @@ impl Kind {
         Self::SparsePush,
         Self::SparsePull,
         Self::Evicted,
+        Self::Norm,
+        Self::Scale,
         Self::Done,
         Self::Refused,
         Self::Later,

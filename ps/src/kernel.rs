@@ -32,6 +32,7 @@ pub(crate) trait Real:
     + Div<Output = Self>
     + AddAssign
     + MulAssign
+    + Into<f64>
     + 'static
 {
     /// The stored type that needs no conversion.

@@ -2,13 +2,15 @@
 
 use crate::header::{FLAG_AGAIN, Header};
 use crate::refusal::{Reason, Refusal};
+use crate::schedule::Schedule;
 use crate::{Mode, UpdateRule};
 
-/// A learning rate and the clock from which it holds.
-#[derive(Clone, Copy, Debug)]
+/// A schedule, the clock from which it holds, and the clock of its step 0.
+#[derive(Clone, Debug)]
 struct Rate {
     clock: u64,
-    rate: f64,
+    origin: u64,
+    schedule: Schedule,
     client: u64,
     sequence: u64,
 }
@@ -25,18 +27,19 @@ impl Rates {
         Self { rule, rates: Vec::new() }
     }
 
-    /// The rule as it is at `clock`.
+    /// The rule as it is at `clock`; in asynchronous mode, for the push of that number.
     pub(crate) fn at(&self, clock: u64) -> UpdateRule {
         let last = self.rates.iter().rev().find(|rate| rate.clock <= clock);
-        last.map_or(self.rule, |rate| self.rule.with_learning_rate(rate.rate))
+        last.map_or(self.rule, |rate| self.rule.with_learning_rate(rate.schedule.at(clock.saturating_sub(rate.origin))))
     }
 
-    /// Sets the learning rate from the header's clock on; where clocks are not completed together, at once. Clients that set
-    /// it for the same clock must agree. `completed`: the last clock that is.
+    /// Sets the learning rates from the header's clock on; where clocks are not completed together, at once, with step 0 at
+    /// the header's clock, or at the next push where none are counted. Clients that set them for the same clock must agree.
+    /// `completed`: the last clock that is.
     pub(crate) fn set(
         &mut self,
         header: &Header,
-        rate: f64,
+        schedule: Schedule,
         mode: Mode,
         completed: u64,
         subject: String,
@@ -45,13 +48,18 @@ impl Rates {
             let rule = self.rule;
             return Err(Refusal::new(Reason::Mismatch, subject, "update rule", "one with a learning rate", rule));
         }
-        let checked = self.rule.with_learning_rate(rate).check();
+        let checked = schedule.check().and_then(|()| self.rule.with_learning_rate(schedule.least()).check());
         checked.map_err(|why| Refusal::new(Reason::Malformed, subject.clone(), "learning rate", "at least 0", why))?;
+        let (client, sequence) = (header.client, header.sequence);
+        let origin = if mode == Mode::Async { completed + 1 } else { header.clock };
         if !matches!(mode, Mode::Sync { .. }) {
-            self.rule = self.rule.with_learning_rate(rate);
+            let again = self.rates.iter().any(|known| known.client == client && known.sequence >= sequence);
+            if !(again && header.flags & FLAG_AGAIN != 0) {
+                self.rates = vec![Rate { clock: 0, origin, schedule, client, sequence }];
+            }
             return Ok(());
         }
-        let new = Rate { clock: header.clock, rate, client: header.client, sequence: header.sequence };
+        let new = Rate { clock: header.clock, origin, schedule, client, sequence };
         let known = self.rates.iter_mut().find(|known| known.clock == new.clock);
         match known {
             Some(known) if known.client == new.client => {
@@ -59,10 +67,11 @@ impl Rates {
                     *known = new;
                 }
             }
-            Some(known) if known.rate.to_bits() != rate.to_bits() => {
+            Some(known) if known.schedule != new.schedule => {
                 let what =
                     format!("learning rate at clock {} (client {} and client {})", new.clock, known.client, new.client);
-                return Err(Refusal::new(Reason::Mismatch, subject, what, known.rate, rate));
+                let (expected, got) = (format!("{:?}", known.schedule), format!("{:?}", new.schedule));
+                return Err(Refusal::new(Reason::Mismatch, subject, what, expected, got));
             }
             Some(_) => {}
             // Sent again, and its clock complete: it came before its client's push to that clock, so it was heeded.
@@ -80,12 +89,10 @@ impl Rates {
         Ok(())
     }
 
-    /// Folds rates that hold for every clock still to come into the rule.
+    /// Forgets what holds for no clock still to come.
     fn forget_old(&mut self, next: u64) {
         let past = self.rates.partition_point(|rate| rate.clock <= next);
         // The last of them holds at the next clock, and may still be set anew for it.
-        for rate in self.rates.drain(..past.saturating_sub(1)) {
-            self.rule = self.rule.with_learning_rate(rate.rate);
-        }
+        self.rates.drain(..past.saturating_sub(1));
     }
 }

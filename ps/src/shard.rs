@@ -9,7 +9,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, MAX_PART_BYTES};
 use crate::sparse::{Means, SparseTable};
 use crate::status::{PAGE, ShardStatus, TableStatus};
-use crate::{Mode, SparseSpec, TableId, TableSpec};
+use crate::{Mode, Schedule, SparseSpec, TableId, TableSpec};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -122,6 +122,7 @@ impl Shard {
         }
         for answer in self.answers.drain(..) {
             match answer {
+                Answer::Told(to, header, body) => out.push(Action::Reply { to, header, body }),
                 Answer::Counted(to, header) => out.push(Action::Reply { to, header, body: Vec::new() }),
                 Answer::Value(to, header, slice) => out.push(Action::Value { to, header, slice }),
                 Answer::Refused(wait, refusal) => refuse(wait.to, &wait.header, &refusal, out),
@@ -167,13 +168,27 @@ impl Shard {
             Kind::SparsePush | Kind::SparsePull => self.sparse_data(wait, payload, now, out),
             Kind::Evicted => self.evicted(wait, out),
             Kind::SetRate => {
-                let rate = payload.try_into().map(f64::from_le_bytes);
-                let rate =
-                    rate.map_err(|_| Refusal::new(Reason::Malformed, "request", "learning rate", "8 bytes", "others"))?;
+                let mut from = Reader(payload);
+                let schedule = Schedule::decode(&mut from).and_then(|schedule| from.end().map(|()| schedule));
+                let malformed = |bad| Refusal::new(Reason::Malformed, "request", "learning rate", "a schedule", bad);
+                let schedule = schedule.map_err(malformed)?;
                 match self.sparse.get_mut(&header.table) {
-                    Some(table) => table.set_rate(header, rate)?,
-                    None => self.table(header)?.set_rate(header, rate)?,
+                    Some(table) => table.set_rate(header, schedule)?,
+                    None => self.table(header)?.set_rate(header, schedule)?,
                 }
+                done(wait, header.clock, out);
+                Ok(())
+            }
+            Kind::Norm => {
+                let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+                check_waiting(table.waiting(), || table.spec.subject(), &self.limits)?;
+                table.norm(*wait, &mut self.answers)
+            }
+            Kind::Scale => {
+                let wrong = |_| Refusal::new(Reason::Malformed, "request", "scale", "8 bytes", payload.len());
+                let scale = payload.try_into().map(f64::from_le_bytes).map_err(wrong)?;
+                let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+                table.scale(header, scale, &mut self.memory, &mut self.answers)?;
                 done(wait, header.clock, out);
                 Ok(())
             }

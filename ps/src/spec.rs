@@ -46,6 +46,8 @@ pub struct TableSpec {
     pub mode: Mode,
     /// How contributions become one gradient.
     pub combine: Combine,
+    /// Whether the gradient of a clock waits to be told its scale before it is applied.
+    pub clipped: bool,
     /// Number of shards that it is cut over.
     pub shards: u32,
     /// Which of them the receiver is.
@@ -93,6 +95,13 @@ impl TableSpec {
         if let UpdateRule::Adagrad(Adagrad { row_wise: true, .. }) = self.rule {
             return wrong("update rule", "one for a dense table, which has no rows".to_owned(), self.rule.to_string());
         }
+        if self.clipped && !matches!(self.mode, Mode::Sync { .. }) {
+            return wrong(
+                "clipping",
+                "a synchronous table, whose gradients are whole".to_owned(),
+                self.mode.to_string(),
+            );
+        }
         self.rule.check().or_else(|reason| wrong("update rule", "numbers that make sense".to_owned(), reason))
     }
 
@@ -108,6 +117,7 @@ impl TableSpec {
             .or_else(|| differ("update rule", at_rest(self.rule), at_rest(other.rule)))
             .or_else(|| differ("mode", self.mode.to_string(), other.mode.to_string()))
             .or_else(|| differ("combine", format!("{:?}", self.combine), format!("{:?}", other.combine)))
+            .or_else(|| differ("clipping", self.clipped.to_string(), other.clipped.to_string()))
             .or_else(|| differ("number of servers", self.shards.to_string(), other.shards.to_string()))
             .or_else(|| differ("place in the list of servers", self.shard.to_string(), other.shard.to_string()))
             .or_else(|| differ("elements of a part", self.part_elements.to_string(), other.part_elements.to_string()))
@@ -126,6 +136,7 @@ impl TableSpec {
         self.rule.encode(out);
         self.mode.encode(out);
         out.byte((self.combine == Combine::Mean).into());
+        out.byte(self.clipped.into());
         out.number(self.shards.into());
         out.number(self.shard.into());
         out.number(self.part_elements);
@@ -142,9 +153,13 @@ impl TableSpec {
         let rule = UpdateRule::decode(from)?;
         let mode = Mode::decode(from)?;
         let combine = Combine::decode(from)?;
+        let clipped = match from.byte()? {
+            flag @ (0 | 1) => flag == 1,
+            _ => return Err(BadBody("a flag is neither 0 nor 1")),
+        };
         let small = |number: u64| u32::try_from(number).map_err(|_| BadBody("a number is too large"));
         let (shards, shard) = (small(from.number()?)?, small(from.number()?)?);
-        Ok(Self { name, shape, dtype, rule, mode, combine, shards, shard, part_elements: from.number()? })
+        Ok(Self { name, shape, dtype, rule, mode, combine, clipped, shards, shard, part_elements: from.number()? })
     }
 }
 
@@ -162,6 +177,7 @@ mod tests {
             rule: UpdateRule::Sgd(Sgd { momentum: 0.9, ..Sgd::default() }),
             mode: Mode::Sync { workers: 4 },
             combine: Combine::Mean,
+            clipped: false,
             shards: 3,
             shard: 2,
             part_elements: 64,
@@ -181,7 +197,7 @@ mod tests {
         let ftrl = UpdateRule::Ftrl(Ftrl { l1: 0.25, ..Ftrl::default() });
         for rule in [UpdateRule::Sum, UpdateRule::Replace, spec().rule, adam, adagrad, ftrl] {
             for mode in [Mode::Async, Mode::Sync { workers: 4 }, Mode::Ssp { workers: 4, staleness: 3 }] {
-                let spec = TableSpec { rule, mode, ..spec() };
+                let spec = TableSpec { rule, mode, clipped: mode == Mode::Async, ..spec() };
                 let bytes = body(&spec);
                 let mut from = Reader(&bytes);
                 assert_eq!(TableSpec::decode(&mut from), Ok(spec));
@@ -212,6 +228,7 @@ mod tests {
             TableSpec { shape: vec![1 << 40, 1 << 40], ..spec() },
             TableSpec { shape: vec![1 << 60], ..spec() },
             TableSpec { shard: 3, ..spec() },
+            TableSpec { clipped: true, mode: Mode::Async, ..spec() },
             TableSpec { part_elements: 0, ..spec() },
             TableSpec { part_elements: 1 << 20, ..spec() },
             TableSpec { mode: Mode::Sync { workers: u32::MAX }, ..spec() },

@@ -184,6 +184,7 @@ mod tests {
             rule: UpdateRule::Sum,
             mode: Mode::Async,
             combine: Combine::Sum,
+            clipped: false,
             shards: 1,
             shard: 0,
             part_elements: 7,

@@ -1,5 +1,6 @@
 //! Pure: the numbers of one part of a dense table: value, optimizer state, and the sum that is being made.
 
+use crate::exact_sum::ExactSum;
 use crate::kernel::{self, BLOCK, Real, Step};
 use crate::{DType, UpdateRule};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
@@ -15,6 +16,11 @@ pub(crate) enum Source<'a> {
     SumAnd(Gradient<'a>),
     /// One contribution alone.
     Only(Gradient<'a>),
+    /// The sum made so far, multiplied.
+    Closed {
+        /// By what.
+        scale: f64,
+    },
 }
 
 /// The numbers of a part, whatever they are computed in.
@@ -25,6 +31,10 @@ pub(crate) trait Values: Send {
     fn add(&mut self, gradient: Gradient<'_>);
     /// Applies `rule` for the `n`-th time, from 1, to the gradient divided by `divisor`.
     fn apply(&mut self, rule: &UpdateRule, n: u64, divisor: f64, source: Source<'_>);
+    /// Keeps the gradient divided by `divisor` as the sum, and tells the exact sum of its squares (in 64 bits each).
+    fn close(&mut self, divisor: f64, source: Source<'_>) -> ExactSum;
+    /// Applies `rule` for the `n`-th time to the closed sum times `scale`.
+    fn apply_closed(&mut self, rule: &UpdateRule, n: u64, scale: f64);
     /// Makes `bytes`, in the table's type, the value.
     fn write(&mut self, bytes: &[u8]);
     /// The value, in the table's type, as it is now: later updates leave these bytes alone.
@@ -114,10 +124,7 @@ impl<C: Real> Values for Dense<C> {
             let end = self.elements.min(start + BLOCK);
             let gradient = &mut gradient[..end - start];
             gather(&self.sum, source, start..end, gradient);
-            if divisor != 1.0 {
-                let divisor = C::of(divisor);
-                gradient.iter_mut().for_each(|gradient| *gradient = *gradient / divisor);
-            }
+            divide(gradient, divisor);
             let stored = &mut bytes[start * self.dtype.bytes()..end * self.dtype.bytes()];
             let block = |state: &mut Vec<C>| if state.is_empty() { 0..0 } else { start..end };
             let (of_first, of_second) = (block(first), block(second));
@@ -139,6 +146,27 @@ impl<C: Real> Values for Dense<C> {
         }
     }
 
+    fn close(&mut self, divisor: f64, source: Source<'_>) -> ExactSum {
+        self.sum.resize(self.elements, C::default());
+        let (mut squares, mut gradient) = (ExactSum::default(), [C::default(); BLOCK]);
+        for start in (0..self.elements).step_by(BLOCK) {
+            let end = self.elements.min(start + BLOCK);
+            let gradient = &mut gradient[..end - start];
+            gather(&self.sum, source, start..end, gradient);
+            divide(gradient, divisor);
+            self.sum[start..end].copy_from_slice(gradient);
+            for value in gradient {
+                let value: f64 = (*value).into();
+                squares.add(value * value);
+            }
+        }
+        squares
+    }
+
+    fn apply_closed(&mut self, rule: &UpdateRule, n: u64, scale: f64) {
+        self.apply(rule, n, 1.0, Source::Closed { scale });
+    }
+
     fn write(&mut self, bytes: &[u8]) {
         self.writable().copy_from_slice(bytes);
         if !self.wide.is_empty() {
@@ -151,6 +179,13 @@ impl<C: Real> Values for Dense<C> {
     }
 }
 
+fn divide<C: Real>(gradient: &mut [C], divisor: f64) {
+    if divisor != 1.0 {
+        let divisor = C::of(divisor);
+        gradient.iter_mut().for_each(|gradient| *gradient = *gradient / divisor);
+    }
+}
+
 /// The gradient of elements `range`, out of its source.
 fn gather<C: Real>(sum: &[C], source: Source<'_>, range: std::ops::Range<usize>, to: &mut [C]) {
     let of = |(dtype, bytes): Gradient<'_>, to: &mut [C]| {
@@ -158,6 +193,10 @@ fn gather<C: Real>(sum: &[C], source: Source<'_>, range: std::ops::Range<usize>,
     };
     match source {
         Source::Only(gradient) => of(gradient, to),
+        Source::Closed { scale } => {
+            let scale = C::of(scale);
+            to.iter_mut().zip(&sum[range]).for_each(|(to, sum)| *to = *sum * scale);
+        }
         Source::SumAnd(gradient) => {
             of(gradient, to);
             to.iter_mut().zip(&sum[range.clone()]).for_each(|(to, sum)| *to = *sum + *to);

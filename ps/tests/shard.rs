@@ -7,7 +7,7 @@ use gradwire_ps::shard::{Action, Limits, Shard};
 use gradwire_ps::shard_map::{MAX_PART_BYTES, part_elements, parts};
 use gradwire_ps::{
     Adam, Combine, DType, Epoch, Eviction, Initializer, KeyRange, Mode, Reason, Refusal, Sgd, ShardMap, SparseSpec,
-    TableId, TableSpec, UpdateRule, open_body, open_sparse_body,
+    TableId, TableSpec, UpdateRule, open_body, open_sparse_body, rate_body,
 };
 use gradwire_transport::PeerId;
 use proptest::prelude::*;
@@ -27,6 +27,7 @@ fn spec(elements: u64, mode: Mode, rule: UpdateRule) -> TableSpec {
         rule,
         mode,
         combine: Combine::Sum,
+        clipped: false,
         shards: 1,
         shard: 0,
         part_elements: part_elements(elements, 1, DType::F32, MAX_PART_BYTES),
@@ -240,7 +241,7 @@ fn what_is_wrong_is_refused_by_name_and_the_shard_goes_on() {
         (Header { flags: 2, ..push(0, 1, TWO) }, one.clone(), Reason::Malformed, "payload checksum"),
         (header(Kind::Done, 0), vec![], Reason::Malformed, "kind"),
         (header(Kind::Barrier, 0), vec![], Reason::Malformed, "clients"),
-        (data(Kind::SetRate, 0, TWO), 0.1f64.to_le_bytes().to_vec(), Reason::Mismatch, "update rule"),
+        (data(Kind::SetRate, 0, TWO), rate_body(&0.1.into()), Reason::Mismatch, "update rule"),
         (data(Kind::SetRate, 0, TWO), vec![1], Reason::Malformed, "learning rate"),
         (header(Kind::Open, 0), vec![1, 2, 3], Reason::Malformed, "body"),
     ];
@@ -289,7 +290,7 @@ fn a_learning_rate_holds_from_its_clock_on_whoever_comes_first() {
         let one = bytes(&[1.0; 2]);
         let rate = |bench: &mut Bench, client, clock, rate: f64, flags| {
             let header = Header { clock, flags, sequence: clock, ..data(Kind::SetRate, client, TWO) };
-            bench.ask(client, header, &rate.to_le_bytes())
+            bench.ask(client, header, &rate_body(&rate.into()))
         };
         for clock in 1..=3 {
             for client in order {

@@ -12,7 +12,7 @@ and `gradwire.torch` holds an optimizer that runs on the parameter server.
 
 import os as _os
 
-from . import _native
+from . import _native, schedules
 from ._native import __version__
 from .communicator import Communicator, Description, Link, Work
 from .config import Config
@@ -71,4 +71,5 @@ __all__ = [
     "Work",
     "__version__",
     "connect",
+    "schedules",
 ]

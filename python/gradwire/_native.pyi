@@ -206,6 +206,7 @@ class PsClient:
         workers: int | None,
         average: bool,
         staleness: int | None,
+        clipped: bool,
     ) -> PsTable:
         """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""
 
@@ -213,6 +214,9 @@ class PsClient:
         self, name: str, dim: int, dtype_name: str, rule: tuple[str, Sequence[float], bool], making: Any
     ) -> PsSparseTable:
         """Makes a sparse table, or finds it. `making`: a `gradwire.sparse.Making`."""
+
+    def clip(self, tables: Sequence[PsTable], most: float) -> float:
+        """Clips the gradients that were pushed last by their common norm; the norm."""
 
     def barrier(self, name: str, clients: int, timeout_s: float | None = None) -> None:
         """Waits until `clients` clients have come."""
@@ -246,6 +250,9 @@ class PsTable:
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate from this worker's next push on."""
 
+    def set_schedule(self, schedule: tuple[str, Sequence[float], int, int, float]) -> None:
+        """Sets the learning rates from this worker's next push on."""
+
     @property
     def clock(self) -> int:
         """Pushes made by this client."""
@@ -262,6 +269,9 @@ class PsSparseTable:
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate from this worker's next push on."""
+
+    def set_schedule(self, schedule: tuple[str, Sequence[float], int, int, float]) -> None:
+        """Sets the learning rates from this worker's next push on."""
 
     def evicted(self) -> tuple[list[int], int]:
         """The ids that were evicted since last asked, and how many more are forgotten."""

@@ -140,6 +140,13 @@ class DenseTable:
         """Sets the learning rate, from this worker's next push on; all workers must set the same."""
         self._native.set_learning_rate(lr)
 
+    def set_schedule(self, schedule):
+        """Sets the learning rates of all clocks to come, from this worker's next push on: one of `gradwire.schedules`.
+
+        The servers work them out by themselves, so no message a step is needed; all workers must set the same.
+        """
+        self._native.set_schedule(schedule._native())
+
     def _out(self, out):
         if out is None:
             return numpy.empty(self.shape, self.dtype)
@@ -158,7 +165,9 @@ class Client:
     def __init__(self, native, rank):
         self._native, self.rank = native, rank
 
-    def dense(self, name, shape, dtype="float32", *, rule="sum", workers=None, average=False, staleness=None):
+    def dense(
+        self, name, shape, dtype="float32", *, rule="sum", workers=None, average=False, staleness=None, clipped=False
+    ):
         """Makes the table `name`, or finds it; all clients must describe it alike. Blocks.
 
         Args:
@@ -171,13 +180,14 @@ class Client:
             average: whether a synchronous sum is divided by the number of workers.
             staleness: with `workers`: pushes are applied as they come, and no worker gets so many clocks and one more ahead
                 of another: its pushes and pulls wait until the others are near enough.
+            clipped: with `workers`: each clock's gradient is applied only after `clip_grad_norm`, which every worker calls.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
         dtype, how = _dtype(dtype), _rule(rule)
-        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness)
+        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness, clipped)
         return DenseTable(native, name, shape, dtype)
 
     def sparse(
@@ -218,6 +228,14 @@ class Client:
         how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average)
         native = self._native.sparse(name, dim, dtype, _rule(optimizer), how)
         return SparseTable(native, PsWork, name, dim, dtype)
+
+    def clip_grad_norm(self, tables, max_norm):
+        """`torch.nn.utils.clip_grad_norm_` of the merged gradients that were pushed last to `tables`, opened with `clipped`.
+
+        Every worker calls it once after each push, with the same tables; the gradients are applied then. Returns the norm
+        over all of them before clipping: the same bits whatever the number of servers. Blocks until all have pushed.
+        """
+        return self._native.clip([table._native for table in tables], float(max_norm))
 
     def barrier(self, name, clients, timeout_s=None):
         """Waits until `clients` clients have come to the barrier `name`."""

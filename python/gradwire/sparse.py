@@ -139,6 +139,13 @@ class SparseTable:
         """Sets the learning rate, from this worker's next push on; all workers must set the same."""
         self._native.set_learning_rate(lr)
 
+    def set_schedule(self, schedule):
+        """Sets the learning rates of all clocks to come, from this worker's next push on: one of `gradwire.schedules`.
+
+        The servers work them out by themselves, so no message a step is needed; all workers must set the same.
+        """
+        self._native.set_schedule(schedule._native())
+
     def _check(self, ids, value, argument):
         wanted, shape = (*ids.shape, self.dim), tuple(getattr(value, "shape", ()))
         if shape != wanted:

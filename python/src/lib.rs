@@ -11,6 +11,7 @@ mod forked;
 mod one_sided;
 mod operation;
 mod ps;
+mod schedule;
 mod settings;
 mod sparse;
 mod store;

@@ -2,6 +2,7 @@
 
 use crate::buffer::{Access, Memory};
 use crate::errors;
+use crate::schedule::Described;
 use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
@@ -124,11 +125,13 @@ impl PsClient {
         workers: Option<u32>,
         average: bool,
         staleness: Option<u32>,
+        clipped: bool,
     ) -> PyResult<PsTable> {
         let options = TableOptions {
             rule: rule.rule()?,
             mode: mode(workers, staleness)?,
             combine: if average { Combine::Mean } else { Combine::Sum },
+            clipped,
         };
         let dtype = table_type(dtype_name)?;
         let table = py.detach(|| self.inner.dense(name, &shape, dtype, options));
@@ -146,6 +149,12 @@ impl PsClient {
         making: Making,
     ) -> PyResult<PsSparseTable> {
         PsSparseTable::open(py, &self.inner, name, (dim, dtype_name), &rule, &making)
+    }
+
+    /// Clips the gradients that were pushed last by their common norm; the norm.
+    fn clip(&self, py: Python<'_>, tables: Vec<Py<PsTable>>, most: f64) -> PyResult<f64> {
+        let tables: Vec<&gradwire_ps::DenseTable> = tables.iter().map(|table| &table.get().inner).collect();
+        py.detach(|| self.inner.clip(&tables, most)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Waits until `clients` clients have come.
@@ -293,6 +302,12 @@ impl PsTable {
     /// Sets the learning rate from this worker's next push on.
     fn set_learning_rate(&self, py: Python<'_>, rate: f64) -> PyResult<()> {
         py.detach(|| self.inner.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// Sets the learning rates from this worker's next push on.
+    fn set_schedule(&self, py: Python<'_>, schedule: Described) -> PyResult<()> {
+        let schedule = schedule.schedule()?;
+        py.detach(|| self.inner.set_schedule(&schedule)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Pushes made by this client.

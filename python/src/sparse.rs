@@ -3,6 +3,7 @@
 use crate::buffer::{Access, Memory};
 use crate::errors;
 use crate::ps::{PsPending, Rule, in_use, mode, reading, same_type, table_type};
+use crate::schedule::Described;
 use crate::wait::seconds;
 use gradwire_ps::{Combine, Eviction, Initializer, SparseOptions};
 use gradwire_transport::RegionSlice;
@@ -110,6 +111,12 @@ impl PsSparseTable {
     /// Sets the learning rate from this worker's next push on.
     fn set_learning_rate(&self, py: Python<'_>, rate: f64) -> PyResult<()> {
         py.detach(|| self.inner.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// Sets the learning rates from this worker's next push on.
+    fn set_schedule(&self, py: Python<'_>, schedule: Described) -> PyResult<()> {
+        let schedule = schedule.schedule()?;
+        py.detach(|| self.inner.set_schedule(&schedule)).map_err(|error| errors::ps(py, &error))
     }
 
     /// The ids that were evicted since last asked, and how many more are forgotten.

@@ -1,5 +1,6 @@
 //! Does: a client of a parameter server: connects to its shards and makes calls on tables.
 
+mod clip;
 mod driver;
 mod ending;
 mod engine;
@@ -121,7 +122,7 @@ impl Core {
     fn request(&self, shard: u32, header: Header, body: Vec<u8>) -> NewRequest {
         let cargo = if body.is_empty() { Cargo::Nothing } else { Cargo::Body(body) };
         let header = Header { epoch: self.map.epoch, sequence: self.next_sequence(), ..header };
-        let keep_body = matches!(header.kind, Kind::Status | Kind::Evicted);
+        let keep_body = matches!(header.kind, Kind::Status | Kind::Evicted | Kind::Norm);
         NewRequest { shard, header, cargo, target: None, lane: None, keep_body }
     }
 }
@@ -199,6 +200,19 @@ impl Client {
     /// As [`Client::dense`].
     pub fn sparse(&self, name: &str, dim: usize, dtype: DType, options: SparseOptions) -> Result<SparseTable, PsError> {
         sparse::open(&self.core, name, dim, dtype, options)
+    }
+
+    /// Clips the gradients of `tables` that this worker has pushed last, as `torch.nn.utils.clip_grad_norm_` would the merged
+    /// ones, and has them applied; the norm over all of them, before clipping. Every worker calls it after each push, with
+    /// the same tables and the same `most`; only then do pulls of that clock get their answers. Blocks until all have pushed.
+    ///
+    /// The norm is the root of the exact sum of squares, so its bits depend neither on the number of shards nor on who
+    /// comes first. Costs a round trip, and two short messages for each table and shard.
+    ///
+    /// # Errors
+    /// `Invalid` for tables that were not opened to be clipped; `Refused` where workers differ; `Timeout` with who is missing.
+    pub fn clip(&self, tables: &[&DenseTable], most: f64) -> Result<f64, PsError> {
+        clip::clip(&self.core, tables, most)
     }
 
     /// Waits until `clients` clients have come to the barrier `name`, each as often as this one. Blocks.

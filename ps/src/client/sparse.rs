@@ -6,9 +6,10 @@ use super::{Core, Pending};
 use crate::body::Reader;
 use crate::header::{Header, Kind};
 use crate::memory::Shelf;
+use crate::schedule::rate_body;
 use crate::shard::{MOST_EVICTED, open_sparse_body};
 use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES};
-use crate::{Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, SparseSpec, UpdateRule};
+use crate::{Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, Schedule, SparseSpec, UpdateRule};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -258,11 +259,21 @@ impl SparseTable {
     /// # Errors
     /// `Refused` for a rule without a learning rate, or where workers differ; `Invalid` for one who is not a worker.
     pub fn set_learning_rate(&self, rate: f64) -> Result<(), PsError> {
+        self.set_schedule(&rate.into())
+    }
+
+    /// Sets the learning rates of all clocks to come, until others are set: the servers evaluate `schedule`, whose step 0 is
+    /// this worker's next push; in asynchronous mode, the next push of anybody. Blocks until the servers know.
+    ///
+    /// # Errors
+    /// As [`SparseTable::set_learning_rate`]; `Invalid` for a schedule whose numbers make no sense.
+    pub fn set_schedule(&self, schedule: &Schedule) -> Result<(), PsError> {
         self.core.check_worker(self.table.spec.mode, &self.table.subject)?;
+        schedule.check().map_err(|why| PsError::invalid(&*self.table.subject, why))?;
         let made = self.made();
         let requests = (0..self.table.spec.shards).map(|shard| {
             let header = Header { table: self.table.spec.id(), clock: made.pushes + 1, ..Header::new(Kind::SetRate) };
-            self.core.request(shard, header, rate.to_le_bytes().to_vec())
+            self.core.request(shard, header, rate_body(schedule))
         });
         let pending = self.core.start("setting the learning rate of", &self.table.subject, requests.collect())?;
         drop(made);

@@ -3,9 +3,10 @@
 use super::engine::{Cargo, NewRequest};
 use super::{Core, Pending};
 use crate::header::{Header, Kind};
+use crate::schedule::rate_body;
 use crate::shard::open_body;
 use crate::shard_map::{part_elements, parts};
-use crate::{Combine, DType, KeyRange, Mode, PsError, TableSpec, UpdateRule};
+use crate::{Combine, DType, KeyRange, Mode, PsError, Schedule, TableId, TableSpec, UpdateRule};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,11 +19,13 @@ pub struct TableOptions {
     pub mode: Mode,
     /// How the contributions to a clock become one gradient. Default: their sum.
     pub combine: Combine,
+    /// Whether each clock's gradient waits for [`crate::Client::clip`] before it is applied. Default: it does not.
+    pub clipped: bool,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum }
+        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum, clipped: false }
     }
 }
 
@@ -62,6 +65,7 @@ pub(super) fn open(
         rule: options.rule,
         mode: options.mode,
         combine: options.combine,
+        clipped: options.clipped,
         shards,
         shard: 0,
         part_elements: 1,
@@ -188,11 +192,21 @@ impl DenseTable {
     /// # Errors
     /// `Refused` for a rule without a learning rate, or where workers differ; `Invalid` for one who is not a worker.
     pub fn set_learning_rate(&self, rate: f64) -> Result<(), PsError> {
+        self.set_schedule(&rate.into())
+    }
+
+    /// Sets the learning rates of all clocks to come, until others are set: the servers evaluate `schedule`, whose step 0 is
+    /// this worker's next push; in asynchronous mode, the next push of anybody. Blocks until the servers know.
+    ///
+    /// # Errors
+    /// As [`DenseTable::set_learning_rate`]; `Invalid` for a schedule whose numbers make no sense.
+    pub fn set_schedule(&self, schedule: &Schedule) -> Result<(), PsError> {
         self.check_worker()?;
+        schedule.check().map_err(|why| PsError::invalid(&*self.table.subject, why))?;
         let pushed = self.pushed();
         let requests = (0..self.core.map.shards()).map(|shard| {
             let header = Header { table: self.table.spec.id(), clock: *pushed + 1, ..Header::new(Kind::SetRate) };
-            self.core.request(shard, header, rate.to_le_bytes().to_vec())
+            self.core.request(shard, header, rate_body(schedule))
         });
         let pending = self.core.start("setting the learning rate of", &self.table.subject, requests.collect())?;
         drop(pushed);
@@ -231,6 +245,21 @@ impl DenseTable {
 
     fn pushed(&self) -> MutexGuard<'_, u64> {
         self.table.pushed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn id(&self) -> TableId {
+        self.table.spec.id()
+    }
+
+    /// Whether this client may clip it now.
+    pub(super) fn check_clipped(&self) -> Result<(), PsError> {
+        self.check_worker()?;
+        let reason = match (self.options().clipped, self.clock()) {
+            (false, _) => "it was not opened to be clipped: its gradients are applied at once",
+            (true, 0) => "nothing has been pushed to it yet: push first",
+            (true, _) => return Ok(()),
+        };
+        Err(PsError::invalid(&*self.table.subject, reason))
     }
 
     fn is_synchronous(&self) -> bool {

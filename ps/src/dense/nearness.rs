@@ -67,7 +67,7 @@ impl Part {
     ) {
         let Order::Bounded { progress, applied } = &mut self.order else { return };
         *applied += 1;
-        self.values.apply(&rates.at(0), *applied, divisor, Source::Only(gradient));
+        self.values.apply(&rates.at(from.header.clock), *applied, divisor, Source::Only(gradient));
         progress.advance(rank(from));
         self.wait_or_answer(*from, out);
         self.answer_ready(out);

@@ -10,6 +10,7 @@ use crate::header::{Header, Kind};
 use crate::memory::{Memory, Shelf};
 use crate::rates::Rates;
 use crate::refusal::{Reason, Refusal};
+use crate::schedule::Schedule;
 use crate::staleness::{Call, Mode, Window};
 use crate::status::SparseStatus;
 use gradwire_transport::PeerId;
@@ -106,10 +107,10 @@ impl SparseTable {
         self.readers.len() + pushes
     }
 
-    /// Sets the learning rate from the header's clock on.
-    pub(crate) fn set_rate(&mut self, header: &Header, rate: f64) -> Result<(), Refusal> {
+    /// Sets the learning rates from the header's clock on.
+    pub(crate) fn set_rate(&mut self, header: &Header, schedule: Schedule) -> Result<(), Refusal> {
         let completed = self.completed();
-        self.rates.set(header, rate, self.spec.mode, completed, self.spec.subject())
+        self.rates.set(header, schedule, self.spec.mode, completed, self.spec.subject())
     }
 
     /// Counts a part of a push. `Ok(false)`: it cannot be taken now, nothing was changed. `payload` has been checked to be
@@ -149,7 +150,7 @@ impl SparseTable {
             Call::New => {
                 *pushes += u64::from(batch.part == 0);
                 let step = (*pushes).max(1);
-                self.rows.apply(&self.rates.at(0), step, batch, 1.0, now_ms);
+                self.rows.apply(&self.rates.at(step), step, batch, 1.0, now_ms);
                 false
             }
             Call::Duplicate => true,
@@ -261,7 +262,7 @@ impl SparseTable {
             progress.advance(rank);
         }
         let divisor = divisor(self.spec.combine, self.spec.mode);
-        self.rows.apply(&self.rates.at(0), step, batch, divisor, now_ms);
+        self.rows.apply(&self.rates.at(from.header.clock), step, batch, divisor, now_ms);
         self.acknowledge(from, means.out);
         if whole {
             self.answer_ready(means);

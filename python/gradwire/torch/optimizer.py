@@ -1,5 +1,7 @@
 """Optimizers whose state and arithmetic live on parameter servers."""
 
+from dataclasses import replace
+
 import torch
 
 from ..ps import SGD, Adagrad, Adam
@@ -9,7 +11,7 @@ def _rule(optimizer, group):
     """The server's rule for a group of a PyTorch optimizer."""
     for option in ("maximize", "amsgrad", "differentiable"):
         if group.get(option):
-            raise ValueError(f"the servers do not know {option}=True of {type(optimizer).__name__}")
+            raise ValueError(f"the servers do not know {option}=True of {type(optimizer).__name__}: {_ELSE}")
     lr = float(group["lr"])
     if isinstance(optimizer, torch.optim.SGD):
         return SGD(lr, group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"])
@@ -19,7 +21,10 @@ def _rule(optimizer, group):
     if isinstance(optimizer, torch.optim.Adagrad):
         numbers = (group["lr_decay"], group["weight_decay"], group["initial_accumulator_value"], group["eps"])
         return Adagrad(lr, *numbers)
-    raise ValueError(f"the servers know SGD, Adam, AdamW and Adagrad, not {type(optimizer).__name__}")
+    raise ValueError(f"the servers know SGD, Adam, AdamW and Adagrad, not {type(optimizer).__name__}: {_ELSE}")
+
+
+_ELSE = 'with where="worker" the servers only average, and any optimizer will do'
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -30,37 +35,62 @@ class DistributedOptimizer(torch.optim.Optimizer):
     synchronous, and the same to the bit whoever comes first.
 
     Args:
-        optimizer: a `torch.optim.SGD`, `Adam`, `AdamW` or `Adagrad` over the model's parameters. Its learning rates may change (by a
-            scheduler around *this* optimizer); its other numbers are fixed.
+        optimizer: a `torch.optim.SGD`, `Adam`, `AdamW` or `Adagrad` over the model's parameters. Its learning rates may change,
+            by a scheduler around *this* optimizer or by hand: a change is told to the servers with the next gradient. Its
+            other numbers are fixed.
         client: from `gradwire.connect(addresses, rank=...)`.
         workers: how many workers there are.
         name: tells models on the same servers apart.
         backward_passes_per_step: backward passes whose gradients add up before they are pushed.
+        schedule: learning rates that the servers work out by themselves, one of `gradwire.schedules`; a rate that a
+            scheduler or anybody sets afterwards takes its place.
+        max_grad_norm: the averaged gradients are clipped to this norm over all parameters before they are applied, as by
+            `torch.nn.utils.clip_grad_norm_`; `grad_norm` is the last one before clipping. Costs a round trip a step.
+        where: "server", or "worker": the servers only average the gradients, and each worker's own `optimizer`, of any
+            kind, takes the step.
 
     Raises:
         ValueError: an optimizer or option that the servers do not know, or a parameter that is not a contiguous CPU float.
         ServerRefusedError: another worker has described the model otherwise.
     """
 
-    def __init__(self, optimizer, client, *, workers, name="model", backward_passes_per_step=1):
+    def __init__(
+        self,
+        optimizer,
+        client,
+        *,
+        workers,
+        name="model",
+        backward_passes_per_step=1,
+        schedule=None,
+        max_grad_norm=None,
+        where="server",
+    ):
+        if where not in ("server", "worker"):
+            raise ValueError(f'where={where!r}: the step is taken by the "server" or by the "worker"')
+        if schedule is not None and where == "worker":
+            raise ValueError("the servers follow a schedule only where they take the step: use a torch scheduler here")
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._passes = backward_passes_per_step
+        self._inner, self._on_server = optimizer, where == "server"
+        self._client, self._passes = client, backward_passes_per_step
+        self._max_grad_norm, self.grad_norm = max_grad_norm, None
+        how = {"workers": workers, "average": True, "clipped": max_grad_norm is not None}
         self._entries = {}
         self._works = {}
         index = 0
         for group in self.param_groups:
-            rule = _rule(optimizer, group)
+            rule = _rule(optimizer, group) if self._on_server else "replace"
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
                 dtype = str(parameter.dtype).removeprefix("torch.")
-                table = client.dense(
-                    f"{name}/{index}", parameter.shape, dtype, rule=rule, workers=workers, average=True
-                )
+                table = client.dense(f"{name}/{index}", parameter.shape, dtype, rule=rule, **how)
                 value = parameter.detach()
                 table.init(value)
                 table.pull(value)
-                self._entries[parameter] = _Entry(index, group, table, torch.empty_like(value))
+                if schedule is not None:
+                    table.set_schedule(schedule)
+                self._entries[parameter] = _Entry(index, group, table, torch.empty_like(value), rule)
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
                 index += 1
 
@@ -73,17 +103,25 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if parameter in self._works:
             message = f"parameter {entry.index} has a second gradient before step(): raise backward_passes_per_step"
             raise RuntimeError(message)
-        rate = float(entry.group["lr"])
-        if rate != entry.rate:
-            entry.table.set_learning_rate(rate)
-            entry.rate = rate
+        if self._on_server:
+            self._tell_rate(entry)
         # The tensor is kept until the push is done, also when zero_grad() drops it from the parameter.
         gradient = parameter.grad.contiguous()
         self._works[parameter] = (entry.table.push_pull_async(gradient, entry.fresh), gradient)
 
+    def _tell_rate(self, entry):
+        rule = _rule(self._inner, entry.group)
+        if rule == entry.rule:
+            return
+        if replace(rule, lr=entry.rule.lr) != entry.rule:
+            message = f"the servers were told {entry.rule}, and only lr may change, not {rule}"
+            raise ValueError(f"{message} (OneCycleLR and CyclicLR: pass cycle_momentum=False)")
+        entry.table.set_learning_rate(rule.lr)
+        entry.rule = rule
+
     @torch.no_grad()
     def step(self, closure=None):
-        """Waits for the new values and takes them.
+        """Waits for the new values and takes them; with `where="worker"`, for the mean gradients, and takes the step.
 
         Raises:
             RuntimeError: a parameter got no gradient; every worker must contribute to every parameter.
@@ -97,16 +135,22 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if missing:
             message = f"parameters {missing} got no gradient since the last step: every worker must contribute to each"
             raise RuntimeError(message)
+        if self._max_grad_norm is not None:
+            tables = [entry.table for entry in self._entries.values()]
+            self.grad_norm = self._client.clip_grad_norm(tables, self._max_grad_norm)
         works, self._works = self._works, {}
         for parameter, (work, _) in works.items():
             work.wait()
-            parameter.copy_(self._entries[parameter].fresh)
+            target = parameter if self._on_server else parameter.grad
+            target.copy_(self._entries[parameter].fresh)
+        if not self._on_server:
+            self._inner.step()
         return loss
 
 
 class _Entry:
-    """A parameter, its table, and where new values land."""
+    """A parameter, its table, where new values land, and the rule that its table was told."""
 
-    def __init__(self, index, group, table, fresh):
-        self.index, self.group, self.table, self.fresh = index, group, table, fresh
-        self.rate, self.passes = float(group["lr"]), 0
+    def __init__(self, index, group, table, fresh, rule):
+        self.index, self.group, self.table, self.fresh, self.rule = index, group, table, fresh, rule
+        self.passes = 0
