@@ -28,7 +28,8 @@ impl Piece {
 /// All-reduce, reduce and broadcast work in place in `output[0]`, with no input. All-gather and gather take `input[0]` and
 /// fill one output per rank, of any lengths, or one output that holds all ranks' parts (gather: only at the root).
 /// Reduce-scatter and scatter take one input per rank, or one that holds all (scatter: only at the root), and fill
-/// `output[0]`. All-to-all takes and fills one piece per rank, of any lengths.
+/// `output[0]`. All-to-all takes and fills one piece per rank, of any lengths, or one that holds equal parts for all, which
+/// says that all ranks do the same.
 #[derive(Clone, Debug)]
 pub struct Call {
     /// What to do.
@@ -61,14 +62,22 @@ pub(crate) struct Shape {
     pub(crate) input: Vec<usize>,
     /// Elements that this rank gets from each rank; empty where there are no parts.
     pub(crate) output: Vec<usize>,
+    /// Whether an all-to-all is packed: all parts of all ranks have `len` elements, by the callers' word.
+    pub(crate) packed: bool,
 }
 
 impl Shape {
+    /// The most elements that a rank's part has: what ranks with parts of different lengths all know.
+    pub(crate) fn longest(&self) -> usize {
+        self.input.iter().chain(&self.output).copied().max().unwrap_or(0).max(self.len)
+    }
+
     /// The number of elements that all ranks must agree on; 0 where they need not: gather, scatter and all-to-all, and parts
     /// of different lengths.
     pub(crate) fn agreed_len(&self, collective: &Collective) -> usize {
         let even = |parts: &[usize]| parts.iter().all(|part| *part == self.len);
         match collective {
+            Collective::AllToAll if self.packed => self.len,
             Collective::Gather { .. } | Collective::Scatter { .. } | Collective::AllToAll => 0,
             _ if even(&self.input) && even(&self.output) => self.len,
             _ => 0,
@@ -98,26 +107,31 @@ impl Call {
         let output = self.elements("output", &self.output)?;
         let parts = |lens: Vec<usize>, what: &str| self.parts(lens, what, size);
         Ok(match self.collective {
-            Collective::Barrier => Shape { len: 0, input: vec![], output: vec![] },
+            Collective::Barrier => Shape { len: 0, input: vec![], output: vec![], packed: false },
             Collective::AllReduce { .. } | Collective::Reduce { .. } | Collective::Broadcast { .. } => {
-                Shape { len: self.only(&output, "output")?, input: vec![], output: vec![] }
+                Shape { len: self.only(&output, "output")?, input: vec![], output: vec![], packed: false }
             }
             Collective::AllGather | Collective::Gather { .. } => {
                 let len = self.only(&input, "input")?;
                 let output = if root { parts(output, "output")? } else { vec![] };
                 self.same(len, output.get(rank), "input", "its own part of the output")?;
-                Shape { len, input: vec![], output }
+                Shape { len, input: vec![], output, packed: false }
             }
             Collective::ReduceScatter { .. } | Collective::Scatter { .. } => {
                 let len = self.only(&output, "output")?;
                 let input = if root { parts(input, "input")? } else { vec![] };
                 self.same(len, input.get(rank), "output", "its own part of the input")?;
-                Shape { len, input, output: vec![] }
+                Shape { len, input, output: vec![], packed: false }
+            }
+            Collective::AllToAll if size > 1 && input.len() == 1 && output.len() == 1 => {
+                let (input, output) = (parts(input, "input")?, parts(output, "output")?);
+                self.same(input[rank], output.get(rank), "input from itself", "output to itself")?;
+                Shape { len: input[rank], input, output, packed: true }
             }
             Collective::AllToAll => {
                 let (input, output) = (self.each(input, "input", size)?, self.each(output, "output", size)?);
                 self.same(input[rank], output.get(rank), "input from itself", "output to itself")?;
-                Shape { len: 0, input, output }
+                Shape { len: 0, input, output, packed: false }
             }
         })
     }

@@ -4,10 +4,14 @@
 //! short `n - 1` and `n - 1`, doubling `log2 n` and `log2 n`, direct `2 (n - 1)` and `2 (n - 1) / n`, ring `2 (n - 1)` and
 //! `2 (n - 1) / n` to its neighbour only; in series they take 1, `log2 n`, 2 and `2 (n - 1)` steps.
 
+use crate::algorithm::{self, Algorithm, AlgorithmError};
 use crate::call::Shape;
 use crate::chunk::parts;
-use crate::{Action, Collective, DType, Place, Reduction, Schedule, Span, direct, recursive_doubling, ring, tree};
+use crate::hosts::Hosts;
+use crate::{Action, Collective, DType, Place, Reduction, Schedule, Span};
+use crate::{bruck, direct, halving_doubling, hierarchical, recursive_doubling, ring, tree};
 use gradwire_transport::{Rank, WorldSize};
+use std::ops::Range;
 
 /// A buffer of at most this many bytes is sent whole to everybody, of a few ranks: a step costs more than the bytes.
 const SHORT_BYTES: usize = 16 << 10;
@@ -21,53 +25,17 @@ const DOUBLING_BYTES: usize = 64 << 10;
 const LONG_BYTES: usize = 1 << 20;
 /// The same for what is only moved.
 const RING_BYTES: usize = 256 << 10;
+/// The fewest ranks, and the most bytes of a part, for which an all-to-all is packed: fewer messages, each byte sent often.
+const BRUCK_RANKS: u32 = 8;
+const BRUCK_BYTES: usize = 1 << 10;
 /// Bytes of a segment: it stays in the second-level cache between the socket and the sum.
 const SEGMENT_BYTES: usize = 128 << 10;
-
-/// An algorithm, by the name that `GRADWIRE_ALGO` knows it by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Algorithm {
-    /// To the right neighbour only.
-    Ring,
-    /// Everybody with everybody, chunk by chunk.
-    Direct,
-    /// Everybody sends all to everybody.
-    Short,
-    /// Everything with a partner, twice as far away each round.
-    Doubling,
-    /// By a binomial tree.
-    Tree,
-}
-
-const ALGORITHMS: [(&str, Algorithm); 5] = [
-    ("ring", Algorithm::Ring),
-    ("direct", Algorithm::Direct),
-    ("short", Algorithm::Short),
-    ("doubling", Algorithm::Doubling),
-    ("tree", Algorithm::Tree),
-];
-
-/// What each collective can be made with.
-const POSSIBLE: [(&str, &[Algorithm]); 3] = [
-    ("all_reduce", &[Algorithm::Ring, Algorithm::Direct, Algorithm::Short, Algorithm::Doubling]),
-    ("all_gather", &[Algorithm::Ring, Algorithm::Direct]),
-    ("broadcast", &[Algorithm::Ring, Algorithm::Tree]),
-];
-
-/// `GRADWIRE_ALGO` cannot be understood.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "`{entry}` is not understood: write `collective:algorithm`, more than one separated by `;`, with one of {possible}"
-)]
-pub struct AlgorithmError {
-    entry: String,
-    possible: String,
-}
 
 /// Chooses, with the user's wishes in hand.
 #[derive(Clone, Debug, Default)]
 pub struct Chooser {
-    wishes: Vec<(String, Algorithm)>,
+    wishes: Vec<(&'static str, Algorithm)>,
+    hosts: Option<Hosts>,
 }
 
 impl Chooser {
@@ -76,19 +44,28 @@ impl Chooser {
     /// # Errors
     /// `AlgorithmError` for what is not understood, or cannot be.
     pub fn new(wishes: Option<&str>) -> Result<Self, AlgorithmError> {
-        let entries = wishes.unwrap_or("").split(';').map(str::trim).filter(|entry| !entry.is_empty());
-        let wishes = entries.map(|entry| parse(entry).ok_or_else(|| refusal(entry))).collect::<Result<_, _>>()?;
-        Ok(Self { wishes })
+        Ok(Self { wishes: algorithm::parse(wishes.unwrap_or(""))?, hosts: None })
+    }
+
+    /// The same for ranks on `hosts`.
+    pub fn on(self, hosts: Hosts) -> Self {
+        Self { hosts: Some(hosts), ..self }
     }
 
     /// The algorithm for a collective over `bytes` bytes (of a rank's buffer, or part) of `dtype`.
     pub fn algorithm(&self, collective: &Collective, dtype: DType, bytes: usize, world_size: WorldSize) -> Algorithm {
-        if let Some((_, wish)) = self.wishes.iter().find(|(name, _)| name == collective.name()) {
+        if let Some((_, wish)) = self.wishes.iter().find(|(name, _)| *name == collective.name()) {
             return *wish;
         }
         let half = dtype.is_short_float();
         let ranks = world_size.get();
+        let mixed = self.hosts.as_ref().is_some_and(Hosts::are_mixed);
         match collective {
+            Collective::AllReduce { .. } if mixed && !half && bytes <= SHORT_BYTES => Algorithm::Leaders,
+            Collective::AllReduce { .. } | Collective::ReduceScatter { .. } if mixed && !half => {
+                Algorithm::Hierarchical
+            }
+            Collective::AllGather | Collective::Broadcast { .. } if mixed => Algorithm::Hierarchical,
             Collective::AllReduce { .. } if ranks == 2 && bytes < LONG_BYTES => Algorithm::Short,
             Collective::AllReduce { .. } if ranks <= SHORT_RANKS && bytes <= SHORT_BYTES => Algorithm::Short,
             // Doubling and a ring round short floats at every step; folding in rank order rounds them once.
@@ -100,8 +77,14 @@ impl Chooser {
             Collective::AllGather => Algorithm::Ring,
             Collective::Broadcast { .. } if bytes < RING_BYTES => Algorithm::Tree,
             Collective::Broadcast { .. } => Algorithm::Ring,
+            Collective::AllToAll if ranks >= BRUCK_RANKS && bytes <= BRUCK_BYTES => Algorithm::Bruck,
             _ => Algorithm::Direct,
         }
+    }
+
+    /// Whether an all-to-all of equal parts is packed.
+    pub(crate) fn packs(&self, collective: &Collective, dtype: DType, shape: &Shape, world_size: WorldSize) -> bool {
+        self.algorithm(collective, dtype, shape.longest() * dtype.bytes(), world_size) == Algorithm::Bruck
     }
 
     /// This rank's part of a call.
@@ -114,50 +97,109 @@ impl Chooser {
         world_size: WorldSize,
     ) -> Schedule {
         let segment = (SEGMENT_BYTES / dtype.bytes()).max(1);
-        // Ranks with parts of their own lengths must choose alike: by what all of them know.
-        let longest = shape.input.iter().chain(&shape.output).copied().max().unwrap_or(0).max(shape.len);
-        let algorithm = self.algorithm(collective, dtype, longest * dtype.bytes(), world_size);
-        let alone = world_size.get() == 1;
-        let nothing = || vec![0..0; world_size.get() as usize];
-        let whole = |len: usize| vec![0..len; world_size.get() as usize];
+        let algorithm = self.algorithm(collective, dtype, shape.longest() * dtype.bytes(), world_size);
+        let (len, n) = (shape.len, world_size.get() as usize);
+        let nothing = || vec![0..0; n];
+        let average = collective.reduction() == Some(Reduction::Avg);
+        let make = Make { algorithm, hosts: self.hosts.as_ref(), rank, world_size, segment, average };
+        let exchange = |give: &[_], get: &[_]| direct::exchange(rank, world_size, give, get, segment);
         match *collective {
-            Collective::AllReduce { op } | Collective::Reduce { op, .. } if alone => finish(shape.len, op),
-            Collective::AllReduce { op } => match algorithm {
-                Algorithm::Ring => ring::all_reduce(rank, world_size, shape.len, segment, op == Reduction::Avg),
-                Algorithm::Short => direct::all_reduce_short(rank, world_size, shape.len, segment),
-                Algorithm::Doubling => {
-                    recursive_doubling::all_reduce(rank, world_size, shape.len, segment, op == Reduction::Avg)
-                }
-                _ => direct::all_reduce(rank, world_size, shape.len, segment),
-            },
-            Collective::Reduce { root, .. } => direct::reduce(rank, world_size, root, shape.len, segment),
-            Collective::Broadcast { root } => match algorithm {
-                Algorithm::Tree => tree::broadcast(rank, world_size, root, shape.len, segment),
-                _ => ring::broadcast(rank, world_size, root, shape.len, segment),
-            },
-            Collective::AllGather => match algorithm {
-                Algorithm::Ring => ring::all_gather(rank, world_size, &parts(&shape.output), segment),
-                _ => direct::exchange(rank, world_size, &whole(shape.len), &parts(&shape.output), segment),
-            },
-            Collective::ReduceScatter { op } if alone => copy_and_finish(shape.len, op),
-            Collective::ReduceScatter { .. } => direct::reduce_scatter(rank, world_size, &parts(&shape.input), segment),
-            Collective::AllToAll => {
-                direct::exchange(rank, world_size, &parts(&shape.input), &parts(&shape.output), segment)
-            }
+            Collective::AllReduce { op } | Collective::Reduce { op, .. } if n == 1 => finish(len, op),
+            Collective::AllReduce { .. } => make.all_reduce(len),
+            Collective::Reduce { root, .. } => make.reduce(root, len),
+            Collective::Broadcast { root } => make.broadcast(root, len),
+            Collective::AllGather => make.all_gather(len, &parts(&shape.output)),
+            Collective::ReduceScatter { op } if n == 1 => copy_and_finish(len, op),
+            Collective::ReduceScatter { .. } => make.reduce_scatter(&parts(&shape.input)),
+            Collective::AllToAll if shape.packed => bruck::all_to_all(rank, world_size, len, segment),
+            Collective::AllToAll => exchange(&parts(&shape.input), &parts(&shape.output)),
             Collective::Gather { root } => {
                 let mut give = nothing();
-                give[root.index()] = 0..shape.len;
-                let get = if rank == root { parts(&shape.output) } else { nothing() };
-                direct::exchange(rank, world_size, &give, &get, segment)
+                give[root.index()] = 0..len;
+                exchange(&give, &if rank == root { parts(&shape.output) } else { nothing() })
             }
             Collective::Scatter { root } => {
                 let mut get = nothing();
-                get[root.index()] = 0..shape.len;
-                let give = if rank == root { parts(&shape.input) } else { nothing() };
-                direct::exchange(rank, world_size, &give, &get, segment)
+                get[root.index()] = 0..len;
+                exchange(&if rank == root { parts(&shape.input) } else { nothing() }, &get)
             }
             Collective::Barrier => tree::barrier(rank, world_size),
         }
+    }
+}
+
+/// What the schedules of an algorithm are made from.
+struct Make<'a> {
+    algorithm: Algorithm,
+    hosts: Option<&'a Hosts>,
+    rank: Rank,
+    world_size: WorldSize,
+    segment: usize,
+    average: bool,
+}
+
+impl Make<'_> {
+    /// Without knowledge of hosts, all ranks are taken to be on one.
+    fn hosts(&self) -> Hosts {
+        self.hosts.cloned().unwrap_or_else(|| Hosts::new(&vec![0; self.world_size.get() as usize]))
+    }
+
+    fn all_reduce(&self, len: usize) -> Schedule {
+        let &Self { rank, world_size: size, segment, average, .. } = self;
+        match self.algorithm {
+            Algorithm::Ring => ring::all_reduce(rank, size, len, segment, average),
+            Algorithm::Short => direct::all_reduce_short(rank, size, len, segment),
+            Algorithm::Doubling => recursive_doubling::all_reduce(rank, size, len, segment, average),
+            Algorithm::Halving => halving_doubling::all_reduce(rank, size, len, segment, average),
+            Algorithm::DoubleTree => tree::all_reduce(tree::Kind::DoubleBinary, rank, size, len, segment, average),
+            Algorithm::Hierarchical => hierarchical::all_reduce(rank, &self.hosts(), len, segment, average),
+            Algorithm::Leaders => hierarchical::all_reduce_by_leaders(rank, &self.hosts(), len, segment, average),
+            _ => direct::all_reduce(rank, size, len, segment),
+        }
+    }
+
+    fn reduce(&self, root: Rank, len: usize) -> Schedule {
+        let &Self { rank, world_size: size, segment, average, .. } = self;
+        match tree_of(self.algorithm) {
+            Some(kind) => tree::reduce(kind, rank, size, root, (len, segment), average),
+            None => direct::reduce(rank, size, root, len, segment),
+        }
+    }
+
+    fn broadcast(&self, root: Rank, len: usize) -> Schedule {
+        let &Self { rank, world_size: size, segment, .. } = self;
+        match tree_of(self.algorithm) {
+            Some(kind) => tree::broadcast(kind, rank, size, root, len, segment),
+            None => hierarchical::broadcast(rank, &self.hosts(), root, len, segment),
+        }
+    }
+
+    fn all_gather(&self, len: usize, parts: &[Range<usize>]) -> Schedule {
+        let &Self { rank, world_size: size, segment, .. } = self;
+        match self.algorithm {
+            Algorithm::Ring => ring::all_gather(rank, size, parts, segment),
+            Algorithm::Bruck => bruck::all_gather(rank, size, parts, segment),
+            Algorithm::Hierarchical => hierarchical::all_gather(rank, &self.hosts(), parts, segment),
+            _ => direct::exchange(rank, size, &vec![0..len; parts.len()], parts, segment),
+        }
+    }
+
+    fn reduce_scatter(&self, parts: &[Range<usize>]) -> Schedule {
+        let &Self { rank, world_size: size, segment, average, .. } = self;
+        match self.algorithm {
+            Algorithm::Hierarchical => hierarchical::reduce_scatter(rank, &self.hosts(), parts, segment, average),
+            _ => direct::reduce_scatter(rank, size, parts, segment),
+        }
+    }
+}
+
+/// The kind of tree that an algorithm goes by, if it does.
+fn tree_of(algorithm: Algorithm) -> Option<tree::Kind> {
+    match algorithm {
+        Algorithm::Ring | Algorithm::Chain => Some(tree::Kind::Chain),
+        Algorithm::Tree => Some(tree::Kind::Binomial),
+        Algorithm::DoubleTree => Some(tree::Kind::DoubleBinary),
+        _ => None,
     }
 }
 
@@ -180,26 +222,6 @@ fn copy_and_finish(len: usize, op: Reduction) -> Schedule {
         }
     }
     schedule
-}
-
-fn parse(entry: &str) -> Option<(String, Algorithm)> {
-    let (name, algorithm) = entry.split_once(':')?;
-    // NCCL writes `allreduce`.
-    let squeeze = |name: &str| name.to_lowercase().replace('_', "");
-    let (name, possible) = POSSIBLE.iter().find(|(known, _)| squeeze(known) == squeeze(name.trim()))?;
-    let (_, algorithm) = ALGORITHMS.iter().find(|(known, _)| *known == algorithm.trim().to_lowercase())?;
-    possible.contains(algorithm).then(|| ((*name).to_owned(), *algorithm))
-}
-
-fn refusal(entry: &str) -> AlgorithmError {
-    let name =
-        |algorithm: &Algorithm| ALGORITHMS.iter().find(|(_, known)| known == algorithm).map_or("", |(name, _)| *name);
-    let possible = POSSIBLE
-        .iter()
-        .flat_map(|(collective, all)| all.iter().map(move |algorithm| format!("{collective}:{}", name(algorithm))))
-        .collect::<Vec<_>>()
-        .join(", ");
-    AlgorithmError { entry: entry.to_owned(), possible }
 }
 
 #[cfg(test)]

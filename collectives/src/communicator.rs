@@ -2,9 +2,11 @@
 //! so without a hand-over, or else one progress thread that sleeps while nothing is under way.
 
 use crate::call::{Call, Piece};
+use crate::choose::Chooser;
 use crate::describe::Description;
 use crate::driver::Shared;
 use crate::engine::{Engine, Job};
+use crate::hosts::Hosts;
 use crate::local::Local;
 use crate::memory::{Memory, MemoryPool};
 use crate::messages::{Kind, Message};
@@ -29,6 +31,7 @@ pub struct Communicator {
     group: String,
     members: Vec<PeerName>,
     links: Vec<Link>,
+    chooser: Chooser,
     trace: Arc<Trace>,
     memory: MemoryPool,
 }
@@ -67,17 +70,18 @@ impl Communicator {
     /// # Errors
     /// `Invalid` for a setting that cannot be used.
     pub fn new(group: Group, name: &str, settings: Settings) -> Result<Self, CollectiveError> {
-        let Group { wire, rank, world_size, members, links, segment } = group;
+        let Group { wire, rank, world_size, members, links, segment, hosts } = group;
         let local = segment.filter(|_| settings.same_host).map(|segment| Local::new(segment, rank, world_size));
         let spin_turns = settings.spin_turns(&members, rank);
-        let plans = Plans::new(settings.chooser()?);
+        let chooser = settings.chooser()?.on(Hosts::new(settings.hosts.as_ref().unwrap_or(&hosts)));
+        let plans = Plans::new(chooser.clone());
         let waker = wire.waker();
         let trace = Arc::new(Trace::new(name.to_owned(), rank, members.clone(), settings.trace.clone()));
         let who = (name.to_owned(), members.clone());
         let engine = Engine::new(wire, (rank, world_size), who, plans, local, Arc::clone(&trace));
         let shared = Arc::new(Shared::new(engine, waker, spin_turns, settings.timeout));
         let (thread, group, memory) = (Mutex::new(None), name.to_owned(), MemoryPool::default());
-        Ok(Self { shared, thread, rank, world_size, group, members, links, trace, memory })
+        Ok(Self { shared, thread, rank, world_size, group, members, links, chooser, trace, memory })
     }
 
     /// This process's place in the group.
@@ -250,7 +254,8 @@ impl Communicator {
     }
 
     fn submit(&self, call: Call) -> Result<Arc<Ticket>, CollectiveError> {
-        let shape = call.shape(self.rank.index(), self.world_size)?;
+        let mut shape = call.shape(self.rank.index(), self.world_size)?;
+        shape.packed = shape.packed && self.chooser.packs(&call.collective, call.dtype, &shape, self.world_size);
         let fingerprint = Fingerprint::of(&call.collective, call.dtype, shape.agreed_len(&call.collective));
         let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
         let ticket = Arc::new(Ticket::default());

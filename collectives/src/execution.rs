@@ -236,6 +236,7 @@ impl Execution {
     fn run_local(&mut self, step: StepId) -> Result<(), Halt> {
         match self.plan.schedule.steps[step as usize].action {
             Action::Copy { from, into } => self.copy(from, into),
+            Action::Join => Ok(()),
             Action::Finish { span } => {
                 let mut bytes = self.write(span)?;
                 finish(self.dtype, self.op, &mut bytes, self.world_size.get() as usize)
@@ -330,7 +331,7 @@ impl Execution {
 
 /// Whether a step needs no message.
 fn is_local(action: &Action) -> bool {
-    matches!(action, Action::Copy { .. } | Action::Finish { .. })
+    matches!(action, Action::Copy { .. } | Action::Finish { .. } | Action::Join)
 }
 
 /// `Ok(false)` for a full queue, which empties as operations end.

@@ -1,5 +1,7 @@
 //! gradwire-collectives: combines tensors over the ranks of a group, on any wire.
 
+mod algorithm;
+mod bruck;
 mod call;
 mod choose;
 mod chunk;
@@ -8,12 +10,16 @@ mod communicator;
 mod control;
 mod describe;
 mod direct;
+mod draft;
 mod driver;
 mod dtype;
 mod engine;
 mod error;
 mod execution;
 mod fingerprint;
+mod halving_doubling;
+mod hierarchical;
+mod hosts;
 mod inquiry;
 mod local;
 mod memory;

@@ -76,7 +76,7 @@ fn links(schedule: &Schedule, me: Rank, world_size: u32) -> Vec<PlanLink> {
             Action::FoldAll { .. } => {
                 links.iter_mut().filter(|link| link.rank != me).for_each(|link| link.recvs.push(id));
             }
-            Action::Copy { .. } | Action::Finish { .. } => {}
+            Action::Copy { .. } | Action::Finish { .. } | Action::Join => {}
         }
     }
     links.retain(|link| !link.sends.is_empty() || !link.recvs.is_empty());

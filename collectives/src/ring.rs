@@ -1,6 +1,7 @@
 //! Pure: schedules in which data only moves to the right neighbour.
 
 use crate::chunk::{chunk, segments};
+use crate::draft::Draft;
 use crate::{Action, Place, Schedule, Span, StepId};
 use gradwire_transport::{Rank, WorldSize};
 use std::ops::Range;
@@ -10,40 +11,35 @@ use std::ops::Range;
 /// A rank sends `2 * (n - 1) / n` of the buffer, the least that point-to-point sends allow (Patarasuk and Yuan, JPDC 2009,
 /// doi:10.1016/j.jpdc.2008.09.002). `average`: whoever holds a whole sum divides it.
 pub fn all_reduce(rank: Rank, world_size: WorldSize, len: usize, segment: usize, average: bool) -> Schedule {
-    let (n, me) = (world_size.get() as usize, rank.index());
-    let (to, from) = (rank.right(world_size), rank.left(world_size));
-    let cut = |back: usize| -> Vec<Span> {
-        // The chunk `back` places before this rank's.
-        segments(Place::Output, chunk(len, n, (me + 2 * n - back) % n), segment).collect()
-    };
-    let mut schedule = Schedule::default();
-    // The step after which each segment of the chunk that is to be sent next is ready, and those that have sent chunks.
-    let mut ready: Vec<Option<StepId>> = vec![None; cut(0).len()];
-    let mut sent: Vec<Vec<StepId>> = Vec::new();
+    let mut draft = Draft::default();
+    let members: Vec<Rank> = world_size.ranks().collect();
+    among(&mut draft, &members, rank.index(), 0..len, segment, average);
+    draft.into_schedule(0)
+}
+
+/// The same among `members`, of whom this rank is number `me`, of the elements in `range` of the output.
+pub fn among(draft: &mut Draft, members: &[Rank], me: usize, range: Range<usize>, segment: usize, average: bool) {
+    let n = members.len();
+    let (to, from) = (members[(me + 1) % n], members[(me + n - 1) % n]);
+    // The chunk `back` places before this rank's.
+    let cut = |back: usize| cut(&range, n, (me + 2 * n - back) % n, segment);
     for round in 0..n - 1 {
-        let sends = cut(round).into_iter().zip(&ready);
-        sent.push(sends.map(|(span, &ready)| schedule.push(Action::Send { to, span }, [ready, None])).collect());
-        ready = cut(round + 1)
-            .into_iter()
-            .map(|span| Some(schedule.push(Action::RecvReduce { from, span }, [None, None])))
-            .collect();
+        cut(round).for_each(|span| draft.send(to, span));
+        cut(round + 1).for_each(|span| draft.recv_reduce(from, span));
     }
     if average {
-        let whole = cut(n - 1).into_iter().zip(ready);
-        ready = whole.map(|(span, ready)| Some(schedule.push(Action::Finish { span }, [ready, None]))).collect();
+        cut(n - 1).for_each(|span| draft.finish(span));
     }
     for round in 0..n - 1 {
-        let sends = cut(n - 1 + round).into_iter().zip(&ready);
-        sends.for_each(|(span, &ready)| {
-            schedule.push(Action::Send { to, span }, [ready, None]);
-        });
-        // What is received here lies where a partial sum was sent from.
-        let receives = cut(round).into_iter().zip(&sent[round]);
-        ready = receives
-            .map(|(span, &sent)| Some(schedule.push(Action::Recv { from, span }, [Some(sent), None])))
-            .collect();
+        cut(n - 1 + round).for_each(|span| draft.send(to, span));
+        cut(round).for_each(|span| draft.recv(from, span));
     }
-    schedule
+}
+
+/// The segments of chunk `index` of `count` of `range` of the output.
+pub fn cut(range: &Range<usize>, count: usize, index: usize, segment: usize) -> impl Iterator<Item = Span> + use<> {
+    let chunk = chunk(range.len(), count, index);
+    segments(Place::Output, range.start + chunk.start..range.start + chunk.end, segment)
 }
 
 /// Ring all-gather of parts that lie one after the other in the output; this rank's own is copied from the input.
@@ -61,19 +57,6 @@ pub fn all_gather(rank: Rank, world_size: WorldSize, parts: &[Range<usize>], seg
             schedule.push(Action::Send { to, span }, [ready, None]);
         }
         ready = part(round + 1).map(|span| Some(schedule.push(Action::Recv { from, span }, [None, None]))).collect();
-    }
-    schedule
-}
-
-/// Broadcast along the ring from `root`, segment by segment: every link carries the buffer once.
-pub fn broadcast(rank: Rank, world_size: WorldSize, root: Rank, len: usize, segment: usize) -> Schedule {
-    let (to, from) = (rank.right(world_size), rank.left(world_size));
-    let mut schedule = Schedule::default();
-    for span in segments(Place::Output, 0..len, segment) {
-        let got = (rank != root).then(|| schedule.push(Action::Recv { from, span }, [None, None]));
-        if to != root {
-            schedule.push(Action::Send { to, span }, [got, None]);
-        }
     }
     schedule
 }

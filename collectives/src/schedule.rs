@@ -75,6 +75,8 @@ pub enum Action {
         /// What.
         span: Span,
     },
+    /// Nothing: ends when what it waits for has, so that a step can wait for more than two.
+    Join,
     /// Send an empty message: "I am here".
     SendToken {
         /// To whom.

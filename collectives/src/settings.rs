@@ -15,6 +15,8 @@ pub struct Settings {
     pub algorithms: Option<String>,
     /// Whether ranks that are all on one host use their shared segment instead of messages. Default: yes.
     pub same_host: bool,
+    /// For every rank a number, the same for ranks of one host. Default: what the ranks found when they met.
+    pub hosts: Option<Vec<u32>>,
     /// Cores that this process may use, to tell how long spinning pays; binaries and bindings fill it in.
     pub cores: usize,
     /// Folder that the record of the last operations goes to when the group fails (`GRADWIRE_TRACE`). Default: none; it can
@@ -24,7 +26,8 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(300), algorithms: None, same_host: true, cores: 1, trace: None }
+        let timeout = Duration::from_secs(300);
+        Self { timeout, algorithms: None, same_host: true, hosts: None, cores: 1, trace: None }
     }
 }
 

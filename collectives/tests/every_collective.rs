@@ -48,9 +48,11 @@ fn all_reduce_sums_and_averages() {
 
 #[test]
 fn every_algorithm_of_all_reduce_gives_all_ranks_the_same_bits() {
-    for (algorithm, size) in ["ring", "direct", "short", "doubling"].into_iter().flat_map(|a| [(a, 3), (a, 4), (a, 6)])
-    {
-        let settings = Settings { algorithms: Some(format!("all_reduce:{algorithm}")), ..Settings::default() };
+    let all = ["ring", "direct", "short", "doubling", "halving", "double_tree", "hierarchical", "leaders"];
+    for (algorithm, size) in all.into_iter().flat_map(|a| [(a, 3), (a, 6)]) {
+        // Hosts of three ranks, of two, and of one.
+        let hosts = Some((0..size).map(|rank| [0, 1, 0, 0, 1, 2][rank as usize]).collect());
+        let settings = Settings { algorithms: Some(format!("all_reduce:{algorithm}")), hosts, ..Settings::default() };
         let results = group(size, Way::Tcp, settings, |c| {
             [0, 1, 7, 5000, 300_001].map(|len| {
                 // Thirds: each order of the sum rounds in its own way.
@@ -70,6 +72,46 @@ fn every_algorithm_of_all_reduce_gives_all_ranks_the_same_bits() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn every_algorithm_of_what_is_moved_or_reduced_to_one_brings_the_same() {
+    let all = [
+        "reduce:tree;broadcast:tree;all_gather:bruck;all_to_all:bruck",
+        "reduce:chain;broadcast:chain;all_gather:hierarchical;reduce_scatter:hierarchical",
+        "reduce:double_tree;broadcast:double_tree;all_gather:ring",
+        "reduce:direct;broadcast:hierarchical;all_gather:direct",
+    ];
+    for (algorithms, size) in all.into_iter().flat_map(|a| [(a, 2), (a, 5)]) {
+        let hosts = Some((0..size).map(|rank| [0, 1, 0, 1, 1][rank as usize]).collect());
+        let settings = Settings { algorithms: Some(algorithms.to_owned()), hosts, ..Settings::default() };
+        group(size, Way::Tcp, settings, |c| {
+            let (me, n, root) = (c.rank().index(), size as usize, Rank(size - 1));
+            for len in [0, 1, 1000, 100_003] {
+                let own = || floats((0..len).map(|i| mark(c.rank().0, i)));
+                let sum = |i: usize| (0..size).map(|rank| mark(rank, i)).sum::<f32>();
+                let buffer = own();
+                c.run(call(Collective::Reduce { op: Reduction::Avg, root }, &[], &[&buffer])).unwrap();
+                let mean = |i| if me == n - 1 { sum(i) / size as f32 } else { mark(me as u32, i) };
+                assert_eq!(values(&buffer), (0..len).map(mean).collect::<Vec<_>>(), "{algorithms}, reduce, {len}");
+                c.run(call(Collective::Broadcast { root: Rank(0) }, &[], &[&buffer])).unwrap();
+                let expected: Vec<f32> = (0..len).map(|i| mark(0, i)).collect();
+                assert_eq!(values(&buffer), expected, "{algorithms}, broadcast, {len}");
+                let all = floats(vec![0.0; len * n]);
+                c.run(call(Collective::AllGather, &[&own()], &[&all])).unwrap();
+                let expected: Vec<f32> = (0..size).flat_map(|rank| (0..len).map(move |i| mark(rank, i))).collect();
+                assert_eq!(values(&all), expected, "{algorithms}, all_gather, {len}");
+                let input = floats((0..len * n).map(|i| mark(c.rank().0, i)));
+                let part = floats(vec![0.0; len]);
+                c.run(call(Collective::ReduceScatter { op: Reduction::Sum }, &[&input], &[&part])).unwrap();
+                let expected: Vec<f32> = (me * len..(me + 1) * len).map(sum).collect();
+                assert_eq!(values(&part), expected, "{algorithms}, reduce_scatter, {len}");
+                c.run(call(Collective::AllToAll, &[&input], &[&all])).unwrap();
+                let theirs = |rank| (me * len..(me + 1) * len).map(move |i| mark(rank, i));
+                assert_eq!(values(&all), (0..size).flat_map(theirs).collect::<Vec<_>>(), "{algorithms}, all_to_all");
+            }
+        });
     }
 }
 

@@ -17,7 +17,8 @@ fn communicator(tcp: TcpWire, own: u32, fabric: &Fabric) -> Communicator {
     let members = [0, 1].map(member).to_vec();
     let wire = Box::new(Mesh::new(tcp, vec![Box::new(verbs)], [peer], Vec::new()));
     let world_size = WorldSize::new(2).unwrap();
-    let group = Group { wire, rank: Rank(own), world_size, members, links: vec![link], segment: None };
+    let group =
+        Group { wire, rank: Rank(own), world_size, members, links: vec![link], segment: None, hosts: vec![0, 1] };
     Communicator::new(group, "test", Settings::default()).unwrap()
 }
 

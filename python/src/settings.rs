@@ -76,7 +76,7 @@ impl Options {
             return Err(PyValueError::new_err(text));
         }
         let (algorithms, trace, cores) = (self.algorithms, self.trace, self.cores.max(1));
-        let settings = Settings { timeout, algorithms, same_host: true, cores, trace };
+        let settings = Settings { timeout, algorithms, cores, trace, ..Settings::default() };
         Ok((config, settings))
     }
 

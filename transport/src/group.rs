@@ -1,5 +1,6 @@
 //! Does: forms a group: ranks meet at the store, connect each to each, and find out who shares a host.
 
+mod hosts;
 mod pairs;
 mod queue_pairs;
 
@@ -63,6 +64,8 @@ pub struct Group {
     pub links: Vec<Link>,
     /// The memory that all share, where all are on one host.
     pub segment: Option<GroupSegment>,
+    /// For every rank, the lowest rank of its host; all ranks have the same table.
+    pub hosts: Vec<u32>,
 }
 
 /// Forms the group; returns once every rank is connected to every other.
@@ -81,7 +84,8 @@ pub fn form_group(spec: GroupSpec, deadline: Instant) -> Result<Group, Transport
     let shared = forming.share(deadline)?;
     let mut pairs = forming.pair_up(deadline)?;
     forming.connect_verbs(shared.0.is_some(), &mut pairs, deadline)?;
-    Ok(forming.finish(shared, pairs))
+    let hosts = forming.hosts(shared.0.is_some(), &pairs, deadline)?;
+    Ok(forming.finish(shared, pairs, hosts))
 }
 
 struct Forming {
@@ -251,7 +255,11 @@ impl Forming {
     }
 
     fn say(&mut self, to: Rank, tag: Tag, words: &[u8]) -> Result<(), TransportError> {
-        let region = Region::from_vec(words.iter().copied().take(MAX_TEXT).collect());
+        self.say_bytes(to, tag, words.iter().copied().take(MAX_TEXT).collect())
+    }
+
+    fn say_bytes(&mut self, to: Rank, tag: Tag, bytes: Vec<u8>) -> Result<(), TransportError> {
+        let region = Region::from_vec(bytes);
         let slice = region.read(0..region.len()).expect("nobody else has this region");
         self.wire.post_send(Envelope { peer: to.into(), tag, note: 0 }, slice).map_err(|refused| refused.error)
     }
@@ -261,8 +269,12 @@ impl Forming {
     }
 
     fn hear(&mut self, from: Rank, tag: Tag, deadline: Instant) -> Result<Vec<u8>, TransportError> {
+        self.hear_bytes(from, tag, MAX_TEXT, deadline)
+    }
+
+    fn hear_bytes(&mut self, from: Rank, tag: Tag, most: usize, deadline: Instant) -> Result<Vec<u8>, TransportError> {
         let began = Instant::now();
-        self.wire.post_recv_loan(from.into(), tag, MAX_TEXT).map_err(|refused| refused.error)?;
+        self.wire.post_recv_loan(from.into(), tag, most).map_err(|refused| refused.error)?;
         loop {
             self.poll();
             // Others may have gone meanwhile, having all they needed; whoever drives the group hears of it later.
@@ -283,7 +295,7 @@ impl Forming {
         }
     }
 
-    fn finish(self, (segment, locality): (Option<GroupSegment>, Locality), pairs: Pairs) -> Group {
+    fn finish(self, (segment, locality): (Option<GroupSegment>, Locality), pairs: Pairs, hosts: Vec<u32>) -> Group {
         let own = PeerName {
             rank: Some(self.spec.rank),
             host: self.home.host.clone(),
@@ -308,7 +320,7 @@ impl Forming {
             better if better.is_empty() => Box::new(self.wire),
             better => Box::new(Mesh::new(self.wire, better, others, early)),
         };
-        Group { wire, rank: self.spec.rank, world_size: self.spec.world_size, members, links, segment }
+        Group { wire, rank: self.spec.rank, world_size: self.spec.world_size, members, links, segment, hosts }
     }
 }
 

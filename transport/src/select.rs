@@ -59,6 +59,20 @@ pub fn pair_after_proof(refusal: &str) -> String {
     }
 }
 
+/// For each rank, the lowest rank of the same boot id; itself where it has none.
+pub fn lowest_of_same(boots: &[String]) -> Vec<u32> {
+    let lowest = |(at, boot): (usize, &String)| match boot.as_str() {
+        "" => at,
+        _ => boots.iter().position(|other| other == boot).unwrap_or(at),
+    };
+    boots.iter().enumerate().map(lowest).map(|at| u32::try_from(at).unwrap_or(u32::MAX)).collect()
+}
+
+/// Whether boot ids tell who shares a host: where memory is not used, or nobody can share any; else the pairs have proved it.
+pub fn knows_hosts_by_boot(choice: WireChoice, by_boot: &[u32]) -> bool {
+    matches!(choice, WireChoice::Tcp | WireChoice::Verbs) || (0u32..).zip(by_boot).all(|(rank, &lowest)| rank == lowest)
+}
+
 /// Whether a pair that does not share memory tries RDMA verbs.
 pub fn tries_verbs(choice: WireChoice, shares_memory: bool) -> bool {
     match choice {
@@ -122,6 +136,14 @@ mod tests {
         }
         assert!(check_verbs(WireChoice::Auto, "no device").is_ok());
         assert!(check_verbs(WireChoice::Verbs, "no device").unwrap_err().to_string().contains("no device"));
+    }
+
+    #[test]
+    fn boot_ids_tell_hosts_where_memory_cannot() {
+        let boots = ["a", "b", "a", "", "b", ""].map(str::to_owned);
+        assert_eq!(lowest_of_same(&boots), [0, 1, 0, 3, 1, 5]);
+        assert!(knows_hosts_by_boot(WireChoice::Tcp, &[0, 0]) && knows_hosts_by_boot(WireChoice::Auto, &[0, 1]));
+        assert!(!knows_hosts_by_boot(WireChoice::Auto, &[0, 1, 0]));
     }
 
     #[test]
