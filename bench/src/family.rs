@@ -28,13 +28,7 @@ impl Family {
     pub(crate) fn wait(&mut self, what: &str, deadline: Instant) -> Result<(), Box<dyn Error>> {
         let began = Instant::now();
         let mut word = began + WORD;
-        while !self.0.is_empty() {
-            for (name, child) in &mut self.0 {
-                if let Some(status) = child.try_wait()?.filter(|status| !status.success()) {
-                    return Err(format!("{name} failed ({status})").into());
-                }
-            }
-            self.0.retain_mut(|(_, child)| child.try_wait().is_ok_and(|status| status.is_none()));
+        while !self.look()? {
             if Instant::now() >= deadline {
                 let left: Vec<&str> = self.0.iter().map(|(name, _)| name.as_str()).collect();
                 return Err(format!("{what}: after {:?} still not done: {}", began.elapsed(), left.join(", ")).into());
@@ -46,6 +40,20 @@ impl Family {
             std::thread::sleep(LOOK);
         }
         Ok(())
+    }
+
+    /// Whether all have ended well.
+    ///
+    /// # Errors
+    /// Who failed.
+    pub(crate) fn look(&mut self) -> Result<bool, Box<dyn Error>> {
+        for (name, child) in &mut self.0 {
+            if let Some(status) = child.try_wait()?.filter(|status| !status.success()) {
+                return Err(format!("{name} failed ({status})").into());
+            }
+        }
+        self.0.retain_mut(|(_, child)| child.try_wait().is_ok_and(|status| status.is_none()));
+        Ok(self.0.is_empty())
     }
 }
 

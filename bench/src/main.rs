@@ -1,6 +1,7 @@
 //! Does: `gradwire-bench`, for people who look after networks.
 
-mod all_reduce;
+mod collective;
+mod compare;
 mod echo;
 mod family;
 mod machine;
@@ -14,9 +15,11 @@ mod statistics;
 mod verbs;
 
 use clap::{Parser, Subcommand};
+use collective::Operation;
 
 const EXAMPLES: &str = "Examples:
   gradwire-bench all-reduce --ranks 4 --wire tcp --json > tcp.jsonl
+  gradwire-bench compare --ranks 2,4 --report out/report           (beside Gloo and MPI, from their wheels)
   gradwire-bench many-to-one --senders 1..64                       (loopback)
   sudo gradwire-bench many-to-one --senders 16 --shape 1gbit:64kb  (a switch with a small buffer)
   gradwire-bench ps --against echo
@@ -34,8 +37,26 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// All-reduce of float32 between processes of this host: nccl-tests' table
-    AllReduce(all_reduce::Options),
+    /// All-reduce between processes of this host: nccl-tests' table, as for the collectives below
+    AllReduce(collective::Options),
+    /// Reduce-scatter: rank i gets the sum of all i-th parts
+    ReduceScatter(collective::Options),
+    /// All-gather: everybody gets everybody's part
+    AllGather(collective::Options),
+    /// Broadcast from rank 0
+    Broadcast(collective::Options),
+    /// Reduce to rank 0
+    Reduce(collective::Options),
+    /// All-to-all: rank i gets everybody's i-th part
+    AllToAll(collective::Options),
+    /// Gather to rank 0
+    Gather(collective::Options),
+    /// Scatter from rank 0
+    Scatter(collective::Options),
+    /// Barrier
+    Barrier(collective::Options),
+    /// Collectives beside MPICH, Open MPI, Intel MPI (from their wheels) and Gloo, in turns, each held to its bar
+    Compare(compare::Options),
     /// N processes push to one, with and without credit: goodput, fairness, loss and latency as N grows
     ManyToOne(many_to_one::Options),
     /// Push, pull and push_pull of the parameter server
@@ -46,7 +67,9 @@ enum Command {
     Verbs(verbs::Options),
     /// One rank of a measurement; started by the others
     #[command(hide = true)]
-    Rank(all_reduce::RankOptions),
+    Rank(collective::RankOptions),
+    #[command(hide = true)]
+    CompareMember(compare::MemberOptions),
     #[command(hide = true)]
     ManyToOneMember(many_to_one::MemberOptions),
     #[command(hide = true)]
@@ -55,12 +78,22 @@ enum Command {
 
 fn main() -> std::process::ExitCode {
     let result = match Arguments::parse().command {
-        Command::AllReduce(options) => all_reduce::run(&options),
+        Command::AllReduce(options) => collective::run(Operation::AllReduce, &options),
+        Command::ReduceScatter(options) => collective::run(Operation::ReduceScatter, &options),
+        Command::AllGather(options) => collective::run(Operation::AllGather, &options),
+        Command::Broadcast(options) => collective::run(Operation::Broadcast, &options),
+        Command::Reduce(options) => collective::run(Operation::Reduce, &options),
+        Command::AllToAll(options) => collective::run(Operation::AllToAll, &options),
+        Command::Gather(options) => collective::run(Operation::Gather, &options),
+        Command::Scatter(options) => collective::run(Operation::Scatter, &options),
+        Command::Barrier(options) => collective::run(Operation::Barrier, &options),
+        Command::Compare(options) => compare::run(&options),
         Command::ManyToOne(options) => many_to_one::run(&options),
         Command::Ps(options) => ps::run(&options),
         Command::Memory(options) => memory::run(&options),
         Command::Verbs(options) => verbs::run(&options),
-        Command::Rank(options) => all_reduce::rank(&options),
+        Command::Rank(options) => collective::rank(&options),
+        Command::CompareMember(options) => compare::member(&options),
         Command::ManyToOneMember(options) => many_to_one::member(&options),
         Command::PsPeer(options) => ps::peer(&options),
     };

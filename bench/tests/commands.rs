@@ -65,11 +65,52 @@ fn all_reduce_and_memory_have_a_row_for_each_size() {
 }
 
 #[test]
+fn every_collective_has_a_table_of_its_own() {
+    let collectives =
+        ["reduce-scatter", "all-gather", "broadcast", "reduce", "all-to-all", "gather", "scatter", "all-reduce"];
+    for collective in collectives {
+        let sizes = ["--ranks", "3", "--min-bytes", "1024", "--max-bytes", "1024", "--rounds", "10"];
+        let rows = rows(&[&[collective][..], &sizes, &["--dtype", "bfloat16"]].concat());
+        let [row] = &rows[..] else { panic!("{collective}: {rows:?}") };
+        assert_eq!((&row["operation"], &row["dtype"]), (&collective.replace('-', "_").into(), &"bfloat16".into()));
+        // As many elements for each of three ranks as fit.
+        assert!([1020, 1024].contains(&row["bytes"].as_u64().unwrap()), "{row}");
+        positive(row, &["p50_us", "p99_us", "busbw_gb_per_s"]);
+    }
+    positive(&rows(&["barrier", "--ranks", "3", "--rounds", "10"])[0], &["p50_us"]);
+}
+
+#[test]
+fn a_comparison_is_measured_over_both_wires_and_put_into_a_readme() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    // Gloo has no native calls: gradwire is alone here, which needs no wheels.
+    let alone = ["compare", "--layers", "native", "--peers", "gloo", "--bytes", "8,4k", "--rounds", "10"];
+    let rows = rows(&[&alone[..], &["--peers-folder", &at("peers"), "--operations", "all-reduce,scatter"]].concat());
+    let wires: Vec<&str> = rows.iter().map(|row| row["wire"].as_str().unwrap()).collect();
+    assert_eq!(wires, ["shm", "shm", "shm", "shm", "tcp", "tcp", "tcp", "tcp"]);
+    rows.iter().for_each(|row| positive(&row["figures"]["gradwire"], &["p50_us", "p99_us"]));
+    let told: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    std::fs::write(at("rows.jsonl"), told).unwrap();
+    std::fs::write(at("README.md"), "Above\n<!-- compare: begin -->\nold\n<!-- compare: end -->\nbelow\n").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_gradwire-bench"))
+        .args(["compare", "--from", &at("rows.jsonl"), "--update-readme", &at("README.md"), "--report", &at("report")])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let readme = std::fs::read_to_string(at("README.md")).unwrap();
+    assert!(readme.starts_with("Above\n") && readme.ends_with("\nbelow\n") && !readme.contains("old"), "{readme}");
+    assert!(readme.contains("| all_reduce, 2 ranks, TCP |"), "{readme}");
+    assert!(std::fs::read_to_string(at("report/index.html")).unwrap().contains("<svg"));
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused_with_what_to_do() {
-    let cases: [(&[&str], &str); 4] = [
+    let cases: [(&[&str], &str); 5] = [
         (&["many-to-one", "--senders", "99"], "give numbers from 1 to 64"),
         (&["many-to-one", "--wire", "shm", "--shape", "1gbit:64kb"], "use --wire tcp"),
         (&["ps", "--bytes", "3"], "multiples of 4"),
+        (&["compare", "--wires", "verbs"], "use --wires shm,tcp"),
         (&["memory", "--rounds", "0"], "at least one round"),
     ];
     for (arguments, remedy) in cases {

@@ -1,7 +1,7 @@
 //! Does: one process of a many-to-one measurement: what it is told, and how it meets the others.
 
 use super::row::Cc;
-use crate::all_reduce::Way;
+use crate::collective::Way;
 use clap::Args;
 use gradwire_transport::{
     Acceptance, Completion, Config, CreditSettings, FileStore, Identity, Mesh, PeerId, Rank, ShmOffer, ShmWire, Store,

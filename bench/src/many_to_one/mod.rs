@@ -8,7 +8,7 @@ mod stamp;
 
 pub(crate) use member::MemberOptions;
 
-use crate::all_reduce::Way;
+use crate::collective::Way;
 use crate::family::Family;
 use crate::report::{Chart, Report, Section, Series};
 use crate::{machine, plural};

@@ -2,7 +2,7 @@
 
 use super::receiver::Taken;
 use super::sender::Pushed;
-use crate::all_reduce::Way;
+use crate::collective::Way;
 use crate::statistics::{jain, percentile, sorted};
 use serde::Serialize;
 

