@@ -22,6 +22,7 @@ pub mod shard_map;
 mod sparse;
 mod spec;
 pub mod staleness;
+pub mod state;
 mod status;
 mod update_rule;
 mod values;

@@ -1,5 +1,6 @@
 //! Pure: the learning rate at each clock, as clients set it.
 
+use crate::body::{BadBody, Reader, Writer};
 use crate::header::{FLAG_AGAIN, Header};
 use crate::refusal::{Reason, Refusal};
 use crate::{Mode, UpdateRule};
@@ -78,6 +79,40 @@ impl Rates {
         }
         self.forget_old(completed + 1);
         Ok(())
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        self.rule.encode(out);
+        out.number(self.rates.len() as u64);
+        for rate in &self.rates {
+            out.number(rate.clock);
+            out.float(rate.rate);
+            out.number(rate.client);
+            out.number(rate.sequence);
+        }
+    }
+
+    /// Reads what was encoded, for a table whose rule `fits`.
+    pub(crate) fn decode(from: &mut Reader<'_>, fits: impl Fn(UpdateRule) -> bool) -> Result<Self, BadBody> {
+        let rule = UpdateRule::decode(from)?;
+        let rates = (0..from.count(32)?)
+            .map(|_| {
+                Ok(Rate {
+                    clock: from.number()?,
+                    rate: from.float()?,
+                    client: from.number()?,
+                    sequence: from.number()?,
+                })
+            })
+            .collect::<Result<Vec<_>, BadBody>>()?;
+        let fine = |rate: f64| rule.with_learning_rate(rate).check().is_ok();
+        if rule.check().is_err() || !fits(rule) || !rates.iter().all(|rate| fine(rate.rate)) {
+            return Err(BadBody("a learning rate makes no sense"));
+        }
+        if !rates.is_sorted_by(|before, after| before.clock < after.clock) {
+            return Err(BadBody("learning rates are out of order"));
+        }
+        Ok(Self { rule, rates })
     }
 
     /// Folds rates that hold for every clock still to come into the rule.

@@ -1,5 +1,7 @@
 //! Pure: one shard of the parameter server. A request and its payload go in, what is to be sent comes out.
 
+mod image;
+
 use crate::body::{Reader, Writer};
 use crate::dense::{Answer, Init, Table, Wait};
 use crate::header::{FLAG_CHECKED, FLAG_INLINE, Header, Kind};
@@ -86,10 +88,10 @@ pub struct Shard {
     limits: Limits,
     epoch: Epoch,
     instance: u64,
-    tables: BTreeMap<TableId, Table>,
-    sparse: BTreeMap<TableId, SparseTable>,
-    members: Members,
-    memory: Memory,
+    pub(crate) tables: BTreeMap<TableId, Table>,
+    pub(crate) sparse: BTreeMap<TableId, SparseTable>,
+    pub(crate) members: Members,
+    pub(crate) memory: Memory,
     shelf: Shelf,
     answers: Vec<Answer>,
 }
