@@ -32,6 +32,8 @@ pub struct Limits {
     pub waiting: usize,
     /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
     pub patience: Duration,
+    /// Copies of the shard that its cluster keeps beside the first. Default 0.
+    pub replicas: u32,
 }
 
 impl Default for Limits {
@@ -42,6 +44,7 @@ impl Default for Limits {
             clients: 4096,
             waiting: 1 << 16,
             patience: Duration::from_secs(3600),
+            replicas: 0,
         }
     }
 }
@@ -229,6 +232,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
+            spec.recovery.check(self.limits.replicas, spec.subject())?;
             self.tables.insert(header.table, Table::new(spec, &mut self.memory)?);
         }
         let pushed = self.table(header)?.pushed_by(header.client);
@@ -342,6 +346,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
+            spec.recovery.check(self.limits.replicas, spec.subject())?;
             let table = SparseTable::new(spec, self.instance, now, &mut self.memory)?;
             self.sparse.insert(header.table, table);
         }

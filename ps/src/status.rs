@@ -184,6 +184,7 @@ mod tests {
             rule: UpdateRule::Sum,
             mode: Mode::Async,
             combine: Combine::Sum,
+            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
             part_elements: 7,
@@ -210,6 +211,7 @@ mod tests {
             capacity: None,
             eviction: None,
             admission: 1,
+            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
         };

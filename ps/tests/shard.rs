@@ -27,6 +27,7 @@ fn spec(elements: u64, mode: Mode, rule: UpdateRule) -> TableSpec {
         rule,
         mode,
         combine: Combine::Sum,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
         part_elements: part_elements(elements, 1, DType::F32, MAX_PART_BYTES),
@@ -451,6 +452,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         capacity: None,
         eviction: None,
         admission: 1,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
     }

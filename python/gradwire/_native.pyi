@@ -206,6 +206,7 @@ class PsClient:
         workers: int | None,
         average: bool,
         staleness: int | None,
+        recovery_name: str,
     ) -> PsTable:
         """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""
 

@@ -6,7 +6,7 @@ use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
 use gradwire_ps::{
-    Adagrad, Adam, ClientSettings, Combine, DType, Ftrl, LocalServers, Mode, PsError, ServerSettings, Sgd,
+    Adagrad, Adam, ClientSettings, Combine, DType, Ftrl, LocalServers, Mode, PsError, Recovery, ServerSettings, Sgd,
     SparseStatus, TableOptions, UpdateRule,
 };
 use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
@@ -83,6 +83,15 @@ pub(crate) fn mode(workers: Option<u32>, staleness: Option<u32>) -> PyResult<Mod
     }
 }
 
+/// What becomes of a table when a server of it dies.
+pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
+    match name {
+        "none" => Ok(Recovery::None),
+        "replicate" => Ok(Recovery::Replicate),
+        _ => Err(PyValueError::new_err(format!("recovery is \"none\" or \"replicate\", not {name:?}"))),
+    }
+}
+
 /// The type of that name.
 pub(crate) fn table_type(name: &str) -> PyResult<DType> {
     DType::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
@@ -124,11 +133,13 @@ impl PsClient {
         workers: Option<u32>,
         average: bool,
         staleness: Option<u32>,
+        recovery_name: &str,
     ) -> PyResult<PsTable> {
         let options = TableOptions {
             rule: rule.rule()?,
             mode: mode(workers, staleness)?,
             combine: if average { Combine::Mean } else { Combine::Sum },
+            recovery: recovery(recovery_name)?,
         };
         let dtype = table_type(dtype_name)?;
         let table = py.detach(|| self.inner.dense(name, &shape, dtype, options));

@@ -5,7 +5,7 @@ use super::{Core, Pending};
 use crate::header::{Header, Kind};
 use crate::shard::open_body;
 use crate::shard_map::{part_elements, parts};
-use crate::{Combine, DType, KeyRange, Mode, PsError, TableSpec, UpdateRule};
+use crate::{Combine, DType, KeyRange, Mode, PsError, Recovery, TableSpec, UpdateRule};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,11 +18,13 @@ pub struct TableOptions {
     pub mode: Mode,
     /// How the contributions to a clock become one gradient. Default: their sum.
     pub combine: Combine,
+    /// What becomes of it when a server dies. Default: it is gone.
+    pub recovery: Recovery,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum }
+        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum, recovery: Recovery::None }
     }
 }
 
@@ -62,6 +64,7 @@ pub(super) fn open(
         rule: options.rule,
         mode: options.mode,
         combine: options.combine,
+        recovery: options.recovery,
         shards,
         shard: 0,
         part_elements: 1,
