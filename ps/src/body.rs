@@ -74,6 +74,29 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(head).map_err(|_| BadBody("a text is not UTF-8"))
     }
 
+    /// All that is left.
+    pub(crate) fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
+    /// The next `count` bytes.
+    pub(crate) fn bytes(&mut self, count: usize) -> Result<&'a [u8], BadBody> {
+        let (head, tail) = self.0.split_at_checked(count).ok_or(BadBody("it ends too early"))?;
+        self.0 = tail;
+        Ok(head)
+    }
+
+    /// A number of at most 32 bits.
+    pub(crate) fn small(&mut self) -> Result<u32, BadBody> {
+        u32::try_from(self.number()?).map_err(|_| BadBody("a number is too large"))
+    }
+
+    /// A clock, or another number that is counted up: so far from the last that counting on never ends.
+    pub(crate) fn counter(&mut self) -> Result<u64, BadBody> {
+        self.number()
+            .and_then(|number| if number >> 62 == 0 { Ok(number) } else { Err(BadBody("a number is too large")) })
+    }
+
     pub(crate) fn end(&self) -> Result<(), BadBody> {
         if self.0.is_empty() { Ok(()) } else { Err(BadBody("it goes on after its end")) }
     }

@@ -1,5 +1,6 @@
 //! Pure: how far each worker has come, and who must wait so that none gets too far ahead of another.
 
+use crate::body::{BadBody, Reader, Writer};
 use crate::staleness::CLOCKS_AHEAD;
 
 /// What to do with a push.
@@ -16,7 +17,7 @@ pub(crate) enum Turn {
 }
 
 /// The pushes of each worker to one part of a table with bounded staleness.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Progress {
     staleness: u64,
     pushed: Vec<u64>,
@@ -26,6 +27,18 @@ pub(crate) struct Progress {
 impl Progress {
     pub(crate) fn new(workers: u32, staleness: u32) -> Self {
         Self { staleness: staleness.into(), pushed: vec![0; workers as usize], slowest: 0 }
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        self.pushed.iter().for_each(|&pushed| out.number(pushed));
+    }
+
+    pub(crate) fn decode(from: &mut Reader<'_>, workers: u32, staleness: u32) -> Result<Self, BadBody> {
+        // The bytes must be there before memory is taken for them.
+        let mut from = Reader(from.bytes(workers as usize * 8)?);
+        let pushed = (0..workers).map(|_| from.counter()).collect::<Result<Vec<_>, _>>()?;
+        let slowest = pushed.iter().copied().min().unwrap_or(0);
+        Ok(Self { staleness: staleness.into(), pushed, slowest })
     }
 
     /// Pushes that every worker has made.

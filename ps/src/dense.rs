@@ -1,7 +1,10 @@
 //! Pure: a dense table's share of one shard: its parts, what has been pushed to them, and who waits for what.
 
 mod clipping;
+mod image;
 mod nearness;
+
+pub(crate) use image::{DenseBuilder, TableImage, decode_windows, encode_windows, merge_windows};
 
 use crate::bounded::Progress;
 use crate::exact_sum::ExactSum;
@@ -41,6 +44,7 @@ pub(crate) enum Answer {
     Refused(Wait, Box<Refusal>),
 }
 
+#[derive(Clone)]
 struct Held {
     clock: u64,
     rank: u32,
@@ -48,6 +52,7 @@ struct Held {
     bytes: Vec<u8>,
 }
 
+#[derive(Clone)]
 enum Order {
     Clocks(ClockLedger),
     Arrival { windows: HashMap<u64, Window>, applied: u64 },
@@ -309,6 +314,16 @@ pub(crate) fn superseded(header: &Header) -> Refusal {
     Refusal::new(Reason::Superseded, subject, "incarnation", expected, header.incarnation)
 }
 
+impl Order {
+    fn completed(&self) -> u64 {
+        match self {
+            Self::Clocks(ledger) => ledger.completed(),
+            Self::Bounded { progress, .. } => progress.slowest(),
+            Self::Arrival { applied, .. } => *applied,
+        }
+    }
+}
+
 impl Part {
     fn new(keys: KeyRange, spec: &TableSpec) -> Self {
         let elements = usize::try_from(keys.len()).expect("a part is small");
@@ -349,11 +364,7 @@ impl Part {
     }
 
     fn completed(&self) -> u64 {
-        match &self.order {
-            Order::Clocks(ledger) => ledger.completed(),
-            Order::Bounded { progress, .. } => progress.slowest(),
-            Order::Arrival { applied, .. } => *applied,
-        }
+        self.order.completed()
     }
 
     fn is_untouched(&self) -> bool {

@@ -1,5 +1,6 @@
 //! Pure: the clients of a shard, by which connection each is reached, and the barriers they meet at.
 
+use crate::body::{BadBody, Reader, Writer};
 use crate::dense::{Wait, superseded};
 use crate::header::Header;
 use crate::refusal::{Reason, Refusal};
@@ -39,6 +40,38 @@ pub(crate) struct Members {
 impl Members {
     pub(crate) fn new(limit: usize) -> Self {
         Self { limit, clients: HashMap::new(), peers: HashMap::new(), barriers: HashMap::new() }
+    }
+
+    /// What outlives connections: who the clients are, as bodies of at most `most` of them.
+    pub(crate) fn bodies(&self, most: usize) -> Vec<Vec<u8>> {
+        let mut clients: Vec<_> = self.clients.iter().collect();
+        clients.sort_unstable_by_key(|(client, _)| **client);
+        let body = |clients: &[(&u64, &Member)]| {
+            let mut out = Writer::default();
+            out.number(clients.len() as u64);
+            for (client, member) in clients {
+                [**client, member.incarnation, member.attempt].into_iter().for_each(|number| out.number(number));
+                member.barriers.encode(&mut out);
+            }
+            out.0
+        };
+        clients.chunks(most).map(body).collect()
+    }
+
+    /// Takes up clients that were told of; of one that is known already, the later life.
+    pub(crate) fn restore(&mut self, from: &mut Reader<'_>) -> Result<(), BadBody> {
+        for _ in 0..from.count(48)? {
+            let (client, incarnation, attempt) = (from.number()?, from.number()?, from.number()?);
+            let member = Member { incarnation, peer: None, attempt, barriers: Window::decode(from)? };
+            let known = self.clients.get(&client).map(|known| (known.incarnation, known.attempt));
+            if known.is_none() && self.clients.len() >= self.limit {
+                self.forget_oldest_absent();
+            }
+            if known.is_none_or(|known| known < (incarnation, attempt)) {
+                self.clients.insert(client, member);
+            }
+        }
+        Ok(())
     }
 
     /// The clients that have a connection.

@@ -1,5 +1,6 @@
 //! Pure: the learning rate at each clock, as clients set it.
 
+use crate::body::{BadBody, Reader, Writer};
 use crate::header::{FLAG_AGAIN, Header};
 use crate::refusal::{Reason, Refusal};
 use crate::schedule::Schedule;
@@ -87,6 +88,44 @@ impl Rates {
         }
         self.forget_old(completed + 1);
         Ok(())
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        self.rule.encode(out);
+        out.number(self.rates.len() as u64);
+        for rate in &self.rates {
+            out.number(rate.clock);
+            out.number(rate.origin);
+            rate.schedule.encode(out);
+            out.number(rate.client);
+            out.number(rate.sequence);
+        }
+    }
+
+    /// Reads what was encoded, for a table whose rule `fits`.
+    pub(crate) fn decode(from: &mut Reader<'_>, fits: impl Fn(UpdateRule) -> bool) -> Result<Self, BadBody> {
+        let rule = UpdateRule::decode(from)?;
+        let rates = (0..from.count(57)?)
+            .map(|_| {
+                Ok(Rate {
+                    clock: from.number()?,
+                    origin: from.number()?,
+                    schedule: Schedule::decode(from)?,
+                    client: from.number()?,
+                    sequence: from.number()?,
+                })
+            })
+            .collect::<Result<Vec<_>, BadBody>>()?;
+        let fine = |rate: &Rate| {
+            rate.schedule.check().is_ok() && rule.with_learning_rate(rate.schedule.least()).check().is_ok()
+        };
+        if rule.check().is_err() || !fits(rule) || !rates.iter().all(fine) {
+            return Err(BadBody("a learning rate makes no sense"));
+        }
+        if !rates.is_sorted_by(|before, after| before.clock < after.clock) {
+            return Err(BadBody("learning rates are out of order"));
+        }
+        Ok(Self { rule, rates })
     }
 
     /// Forgets what holds for no clock still to come.

@@ -1,5 +1,7 @@
 //! Pure: one shard of the parameter server. A request and its payload go in, what is to be sent comes out.
 
+mod image;
+
 use crate::body::{Reader, Writer};
 use crate::dense::{Answer, Init, Table, Wait};
 use crate::header::{FLAG_CHECKED, FLAG_INLINE, Header, Kind};
@@ -30,6 +32,8 @@ pub struct Limits {
     pub waiting: usize,
     /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
     pub patience: Duration,
+    /// Copies of the shard that its cluster keeps beside the first. Default 0.
+    pub replicas: u32,
 }
 
 impl Default for Limits {
@@ -40,6 +44,7 @@ impl Default for Limits {
             clients: 4096,
             waiting: 1 << 16,
             patience: Duration::from_secs(3600),
+            replicas: 0,
         }
     }
 }
@@ -86,10 +91,10 @@ pub struct Shard {
     limits: Limits,
     epoch: Epoch,
     instance: u64,
-    tables: BTreeMap<TableId, Table>,
-    sparse: BTreeMap<TableId, SparseTable>,
-    members: Members,
-    memory: Memory,
+    pub(crate) tables: BTreeMap<TableId, Table>,
+    pub(crate) sparse: BTreeMap<TableId, SparseTable>,
+    pub(crate) members: Members,
+    pub(crate) memory: Memory,
     shelf: Shelf,
     answers: Vec<Answer>,
 }
@@ -242,6 +247,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
+            spec.recovery.check(self.limits.replicas, spec.subject())?;
             self.tables.insert(header.table, Table::new(spec, &mut self.memory)?);
         }
         let pushed = self.table(header)?.pushed_by(header.client);
@@ -355,6 +361,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
+            spec.recovery.check(self.limits.replicas, spec.subject())?;
             let table = SparseTable::new(spec, self.instance, now, &mut self.memory)?;
             self.sparse.insert(header.table, table);
         }

@@ -17,4 +17,4 @@ pub use initial::Initializer;
 pub use spec::{Eviction, MAX_DIM, SparseSpec};
 
 pub(crate) use batch::{Batch, Cut, Gradients, Ids, MAX_PARTS, PART_BYTES};
-pub(crate) use table::{Means, SparseTable};
+pub(crate) use table::{Means, SparseBuilder, SparseImage, SparseTable};

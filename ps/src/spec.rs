@@ -5,7 +5,7 @@ use crate::key::MAX_NAME_BYTES;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::MAX_PART_BYTES;
 use crate::staleness::MAX_WORKERS;
-use crate::{Adagrad, DType, Mode, TableId, UpdateRule};
+use crate::{Adagrad, DType, Mode, Recovery, TableId, UpdateRule};
 
 /// Most dimensions of a table.
 pub const MAX_DIMENSIONS: usize = 16;
@@ -48,6 +48,8 @@ pub struct TableSpec {
     pub combine: Combine,
     /// Whether the gradient of a clock waits to be told its scale before it is applied.
     pub clipped: bool,
+    /// What becomes of it when a server dies.
+    pub recovery: Recovery,
     /// Number of shards that it is cut over.
     pub shards: u32,
     /// Which of them the receiver is.
@@ -118,6 +120,7 @@ impl TableSpec {
             .or_else(|| differ("mode", self.mode.to_string(), other.mode.to_string()))
             .or_else(|| differ("combine", format!("{:?}", self.combine), format!("{:?}", other.combine)))
             .or_else(|| differ("clipping", self.clipped.to_string(), other.clipped.to_string()))
+            .or_else(|| differ("recovery", self.recovery.to_string(), other.recovery.to_string()))
             .or_else(|| differ("number of servers", self.shards.to_string(), other.shards.to_string()))
             .or_else(|| differ("place in the list of servers", self.shard.to_string(), other.shard.to_string()))
             .or_else(|| differ("elements of a part", self.part_elements.to_string(), other.part_elements.to_string()))
@@ -137,6 +140,7 @@ impl TableSpec {
         self.mode.encode(out);
         out.byte((self.combine == Combine::Mean).into());
         out.byte(self.clipped.into());
+        self.recovery.encode(out);
         out.number(self.shards.into());
         out.number(self.shard.into());
         out.number(self.part_elements);
@@ -157,9 +161,11 @@ impl TableSpec {
             flag @ (0 | 1) => flag == 1,
             _ => return Err(BadBody("a flag is neither 0 nor 1")),
         };
+        let recovery = Recovery::decode(from)?;
         let small = |number: u64| u32::try_from(number).map_err(|_| BadBody("a number is too large"));
         let (shards, shard) = (small(from.number()?)?, small(from.number()?)?);
-        Ok(Self { name, shape, dtype, rule, mode, combine, clipped, shards, shard, part_elements: from.number()? })
+        let part_elements = from.number()?;
+        Ok(Self { name, shape, dtype, rule, mode, combine, clipped, recovery, shards, shard, part_elements })
     }
 }
 
@@ -178,6 +184,7 @@ mod tests {
             mode: Mode::Sync { workers: 4 },
             combine: Combine::Mean,
             clipped: false,
+            recovery: Recovery::Replicate,
             shards: 3,
             shard: 2,
             part_elements: 64,

@@ -120,6 +120,54 @@ impl ClockLedger {
         Self { workers, completed: 0, summed: 0, one_before_zero: false, seen: std::array::from_fn(|_| vec![0; words]) }
     }
 
+    /// A ledger of which clocks up to `completed` are done, and nothing has come since.
+    pub(crate) fn at(workers: u32, completed: u64) -> Self {
+        Self { completed, ..Self::new(workers) }
+    }
+
+    /// Whether a sum is under way.
+    pub(crate) fn has_sum(&self) -> bool {
+        self.summed > 0 || self.one_before_zero
+    }
+
+    /// Contributions that have come and are in no sum.
+    pub(crate) fn held(&self) -> u64 {
+        let come: u32 = self.seen.iter().flatten().map(|word| word.count_ones()).sum();
+        u64::from(come - self.summed - u32::from(self.one_before_zero))
+    }
+
+    /// Whether the contribution of `rank` to `clock` has come, and is in no sum.
+    pub(crate) fn holds(&self, clock: u64, rank: u32) -> bool {
+        let summed = clock == self.completed + 1 && (rank < self.summed || self.one_before_zero && rank == 1);
+        clock > self.completed && rank < self.workers && self.has(clock, rank) && !summed
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        out.number(self.completed);
+        out.number(self.summed.into());
+        out.byte(self.one_before_zero.into());
+        self.seen.iter().flatten().for_each(|&word| out.number(word));
+    }
+
+    pub(crate) fn decode(from: &mut Reader<'_>, workers: u32) -> Result<Self, BadBody> {
+        let mut ledger = Self::at(workers, from.counter()?);
+        (ledger.summed, ledger.one_before_zero) = (from.small()?, from.byte()? != 0);
+        for word in ledger.seen.iter_mut().flatten() {
+            *word = from.number()?;
+        }
+        let next = ledger.completed + 1;
+        let beyond = ledger
+            .seen
+            .iter()
+            .any(|words| !workers.is_multiple_of(64) && words[words.len() - 1] >> (workers % 64) != 0);
+        let counted = ledger.summed <= workers && (0..ledger.summed).all(|rank| ledger.has(next, rank));
+        let early = !ledger.one_before_zero || (workers > 1 && ledger.summed == 0 && ledger.has(next, 1));
+        if beyond || !counted || !early {
+            return Err(BadBody("its contributions contradict each other"));
+        }
+        Ok(ledger)
+    }
+
     /// The last clock of which the sum has been applied.
     pub fn completed(&self) -> u64 {
         self.completed
@@ -243,6 +291,25 @@ impl Window {
     /// Nothing of this life has been applied.
     pub const fn new(incarnation: u64) -> Self {
         Self { incarnation, highest: 0, applied: 0 }
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        [self.incarnation, self.highest, self.applied].into_iter().for_each(|number| out.number(number));
+    }
+
+    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        Ok(Self { incarnation: from.number()?, highest: from.number()?, applied: from.number()? })
+    }
+
+    /// What either has counted, of the later life.
+    pub(crate) fn merged(self, other: Self) -> Self {
+        let key = |window: &Self| (window.incarnation, window.highest);
+        let (late, early) = if key(&self) >= key(&other) { (self, other) } else { (other, self) };
+        if early.incarnation < late.incarnation {
+            return late;
+        }
+        let step = late.highest - early.highest;
+        Self { applied: late.applied | if step < WINDOW { early.applied << step } else { 0 }, ..late }
     }
 
     /// Whether call `sequence` of life `incarnation` has been counted.

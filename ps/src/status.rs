@@ -185,6 +185,7 @@ mod tests {
             mode: Mode::Async,
             combine: Combine::Sum,
             clipped: false,
+            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
             part_elements: 7,
@@ -211,6 +212,7 @@ mod tests {
             capacity: None,
             eviction: None,
             admission: 1,
+            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
         };

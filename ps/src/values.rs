@@ -23,8 +23,68 @@ pub(crate) enum Source<'a> {
     },
 }
 
+/// Numbers of a part that are kept, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Field {
+    /// The value, in the table's type.
+    Value,
+    /// The value in full, where it is stored in fewer bits.
+    Wide,
+    /// The optimizer's first state.
+    First,
+    /// Its second state.
+    Second,
+    /// The sum of the clock under way.
+    Sum,
+}
+
+/// Numbers as they were at one moment: shared with their part until that writes them, which it does in a copy.
+#[derive(Debug)]
+pub(crate) enum Numbers {
+    Bytes(RegionSlice),
+    F32(Arc<[f32]>),
+    F64(Arc<[f64]>),
+}
+
+impl Numbers {
+    /// Appends bytes `range`, little-endian.
+    pub(crate) fn append(&self, range: std::ops::Range<usize>, out: &mut Vec<u8>) {
+        fn store<C: Real>(numbers: &[C], range: std::ops::Range<usize>, out: &mut Vec<u8>) {
+            let (at, each) = (out.len(), size_of::<C>());
+            out.resize(at + range.len(), 0);
+            C::store(C::DTYPE, &numbers[range.start / each..range.end / each], &mut out[at..]);
+        }
+        match self {
+            Self::Bytes(slice) => out.extend_from_slice(&slice[range]),
+            Self::F32(numbers) => store(numbers, range, out),
+            Self::F64(numbers) => store(numbers, range, out),
+        }
+    }
+
+    /// Bytes in all.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Bytes(slice) => slice.len(),
+            Self::F32(numbers) => 4 * numbers.len(),
+            Self::F64(numbers) => 8 * numbers.len(),
+        }
+    }
+}
+
+/// Bytes that an element of `field` takes in a table of `dtype`.
+pub(crate) const fn bytes_of(field: Field, dtype: DType) -> usize {
+    match (field, dtype) {
+        (Field::Value, _) | (_, DType::F64) => dtype.bytes(),
+        _ => 4,
+    }
+}
+
 /// The numbers of a part, whatever they are computed in.
 pub(crate) trait Values: Send {
+    /// What is kept, as it is now; the sum only where it is asked for. Cheap: nothing is copied until it is written.
+    fn image(&self, with_sum: bool) -> Vec<(Field, Numbers)>;
+    /// Writes elements of `field` from the `first` on; false where there are none such.
+    fn put(&mut self, field: Field, first: usize, bytes: &[u8]) -> bool;
     /// `sum = gradient`.
     fn begin(&mut self, gradient: Gradient<'_>);
     /// `sum += gradient`.
@@ -63,14 +123,18 @@ struct Dense<C> {
     /// Earlier values that were being sent when the next one was written.
     spare: Vec<Arc<Region>>,
     /// The value in full where it is stored in fewer bits.
-    wide: Vec<C>,
-    state: [Vec<C>; 2],
-    sum: Vec<C>,
+    wide: Arc<[C]>,
+    state: [Arc<[C]>; 2],
+    sum: Arc<[C]>,
+}
+
+fn filled<C: Real>(first: C, elements: usize) -> Arc<[C]> {
+    std::iter::repeat_n(first, elements).collect()
 }
 
 impl<C: Real> Dense<C> {
     fn new(dtype: DType, rule: &UpdateRule, elements: usize) -> Self {
-        let filled = |first: f64, wanted: bool| vec![C::of(first); if wanted { elements } else { 0 }];
+        let filled = |first: f64, wanted: bool| filled(C::of(first), if wanted { elements } else { 0 });
         let (state, first) = (rule.state_per_element(), rule.first_state());
         Self {
             dtype,
@@ -79,7 +143,7 @@ impl<C: Real> Dense<C> {
             spare: Vec::new(),
             wide: filled(0.0, dtype != C::DTYPE),
             state: [filled(first, state > 0), filled(first, state > 1)],
-            sum: Vec::new(),
+            sum: Arc::default(),
         }
     }
 
@@ -106,27 +170,66 @@ impl<C: Real> Dense<C> {
 }
 
 impl<C: Real> Values for Dense<C> {
+    fn image(&self, with_sum: bool) -> Vec<(Field, Numbers)> {
+        let [first, second] = &self.state;
+        let mut image = vec![(Field::Value, Numbers::Bytes(self.read()))];
+        let kept = [(Field::Wide, &self.wide), (Field::First, first), (Field::Second, second)];
+        let kept = kept.into_iter().chain(with_sum.then_some((Field::Sum, &self.sum)));
+        image.extend(kept.filter(|(_, all)| !all.is_empty()).map(|(field, all)| (field, C::share(all))));
+        image
+    }
+
+    fn put(&mut self, field: Field, first: usize, bytes: &[u8]) -> bool {
+        let Self { wide, state: [one, two], sum, .. } = self;
+        let numbers = match field {
+            Field::Value => {
+                let start = first * self.dtype.bytes();
+                return match self.writable().get_mut(start..start + bytes.len()) {
+                    Some(to) => {
+                        to.copy_from_slice(bytes);
+                        true
+                    }
+                    None => false,
+                };
+            }
+            Field::Wide => wide,
+            Field::First => one,
+            Field::Second => two,
+            Field::Sum => {
+                if sum.is_empty() {
+                    *sum = filled(C::default(), self.elements);
+                }
+                sum
+            }
+        };
+        let to = Arc::make_mut(numbers).get_mut(first..first + bytes.len() / size_of::<C>());
+        to.map(|to| C::load(C::DTYPE, bytes, to)).is_some()
+    }
+
     fn begin(&mut self, (dtype, gradient): Gradient<'_>) {
-        self.sum.resize(self.elements, C::default());
-        kernel::begin(&mut self.sum, dtype, gradient);
+        if self.sum.is_empty() {
+            self.sum = filled(C::default(), self.elements);
+        }
+        kernel::begin(Arc::make_mut(&mut self.sum), dtype, gradient);
     }
 
     fn add(&mut self, (dtype, gradient): Gradient<'_>) {
-        kernel::add(&mut self.sum, dtype, gradient);
+        kernel::add(Arc::make_mut(&mut self.sum), dtype, gradient);
     }
 
     fn apply(&mut self, rule: &UpdateRule, n: u64, divisor: f64, source: Source<'_>) {
         let step = Step::<C>::new(rule, n);
         let mut bytes = self.writable();
         let (mut value, mut gradient) = ([C::default(); BLOCK], [C::default(); BLOCK]);
-        let [first, second] = &mut self.state;
+        let [first, second] = self.state.each_mut().map(Arc::make_mut);
+        let wide = Arc::make_mut(&mut self.wide);
         for start in (0..self.elements).step_by(BLOCK) {
             let end = self.elements.min(start + BLOCK);
             let gradient = &mut gradient[..end - start];
             gather(&self.sum, source, start..end, gradient);
             divide(gradient, divisor);
             let stored = &mut bytes[start * self.dtype.bytes()..end * self.dtype.bytes()];
-            let block = |state: &mut Vec<C>| if state.is_empty() { 0..0 } else { start..end };
+            let block = |state: &[C]| if state.is_empty() { 0..0 } else { start..end };
             let (of_first, of_second) = (block(first), block(second));
             let (first, second) = (&mut first[of_first], &mut second[of_second]);
             if let Some(value) = C::in_place(self.dtype, stored) {
@@ -134,12 +237,12 @@ impl<C: Real> Values for Dense<C> {
                 continue;
             }
             let value = &mut value[..end - start];
-            match self.wide.get(start..end) {
+            match wide.get(start..end) {
                 Some(wide) => value.copy_from_slice(wide),
                 None => C::load(self.dtype, stored, value),
             }
             step.run(value, gradient, first, second);
-            if let Some(wide) = self.wide.get_mut(start..end) {
+            if let Some(wide) = wide.get_mut(start..end) {
                 wide.copy_from_slice(value);
             }
             C::store(self.dtype, value, stored);
@@ -147,14 +250,17 @@ impl<C: Real> Values for Dense<C> {
     }
 
     fn close(&mut self, divisor: f64, source: Source<'_>) -> ExactSum {
-        self.sum.resize(self.elements, C::default());
+        if self.sum.is_empty() {
+            self.sum = filled(C::default(), self.elements);
+        }
+        let all = Arc::make_mut(&mut self.sum);
         let (mut squares, mut gradient) = (ExactSum::default(), [C::default(); BLOCK]);
         for start in (0..self.elements).step_by(BLOCK) {
             let end = self.elements.min(start + BLOCK);
             let gradient = &mut gradient[..end - start];
-            gather(&self.sum, source, start..end, gradient);
+            gather(all, source, start..end, gradient);
             divide(gradient, divisor);
-            self.sum[start..end].copy_from_slice(gradient);
+            all[start..end].copy_from_slice(gradient);
             for value in gradient {
                 let value: f64 = (*value).into();
                 squares.add(value * value);
@@ -170,7 +276,7 @@ impl<C: Real> Values for Dense<C> {
     fn write(&mut self, bytes: &[u8]) {
         self.writable().copy_from_slice(bytes);
         if !self.wide.is_empty() {
-            C::load(self.dtype, bytes, &mut self.wide);
+            C::load(self.dtype, bytes, Arc::make_mut(&mut self.wide));
         }
     }
 

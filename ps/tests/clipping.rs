@@ -17,7 +17,8 @@ fn client(servers: &LocalServers, worker: u32, timeout: Duration) -> Client {
 }
 
 fn options(workers: u32, rule: UpdateRule) -> TableOptions {
-    TableOptions { rule, mode: Mode::Sync { workers }, combine: Combine::Mean, clipped: true }
+    let mode = Mode::Sync { workers };
+    TableOptions { rule, mode, combine: Combine::Mean, clipped: true, ..TableOptions::default() }
 }
 
 fn open(client: &Client, dtype: DType, options: TableOptions) -> Vec<DenseTable> {

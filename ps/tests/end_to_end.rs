@@ -32,7 +32,7 @@ fn settings(worker: Option<u32>) -> ClientSettings {
 }
 
 fn sync(workers: u32, rule: UpdateRule) -> TableOptions {
-    TableOptions { rule, mode: Mode::Sync { workers }, combine: Combine::Sum, clipped: false }
+    TableOptions { rule, mode: Mode::Sync { workers }, combine: Combine::Sum, ..TableOptions::default() }
 }
 
 fn encode(dtype: DType, values: impl Iterator<Item = f64>) -> Arc<Region> {

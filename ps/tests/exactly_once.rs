@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
 use gradwire_ps::{
-    Adam, Client, ClientSettings, Combine, DType, LocalServers, Mode, ServerSettings, SparseOptions, SparseTable,
-    TableOptions, UpdateRule,
+    Adam, Client, ClientSettings, Combine, DType, LocalServers, Mode, Recovery, ServerSettings, SparseOptions,
+    SparseTable, TableOptions, UpdateRule,
 };
 use gradwire_transport::Region;
 use std::io::{Read, Write};
@@ -160,7 +160,8 @@ fn asynchronous_pushes_count_once_though_connections_are_cut() {
 fn train(client: Client) -> Vec<u32> {
     let worker = client.worker().unwrap();
     let rule = UpdateRule::Adam(Adam { learning_rate: 0.01, ..Adam::default() });
-    let options = TableOptions { rule, mode: Mode::Sync { workers: 3 }, combine: Combine::Mean, clipped: false };
+    let options =
+        TableOptions { rule, mode: Mode::Sync { workers: 3 }, combine: Combine::Mean, ..TableOptions::default() };
     let table = client.dense("w", &[30_000], DType::F32, options).unwrap();
     let first = region((0..30_000).map(|n| n as f32 * 1e-4));
     table.init(first.read(0..120_000).unwrap()).unwrap();
@@ -244,8 +245,13 @@ fn sparse_pushes_count_once_in_every_mode_though_connections_are_cut() {
 #[test]
 fn bounded_pushes_to_a_dense_table_count_once_though_connections_are_cut() {
     const MODE: Mode = Mode::Ssp { workers: 3, staleness: 1 };
-    const OPTIONS: TableOptions =
-        TableOptions { rule: UpdateRule::Sum, mode: MODE, combine: Combine::Sum, clipped: false };
+    const OPTIONS: TableOptions = TableOptions {
+        rule: UpdateRule::Sum,
+        mode: MODE,
+        combine: Combine::Sum,
+        clipped: false,
+        recovery: Recovery::None,
+    };
     let rig = Arc::new(Rig::new(2, 4, 600_000, 25));
     each_worker(&rig, 3, true, |client| {
         let table = client.dense("ones", &[20_000], DType::F32, OPTIONS).unwrap();

@@ -61,8 +61,12 @@ fn dialer(fabric: Option<&Fabric>, choice: WireChoice) -> Box<dyn Dialer> {
 fn ones_add_up(servers: &[Running], workers: u32, pushes: u32, dial: impl Fn() -> Box<dyn Dialer> + Sync) {
     const ELEMENTS: usize = 300_000;
     let addresses: Vec<String> = servers.iter().map(|server| server.address.clone()).collect();
-    let options =
-        TableOptions { rule: UpdateRule::Sum, mode: Mode::Sync { workers }, combine: Combine::Sum, clipped: false };
+    let options = TableOptions {
+        rule: UpdateRule::Sum,
+        mode: Mode::Sync { workers },
+        combine: Combine::Sum,
+        ..TableOptions::default()
+    };
     std::thread::scope(|scope| {
         for worker in 0..workers {
             let (addresses, dial) = (&addresses, &dial);
@@ -159,7 +163,7 @@ fn an_error_of_a_server_comes_over_queue_pairs_too() {
         rule: UpdateRule::Sum,
         mode: Mode::Sync { workers },
         combine: Combine::Sum,
-        clipped: false,
+        ..TableOptions::default()
     };
     client.dense("t", &[10], DType::F32, options(1)).unwrap();
     let other = Client::over(

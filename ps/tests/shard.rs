@@ -28,6 +28,7 @@ fn spec(elements: u64, mode: Mode, rule: UpdateRule) -> TableSpec {
         mode,
         combine: Combine::Sum,
         clipped: false,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
         part_elements: part_elements(elements, 1, DType::F32, MAX_PART_BYTES),
@@ -452,6 +453,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         capacity: None,
         eviction: None,
         admission: 1,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
     }

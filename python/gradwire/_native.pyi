@@ -207,6 +207,7 @@ class PsClient:
         average: bool,
         staleness: int | None,
         clipped: bool,
+        recovery_name: str,
     ) -> PsTable:
         """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""
 

@@ -7,7 +7,7 @@ use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
 use gradwire_ps::{
-    Adagrad, Adam, ClientSettings, Combine, DType, Ftrl, LocalServers, Mode, PsError, ServerSettings, Sgd,
+    Adagrad, Adam, ClientSettings, Combine, DType, Ftrl, LocalServers, Mode, PsError, Recovery, ServerSettings, Sgd,
     SparseStatus, TableOptions, UpdateRule,
 };
 use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
@@ -84,6 +84,15 @@ pub(crate) fn mode(workers: Option<u32>, staleness: Option<u32>) -> PyResult<Mod
     }
 }
 
+/// What becomes of a table when a server of it dies.
+pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
+    match name {
+        "none" => Ok(Recovery::None),
+        "replicate" => Ok(Recovery::Replicate),
+        _ => Err(PyValueError::new_err(format!("recovery is \"none\" or \"replicate\", not {name:?}"))),
+    }
+}
+
 /// The type of that name.
 pub(crate) fn table_type(name: &str) -> PyResult<DType> {
     DType::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
@@ -126,12 +135,14 @@ impl PsClient {
         average: bool,
         staleness: Option<u32>,
         clipped: bool,
+        recovery_name: &str,
     ) -> PyResult<PsTable> {
         let options = TableOptions {
             rule: rule.rule()?,
             mode: mode(workers, staleness)?,
             combine: if average { Combine::Mean } else { Combine::Sum },
             clipped,
+            recovery: recovery(recovery_name)?,
         };
         let dtype = table_type(dtype_name)?;
         let table = py.detach(|| self.inner.dense(name, &shape, dtype, options));

@@ -9,7 +9,9 @@ use crate::memory::Shelf;
 use crate::schedule::rate_body;
 use crate::shard::{MOST_EVICTED, open_sparse_body};
 use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES};
-use crate::{Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, Schedule, SparseSpec, UpdateRule};
+use crate::{
+    Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, Recovery, Schedule, SparseSpec, UpdateRule,
+};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -37,6 +39,8 @@ pub struct SparseOptions {
     pub eviction: Option<Eviction>,
     /// How many pushes an id must come in before it gets a row. Default 1: at once.
     pub admission: u8,
+    /// What becomes of it when a server dies. Default: it is gone.
+    pub recovery: Recovery,
 }
 
 impl Default for SparseOptions {
@@ -50,6 +54,7 @@ impl Default for SparseOptions {
             capacity: None,
             eviction: None,
             admission: 1,
+            recovery: Recovery::None,
         }
     }
 }
@@ -88,7 +93,7 @@ pub(super) fn open(
 ) -> Result<SparseTable, PsError> {
     let mut tables = core.sparse.lock().unwrap_or_else(PoisonError::into_inner);
     let shards = core.map.shards();
-    let SparseOptions { rule, mode, combine, initializer, seed, capacity, eviction, admission } = options;
+    let SparseOptions { rule, mode, combine, initializer, seed, capacity, eviction, admission, recovery } = options;
     let spec = SparseSpec {
         name: name.to_owned(),
         dim: dim as u64,
@@ -101,6 +106,7 @@ pub(super) fn open(
         capacity,
         eviction,
         admission,
+        recovery,
         shards,
         shard: 0,
     };

@@ -6,7 +6,7 @@ use crate::header::{Header, Kind};
 use crate::schedule::rate_body;
 use crate::shard::open_body;
 use crate::shard_map::{part_elements, parts};
-use crate::{Combine, DType, KeyRange, Mode, PsError, Schedule, TableId, TableSpec, UpdateRule};
+use crate::{Combine, DType, KeyRange, Mode, PsError, Recovery, Schedule, TableId, TableSpec, UpdateRule};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -21,11 +21,19 @@ pub struct TableOptions {
     pub combine: Combine,
     /// Whether each clock's gradient waits for [`crate::Client::clip`] before it is applied. Default: it does not.
     pub clipped: bool,
+    /// What becomes of it when a server dies. Default: it is gone.
+    pub recovery: Recovery,
 }
 
 impl Default for TableOptions {
     fn default() -> Self {
-        Self { rule: UpdateRule::Sum, mode: Mode::Async, combine: Combine::Sum, clipped: false }
+        Self {
+            rule: UpdateRule::Sum,
+            mode: Mode::Async,
+            combine: Combine::Sum,
+            clipped: false,
+            recovery: Recovery::None,
+        }
     }
 }
 
@@ -66,6 +74,7 @@ pub(super) fn open(
         mode: options.mode,
         combine: options.combine,
         clipped: options.clipped,
+        recovery: options.recovery,
         shards,
         shard: 0,
         part_elements: 1,

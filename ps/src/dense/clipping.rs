@@ -2,7 +2,7 @@
 //! has heard from all shards says by what it is to be multiplied.
 
 use super::{Answer, Apply, Order, Part, Table, Wait, divisor, waited};
-use crate::body::Writer;
+use crate::body::{BadBody, Reader, Writer};
 use crate::exact_sum::ExactSum;
 use crate::header::{FLAG_INLINE, Header, Kind};
 use crate::memory::Memory;
@@ -17,6 +17,30 @@ pub(super) struct Clipping {
     waits: Vec<Wait>,
     /// The last clock that was scaled, with its squares and its scale, for workers who ask late.
     last: Option<(u64, ExactSum, f64)>,
+}
+
+impl Clipping {
+    /// The last clock that was scaled; who waits asks again.
+    pub(super) fn image(&self) -> Self {
+        Self { waits: Vec::new(), last: self.last.clone() }
+    }
+
+    pub(super) fn encode(&self, out: &mut Writer) {
+        out.byte(self.last.is_some().into());
+        if let Some((clock, squares, scale)) = &self.last {
+            out.number(*clock);
+            squares.encode(out);
+            out.float(*scale);
+        }
+    }
+
+    pub(super) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        let last = match from.byte()? {
+            0 => None,
+            _ => Some((from.number()?, ExactSum::decode(from)?, from.float()?)),
+        };
+        Ok(Self { waits: Vec::new(), last })
+    }
 }
 
 impl Table {

@@ -9,6 +9,7 @@ const HASHES: usize = 4;
 pub(crate) const MOST: u8 = 250;
 
 /// Counts of ids.
+#[derive(Clone)]
 pub(crate) struct Sketch {
     key: u64,
     wanted: u8,
@@ -20,6 +21,18 @@ impl Sketch {
     /// Admits an id the `wanted`-th time. `rows`: about how many there will be.
     pub(crate) fn new(wanted: u8, rows: u64, key: u64) -> Self {
         Self { key, wanted, counters: vec![0; Self::bytes_for(rows) as usize], raised: 0 }
+    }
+
+    /// Its secret, how often it was raised, and its counters.
+    pub(crate) fn parts(&self) -> (u64, u64, &[u8]) {
+        (self.key, self.raised, &self.counters)
+    }
+
+    /// Takes up counters from the `first` on of another of the same size; false where there are none such.
+    pub(crate) fn restore(&mut self, key: u64, raised: u64, first: usize, counters: &[u8]) -> bool {
+        let end = first.saturating_add(counters.len());
+        (self.key, self.raised) = (key, raised.min(8 * self.counters.len() as u64));
+        self.counters.get_mut(first..end).map(|to| to.copy_from_slice(counters)).is_some()
     }
 
     /// Bytes that a sketch for so many rows takes.

@@ -1,16 +1,59 @@
 //! Pure: rows of one length, in chunks that never move: a new row costs no allocation of its own.
 
 use crate::kernel::Real;
+use std::sync::Arc;
 
 /// What a chunk aims at. The memory behind it is the system's zeros until rows are written.
 const CHUNK_BYTES: usize = 2 << 20;
 /// Rows begin where cache lines do, if their length lets them.
 const LINE_BYTES: usize = 64;
 
+#[derive(Clone)]
 struct Chunk<C> {
-    memory: Vec<C>,
+    memory: Memory<C>,
     /// Where the first row begins.
     start: usize,
+}
+
+/// Memory of our own, or shared with an image until it is written. Two kinds, so that writing asks no counter.
+#[derive(Clone)]
+enum Memory<C> {
+    Own(Vec<C>),
+    Shared(Arc<Vec<C>>),
+}
+
+impl<C: Real> Chunk<C> {
+    fn all(&self) -> &[C] {
+        match &self.memory {
+            Memory::Own(memory) => memory,
+            Memory::Shared(memory) => memory,
+        }
+    }
+
+    /// Makes the memory our own: a copy, where an image still holds it.
+    #[cold]
+    fn unshare(&mut self) {
+        let Memory::Shared(shared) = std::mem::replace(&mut self.memory, Memory::Own(Vec::new())) else { return };
+        match Arc::try_unwrap(shared) {
+            Ok(memory) => self.memory = Memory::Own(memory),
+            Err(shared) => {
+                let spare = LINE_BYTES / size_of::<C>();
+                let rows = &shared[self.start..shared.len() - (spare - self.start)];
+                let mut fresh = Self::new(rows.len());
+                if let Memory::Own(memory) = &mut fresh.memory {
+                    memory[fresh.start..fresh.start + rows.len()].copy_from_slice(rows);
+                }
+                *self = fresh;
+            }
+        }
+    }
+
+    fn new(elements: usize) -> Self {
+        let spare = LINE_BYTES / size_of::<C>();
+        let memory = vec![C::default(); elements + spare];
+        let start = memory.as_ptr().align_offset(LINE_BYTES).min(spare);
+        Self { memory: Memory::Own(memory), start }
+    }
 }
 
 /// Rows, by number.
@@ -56,10 +99,7 @@ impl<C: Real> Arena<C> {
         let row = self.rows;
         assert!(row < u32::MAX, "a shard holds fewer than 2^32 rows of a table: give it more shards");
         if (row >> self.shift) as usize == self.chunks.len() {
-            let spare = LINE_BYTES / size_of::<C>();
-            let memory = vec![C::default(); (self.stride << self.shift) + spare];
-            let start = memory.as_ptr().align_offset(LINE_BYTES).min(spare);
-            self.chunks.push(Chunk { memory, start });
+            self.chunks.push(Chunk::new(self.stride << self.shift));
         }
         self.rows += 1;
         row
@@ -72,12 +112,30 @@ impl<C: Real> Arena<C> {
 
     pub(crate) fn row(&self, row: u32) -> &[C] {
         let (chunk, range) = self.place(row);
-        &self.chunks[chunk].memory[range]
+        &self.chunks[chunk].all()[range]
     }
 
     pub(crate) fn row_mut(&mut self, row: u32) -> &mut [C] {
-        let (chunk, range) = self.place(row);
-        &mut self.chunks[chunk].memory[range]
+        let chunk = &mut self.chunks[(row >> self.shift) as usize];
+        if matches!(chunk.memory, Memory::Shared(_)) {
+            chunk.unshare();
+        }
+        let (at, range) = self.place(row);
+        match &mut self.chunks[at].memory {
+            Memory::Own(memory) => &mut memory[range],
+            Memory::Shared(_) => unreachable!("it was made our own"),
+        }
+    }
+
+    /// The rows as they are now. They are shared until they are written: a chunk is copied then.
+    pub(crate) fn image(&mut self) -> Self {
+        for chunk in &mut self.chunks {
+            if let Memory::Own(memory) = &mut chunk.memory {
+                chunk.memory = Memory::Shared(Arc::new(std::mem::take(memory)));
+            }
+        }
+        let (stride, shift, chunks) = (self.stride, self.shift, self.chunks.clone());
+        Self { stride, shift, chunks, rows: self.rows, free: Vec::new() }
     }
 
     #[inline]
@@ -107,6 +165,26 @@ mod tests {
             arena.give_back(rows[4]);
             assert_eq!(arena.take(), rows[4]);
         }
+    }
+
+    #[test]
+    fn an_image_keeps_the_rows_as_they_were() {
+        let mut arena = Arena::<f32>::new(16, Some(4));
+        let rows: Vec<u32> = (0..9).map(|_| arena.take()).collect();
+        rows.iter().for_each(|&row| arena.row_mut(row).fill(row as f32));
+        let image = arena.image();
+        rows.iter().for_each(|&row| arena.row_mut(row).fill(-1.0));
+        for &row in &rows {
+            assert!(image.row(row).iter().all(|&value| value == row as f32));
+            assert!(arena.row(row).iter().all(|&value| value == -1.0));
+            assert_eq!(arena.row(row).as_ptr().align_offset(LINE_BYTES), 0);
+        }
+        drop(image);
+        let before = arena.image();
+        let address = before.row(0).as_ptr();
+        drop(before);
+        arena.row_mut(0).fill(2.0);
+        assert_eq!(arena.row(0).as_ptr(), address, "nobody else holds it, so nothing is copied");
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Pure: the ids that were evicted last, in their order: a ring that readers follow, each with a number of its own.
 
+use crate::body::{BadBody, Reader, Writer};
 use std::collections::VecDeque;
 
 /// Ids that are kept for readers. Who comes later than this is told how many it has missed.
 pub(crate) const KEPT: usize = 1 << 16;
 
 /// Evicted ids, numbered from 0.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Evicted {
     ids: VecDeque<u64>,
     /// Number of the next one.
@@ -20,6 +21,21 @@ impl Evicted {
         }
         self.ids.push_back(id);
         self.next += 1;
+    }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        out.number(self.next);
+        out.number(self.ids.len() as u64);
+        self.ids.iter().for_each(|&id| out.number(id));
+    }
+
+    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        let next = from.counter()?;
+        let count = from.count(8)?;
+        if count > KEPT || count as u64 > next {
+            return Err(BadBody("it keeps more evicted ids than there were"));
+        }
+        Ok(Self { next, ids: (0..count).map(|_| from.number()).collect::<Result<_, _>>()? })
     }
 
     /// How many there have been.

@@ -1,11 +1,13 @@
 //! Pure: the contributions of the workers to the clocks of a synchronous sparse table, and which parts of them have come.
 
+use super::MAX_PARTS;
 use crate::DType;
+use crate::body::{BadBody, Reader, Writer};
 use crate::staleness::CLOCKS_AHEAD;
 use std::collections::BTreeMap;
 
 /// Which parts of a push have come.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Parts {
     pub(crate) incarnation: u64,
     total: u32,
@@ -36,9 +38,33 @@ impl Parts {
     pub(crate) fn is_whole(&self) -> bool {
         self.come == self.total
     }
+
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        out.number(self.incarnation);
+        out.number(self.total.into());
+        self.seen.iter().for_each(|&word| out.number(word));
+    }
+
+    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        let (incarnation, total) = (from.number()?, from.small()?);
+        if !(1..=MAX_PARTS).contains(&total) {
+            return Err(BadBody("a push has more parts than there may be"));
+        }
+        let mut parts = Self::new(incarnation, total);
+        for word in &mut parts.seen {
+            *word = from.number()?;
+        }
+        parts.come = parts.seen.iter().map(|word| word.count_ones()).sum();
+        let beyond = !total.is_multiple_of(64) && parts.seen.last().is_some_and(|word| word >> (total % 64) != 0);
+        if beyond || parts.is_whole() || parts.come == 0 {
+            return Err(BadBody("the parts of a push contradict each other"));
+        }
+        Ok(parts)
+    }
 }
 
 /// A part that waits for its clock: the payload, as it came.
+#[derive(Clone)]
 pub(crate) struct Piece {
     pub(crate) dtype: DType,
     pub(crate) count: usize,
@@ -46,12 +72,14 @@ pub(crate) struct Piece {
 }
 
 /// What one worker gives to one clock.
+#[derive(Clone)]
 struct Contribution {
     parts: Parts,
     pieces: Vec<Piece>,
 }
 
 /// What the workers have given.
+#[derive(Clone)]
 pub(crate) struct Gathering {
     workers: u32,
     completed: u64,
@@ -76,6 +104,19 @@ pub(crate) enum Verdict {
 impl Gathering {
     pub(crate) fn new(workers: u32) -> Self {
         Self { workers, completed: 0, whole: Default::default(), contributions: BTreeMap::new() }
+    }
+
+    /// All clocks up to `completed` are applied, and nothing has come since.
+    pub(crate) fn at(workers: u32, completed: u64) -> Self {
+        Self { completed, ..Self::new(workers) }
+    }
+
+    /// What has come: clock, rank, life of the worker, number of parts, and each part.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = (u64, u32, u64, u32, &Piece)> + '_ {
+        self.contributions.iter().flat_map(|(&(clock, rank), known)| {
+            let parts = &known.parts;
+            known.pieces.iter().map(move |piece| (clock, rank, parts.incarnation, parts.total, piece))
+        })
     }
 
     /// The last clock that was applied.
@@ -119,7 +160,7 @@ impl Gathering {
 
     /// The contributions to the clock under way, in the order of ranks, once all are there: the next clock is under way then.
     pub(crate) fn take(&mut self) -> Option<Vec<Piece>> {
-        if self.whole[0] < self.workers {
+        if !self.is_whole() {
             return None;
         }
         self.completed += 1;
@@ -128,6 +169,11 @@ impl Gathering {
         let later = self.contributions.split_off(&(self.completed + 1, 0));
         let now = std::mem::replace(&mut self.contributions, later);
         Some(now.into_values().flat_map(|contribution| contribution.pieces).collect())
+    }
+
+    /// Whether the clock under way could be taken.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.whole[0] >= self.workers
     }
 
     /// Clocks that `rank` has contributed to in full.

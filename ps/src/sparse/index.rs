@@ -3,6 +3,7 @@
 
 use super::initial::mix;
 use crate::kernel;
+use std::sync::Arc;
 
 /// Tables that ids are spread over. Each grows by itself, and none so long that requests would notice.
 const SEGMENTS: usize = 256;
@@ -22,13 +23,15 @@ struct Slot {
 const FREE: Slot = Slot { id: 0, row: NONE };
 
 /// Slots with linear probing: an entry lies at its home or after it, with no free slot between.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Segment {
-    slots: Vec<Slot>,
+    /// Shared with a copy of the index until it is written.
+    slots: Arc<[Slot]>,
     used: usize,
 }
 
-/// Rows by id.
+/// Rows by id. A clone is cheap: it shares the entries until they change.
+#[derive(Clone)]
 pub(crate) struct Index {
     /// Known to nobody outside, so that nobody can choose ids that collide.
     key: u64,
@@ -46,6 +49,12 @@ impl Index {
     /// Number of rows.
     pub(crate) fn len(&self) -> u64 {
         self.rows
+    }
+
+    /// Every id with its row.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
+        let slots = self.segments.iter().flat_map(|segment| segment.slots.iter());
+        slots.filter(|slot| slot.row != NONE).map(|slot| (slot.id, slot.row))
     }
 
     /// Bytes taken.
@@ -68,7 +77,11 @@ impl Index {
     pub(crate) fn find(&self, id: u64) -> Option<u32> {
         let hash = mix(id ^ self.key);
         let slots = &self.segments[segment(hash)].slots;
-        let at = slots.iter().skip(home(hash, slots.len())).chain(slots).find(|slot| slot.row == NONE || slot.id == id);
+        let at = slots
+            .iter()
+            .skip(home(hash, slots.len()))
+            .chain(slots.iter())
+            .find(|slot| slot.row == NONE || slot.id == id);
         at.filter(|slot| slot.row != NONE).map(|slot| slot.row)
     }
 
@@ -78,15 +91,13 @@ impl Index {
         let Segment { slots, used } = &mut self.segments[segment(hash)];
         // Four fifths full at most, and grown by half: 15 to 23 bytes a row.
         if (*used + 1) * 5 > slots.len() * 4 {
-            let wider = vec![FREE; (slots.len() * 3 / 2).max(LEAST)];
+            let mut wider: Arc<[Slot]> = std::iter::repeat_n(FREE, (slots.len() * 3 / 2).max(LEAST)).collect();
             self.bytes += ((wider.len() - slots.len()) * size_of::<Slot>()) as u64;
-            for slot in std::mem::replace(slots, wider) {
-                if slot.row != NONE {
-                    place(slots, mix(slot.id ^ key), slot);
-                }
-            }
+            let free = Arc::make_mut(&mut wider);
+            slots.iter().filter(|slot| slot.row != NONE).for_each(|&slot| place(free, mix(slot.id ^ key), slot));
+            *slots = wider;
         }
-        place(slots, hash, Slot { id, row });
+        place(Arc::make_mut(slots), hash, Slot { id, row });
         *used += 1;
         self.rows += 1;
     }
@@ -105,6 +116,7 @@ impl Index {
             hole = next(hole);
         }
         let row = slots[hole].row;
+        let slots = Arc::make_mut(slots);
         // What lies behind moves up, unless it would come before its home (Knuth, volume 3, algorithm 6.4R).
         let mut at = next(hole);
         while slots[at].row != NONE {

@@ -1,5 +1,9 @@
 //! Pure: the rows of one shard of a sparse table: found by id, made, updated, read, evicted.
 
+mod image;
+
+pub(crate) use image::{Restore, RowsImage};
+
 use super::admission::Sketch;
 use super::arena::Arena;
 use super::evicted::Evicted;
@@ -19,7 +23,7 @@ const MOST_EXTRA: u64 = 64;
 const SWEEP: usize = 1 << 14;
 
 /// The rows of a table, whatever they are computed in.
-pub(crate) trait Rows: Send {
+pub(crate) trait Rows: Restore + Send {
     /// Number of rows.
     fn len(&self) -> u64;
     /// Bytes taken.
@@ -94,6 +98,7 @@ struct Store<C> {
 }
 
 /// Contributions of several clients, added up.
+#[derive(Default)]
 struct Sum<C> {
     slots: HashTable<u32>,
     ids: Vec<u64>,
@@ -119,7 +124,7 @@ impl<C: Real> Store<C> {
             sketch: (spec.admission > 1).then(|| Sketch::new(spec.admission, expected_rows(spec), key)),
             unadmitted: 0,
             evicted: Evicted::default(),
-            sum: Sum { slots: HashTable::new(), ids: Vec::new(), values: Vec::new() },
+            sum: Sum::default(),
         }
     }
 
@@ -294,8 +299,7 @@ impl<C: Real> Rows for Store<C> {
 
     fn apply_sum(&mut self, rule: &UpdateRule, n: u64, divisor: f64, now_ms: u64) {
         let step = step_of::<C>(rule, n);
-        let empty = Sum { slots: HashTable::new(), ids: Vec::new(), values: Vec::new() };
-        let mut sum = std::mem::replace(&mut self.sum, empty);
+        let mut sum = std::mem::take(&mut self.sum);
         // Which rows are made and evicted then depends on nothing but the ids.
         let mut order: Vec<u32> = (0..sum.ids.len() as u32).collect();
         order.sort_unstable_by_key(|&slot| sum.ids[slot as usize]);
@@ -343,6 +347,7 @@ mod tests {
             capacity: None,
             eviction: None,
             admission: 1,
+            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
         }

@@ -1,5 +1,9 @@
 //! Pure: a sparse table's share of one shard: which pushes count, in which order they are applied, who waits for what.
 
+mod image;
+
+pub(crate) use image::{SparseBuilder, SparseImage};
+
 use super::gathering::{Gathering, Parts, Piece, Verdict};
 use super::rows::{self, Rows};
 use super::{Batch, Ids, SparseSpec};
@@ -39,6 +43,8 @@ pub(crate) struct SparseTable {
     readers: Vec<Kept>,
     rates: Rates,
     opened: Instant,
+    /// How old it was then: more than 0 where it came from elsewhere.
+    opened_ms: u64,
     /// What is set aside for it.
     memory_bytes: u64,
     /// What is set aside in any case: all of it where there is a capacity.
@@ -74,7 +80,7 @@ impl SparseTable {
         let rates = Rates::new(spec.rule);
         let (counts, readers) = (Counts::default(), Vec::new());
         let (memory_bytes, opened) = (least_bytes, now);
-        Ok(Self { spec, counts, rows, order, readers, rates, opened, memory_bytes, least_bytes })
+        Ok(Self { spec, counts, rows, order, readers, rates, opened, opened_ms: 0, memory_bytes, least_bytes })
     }
 
     /// The clock that all workers have completed; in asynchronous mode, the pushes that were applied.
@@ -95,6 +101,11 @@ impl SparseTable {
             (Order::Arrival { .. }, _) => 0,
             (_, None) => self.completed(),
         }
+    }
+
+    /// What is set aside for it.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
     }
 
     /// Requests that wait.
@@ -443,7 +454,8 @@ impl SparseTable {
     }
 
     fn now_ms(&self, now: Instant) -> u64 {
-        u64::try_from(now.saturating_duration_since(self.opened).as_millis()).unwrap_or(u64::MAX)
+        let here = u64::try_from(now.saturating_duration_since(self.opened).as_millis()).unwrap_or(u64::MAX);
+        here.saturating_add(self.opened_ms)
     }
 }
 

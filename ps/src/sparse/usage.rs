@@ -24,6 +24,7 @@ struct List {
 }
 
 /// The order of eviction.
+#[derive(Clone)]
 pub(crate) struct Usage {
     eviction: Eviction,
     marks: Vec<Mark>,
@@ -57,6 +58,38 @@ impl Usage {
             self.marks[at] = mark;
         }
         self.link(row);
+    }
+
+    /// How many uses of `row` there were, and when the last one was, in tenths of a second.
+    pub(crate) fn uses(&self, row: u32) -> (u32, u32) {
+        let mark = self.marks[row as usize];
+        (mark.uses, mark.used)
+    }
+
+    /// `row` begins to hold `id`, which was used before.
+    pub(crate) fn restore(&mut self, row: u32, id: u64, (uses, used): (u32, u32)) {
+        self.begin(row, id, 0);
+        self.unlink(row);
+        let mark = &mut self.marks[row as usize];
+        (mark.uses, mark.used) = (uses.max(1), used);
+        self.link(row);
+    }
+
+    /// Every row with its id, in the order of eviction.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
+        self.lists.iter().flat_map(move |list| {
+            let some = |row: u32| Some(row).filter(|&row| row != NONE);
+            std::iter::successors(some(list.first), move |&row| some(self.marks[row as usize].after))
+                .map(|row| (self.marks[row as usize].id, row))
+        })
+    }
+
+    /// Brings rows that came out of order into the order of their last uses.
+    pub(crate) fn sort(&mut self) {
+        let mut rows: Vec<u32> = self.iter().map(|(_, row)| row).collect();
+        rows.sort_by_key(|&row| self.marks[row as usize].used);
+        self.lists.fill(List { first: NONE, last: NONE });
+        rows.into_iter().for_each(|row| self.link(row));
     }
 
     /// `row` is used again.
