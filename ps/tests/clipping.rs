@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use gradwire_ps::{
-    Adam, Client, ClientSettings, Combine, DType, DenseTable, LocalServers, Mode, PsError, ServerSettings, Sgd,
-    TableOptions, UpdateRule,
+    Adam, Client, ClientSettings, Combine, Compression, DType, DenseTable, LocalServers, Mode, PsError, ServerSettings,
+    Sgd, TableOptions, UpdateRule,
 };
 use gradwire_transport::{Region, RegionSlice};
 use std::time::Duration;
@@ -17,7 +17,13 @@ fn client(servers: &LocalServers, worker: u32, timeout: Duration) -> Client {
 }
 
 fn options(workers: u32, rule: UpdateRule) -> TableOptions {
-    TableOptions { rule, mode: Mode::Sync { workers }, combine: Combine::Mean, clipped: true }
+    TableOptions {
+        rule,
+        mode: Mode::Sync { workers },
+        combine: Combine::Mean,
+        clipped: true,
+        compression: Compression::default(),
+    }
 }
 
 fn open(client: &Client, dtype: DType, options: TableOptions) -> Vec<DenseTable> {

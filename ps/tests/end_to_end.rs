@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use gradwire_ps::{
-    Adam, Client, ClientSettings, Combine, DType, DenseTable, Limits, LocalServers, Mode, PsError, Reason,
+    Adam, Client, ClientSettings, Combine, Compression, DType, DenseTable, Limits, LocalServers, Mode, PsError, Reason,
     ServerSettings, Sgd, TableOptions, UpdateRule,
 };
 use gradwire_transport::Region;
@@ -32,7 +32,13 @@ fn settings(worker: Option<u32>) -> ClientSettings {
 }
 
 fn sync(workers: u32, rule: UpdateRule) -> TableOptions {
-    TableOptions { rule, mode: Mode::Sync { workers }, combine: Combine::Sum, clipped: false }
+    TableOptions {
+        rule,
+        mode: Mode::Sync { workers },
+        combine: Combine::Sum,
+        clipped: false,
+        compression: Compression::default(),
+    }
 }
 
 fn encode(dtype: DType, values: impl Iterator<Item = f64>) -> Arc<Region> {

@@ -3,7 +3,8 @@
 
 use gradwire_ps::shard::Shard;
 use gradwire_ps::{
-    Client, ClientSettings, Combine, DType, Dialer, Limits, Mode, PsError, Server, Stopper, TableOptions, UpdateRule,
+    Client, ClientSettings, Combine, Compression, DType, Dialer, Limits, Mode, PsError, Server, Stopper, TableOptions,
+    UpdateRule,
 };
 use gradwire_transport::verbs::Fabric;
 use gradwire_transport::{Acceptance, Config, Identity, Mesh, Region, TcpWire, VerbsWire, WireChoice};
@@ -61,8 +62,13 @@ fn dialer(fabric: Option<&Fabric>, choice: WireChoice) -> Box<dyn Dialer> {
 fn ones_add_up(servers: &[Running], workers: u32, pushes: u32, dial: impl Fn() -> Box<dyn Dialer> + Sync) {
     const ELEMENTS: usize = 300_000;
     let addresses: Vec<String> = servers.iter().map(|server| server.address.clone()).collect();
-    let options =
-        TableOptions { rule: UpdateRule::Sum, mode: Mode::Sync { workers }, combine: Combine::Sum, clipped: false };
+    let options = TableOptions {
+        rule: UpdateRule::Sum,
+        mode: Mode::Sync { workers },
+        combine: Combine::Sum,
+        clipped: false,
+        compression: Compression::default(),
+    };
     std::thread::scope(|scope| {
         for worker in 0..workers {
             let (addresses, dial) = (&addresses, &dial);
@@ -160,6 +166,7 @@ fn an_error_of_a_server_comes_over_queue_pairs_too() {
         mode: Mode::Sync { workers },
         combine: Combine::Sum,
         clipped: false,
+        compression: Compression { push: gradwire_ps::Codec::Whole, pull: gradwire_ps::Codec::Whole },
     };
     client.dense("t", &[10], DType::F32, options(1)).unwrap();
     let other = Client::over(
