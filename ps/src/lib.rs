@@ -15,6 +15,7 @@ mod key;
 mod local;
 mod members;
 mod memory;
+mod patience;
 mod protocol;
 mod rates;
 mod refusal;
