@@ -1,6 +1,7 @@
 //! Pure: a dense table's share of one shard: its parts, what has been pushed to them, and who waits for what.
 
 mod clipping;
+mod encoded;
 mod image;
 mod nearness;
 
@@ -16,6 +17,8 @@ use crate::shard_map::{Epoch, ShardMap, parts};
 use crate::staleness::{Call, ClockLedger, Verdict, Window};
 use crate::values::{self, Source, Values};
 use crate::{Combine, DType, KeyRange, Mode, Schedule, TableSpec, UpdateRule};
+use encoded::{Encoded, encoded_bytes};
+pub(crate) use encoded::{narrow, widen};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::HashMap;
 use std::time::Instant;
@@ -68,6 +71,9 @@ pub(crate) struct Part {
     waits: Vec<Wait>,
     parked: Vec<nearness::Parked>,
     init_claim: u64,
+    /// The value as it travels, and its type.
+    encoded: Encoded,
+    dtype: DType,
     /// The squares of the sum of the clock under way, where it is whole and waits for its scale.
     closed: Option<ExactSum>,
 }
@@ -94,6 +100,9 @@ pub(crate) struct Counts {
     pub(crate) pushes: u64,
     pub(crate) pulls: u64,
     pub(crate) duplicates: u64,
+    /// Bytes of gradients and values: as they travelled, and in the table's type.
+    pub(crate) pushed: [u64; 2],
+    pub(crate) pulled: [u64; 2],
 }
 
 /// A table's share of a shard.
@@ -115,7 +124,7 @@ impl Table {
         let map = ShardMap::new(Epoch(1), spec.shards).expect("the spec was checked");
         let keys = map.range(elements, spec.shard);
         let sums = spec.clipped || matches!(spec.mode, Mode::Sync { workers: 2.. });
-        let each = values::bytes_per_element(spec.dtype, &spec.rule, sums);
+        let each = values::bytes_per_element(spec.dtype, &spec.rule, sums) + encoded_bytes(spec.compression.pull);
         let count = keys.len().div_ceil(spec.part_elements);
         // A part costs something even where it holds one element.
         let memory_bytes = keys.len().saturating_mul(each).saturating_add(count.saturating_mul(256));
@@ -242,6 +251,11 @@ impl Table {
         };
         counts.pushes += u64::from(!duplicate);
         counts.duplicates += u64::from(duplicate);
+        let whole = header.keys.len() * self.spec.dtype.bytes() as u64;
+        add(&mut counts.pushed, [header.payload_bytes, whole]);
+        if header.kind.pulls() {
+            add(&mut counts.pulled, answered(header, &self.spec));
+        }
         self.tell_squares(out);
         Ok(true)
     }
@@ -249,6 +263,7 @@ impl Table {
     /// Answers a pull, now or when its clock is complete.
     pub(crate) fn pull(&mut self, at: usize, from: Wait, out: &mut Vec<Answer>) {
         self.counts.pulls += 1;
+        add(&mut self.counts.pulled, answered(&from.header, &self.spec));
         self.parts[at].wait_or_answer(from, out);
     }
 
@@ -280,6 +295,18 @@ impl Table {
             refuse(wait, Refusal::new(Reason::Waited, subject.clone(), "first values", "all of them", got));
         }
     }
+}
+
+/// Bytes of the value that a request asks for: as it leaves, and in the table's type.
+fn answered(header: &Header, spec: &TableSpec) -> [u64; 2] {
+    let whole = header.keys.len() * spec.dtype.bytes() as u64;
+    let elements = usize::try_from(header.keys.len()).expect("a part is small");
+    let encoded = spec.compression.pull.bytes(elements).filter(|_| header.answer_codec() != 0);
+    [encoded.map_or(whole, |bytes| bytes as u64), whole]
+}
+
+fn add(sums: &mut [u64; 2], numbers: [u64; 2]) {
+    sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
 }
 
 /// What the gradient of a clock, or of a push, is divided by.
@@ -335,6 +362,7 @@ impl Part {
             Mode::Async => Order::Arrival { windows: HashMap::new(), applied: 0 },
         };
         let values = values::new(spec.dtype, &spec.rule, elements);
+        let encoded = Encoded::new(spec.compression.pull);
         Self {
             keys,
             values,
@@ -343,6 +371,8 @@ impl Part {
             waits: Vec::new(),
             parked: Vec::new(),
             init_claim: 0,
+            encoded,
+            dtype: spec.dtype,
             closed: None,
         }
     }
@@ -462,11 +492,16 @@ impl Part {
         if self.is_ready(&from.header) { self.answer(from, out) } else { self.waits.push(from) }
     }
 
-    fn answer(&self, from: Wait, out: &mut Vec<Answer>) {
+    fn answer(&mut self, from: Wait, out: &mut Vec<Answer>) {
         let mut header = from.header.reply(Kind::Done);
         header.clock = self.completed();
         out.push(if from.header.kind.pulls() {
-            Answer::Value(from.to, header, self.values.read())
+            let value = self.values.read();
+            let value = match header.answer_codec() {
+                0 => value,
+                _ => self.encoded.of(self.values.version(), self.dtype, &value),
+            };
+            Answer::Value(from.to, header, value)
         } else {
             Answer::Counted(from.to, header)
         });

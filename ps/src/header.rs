@@ -13,7 +13,7 @@
 //! | 40..48 | clock | 92..96 | CRC32C of the payload, or 0 |
 //! | 48..56 | sequence | 96..100 | CRC32C of bytes 0..96 |
 
-use crate::{DType, Epoch, KeyRange, TableId};
+use crate::{Codec, DType, Epoch, KeyRange, TableId};
 
 /// Length of a header.
 pub const HEADER_BYTES: usize = 100;
@@ -137,7 +137,7 @@ pub struct Header {
     pub keys: KeyRange,
     /// Type of the payload's elements, or of those asked for.
     pub dtype: Option<DType>,
-    /// How the payload is compressed. Only 0, not at all, is known.
+    /// The code of the payload's codec, and 16 times that of the codec which the answer is wanted in.
     pub codec: u8,
     /// In a refusal: its code.
     pub status: u16,
@@ -214,6 +214,16 @@ impl Header {
     /// The answer of `kind` to this request, without a payload.
     pub const fn reply(&self, kind: Kind) -> Self {
         Self { kind, flags: 0, payload_bytes: 0, payload_crc: 0, wait_ms: 0, ..*self }
+    }
+
+    /// The code of the codec of the payload.
+    pub const fn payload_codec(&self) -> u8 {
+        self.codec & 15
+    }
+
+    /// The code of the codec that the answer is wanted in.
+    pub const fn answer_codec(&self) -> u8 {
+        self.codec >> 4
     }
 
     /// Whether the payload is in the same message.
@@ -293,7 +303,7 @@ impl Header {
             0 => None,
             code => Some(DType::of_code(code).ok_or(refuse("dtype", code.into()))?),
         };
-        if codec != 0 {
+        if codec & 15 > Codec::LAST || codec >> 4 > Codec::LAST {
             return Err(refuse("codec", codec.into()));
         }
         Ok(Self {
@@ -351,7 +361,7 @@ mod tests {
                 sequence: n[5],
                 keys: KeyRange { start, end: start + count },
                 dtype: DType::of_code(dtype),
-                codec: 0,
+                codec: (n[0] % 5 + 16 * (n[1] % 5)) as u8,
                 status,
                 slot,
                 payload_bytes,

@@ -11,6 +11,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, MAX_PART_BYTES};
 use crate::sparse::{Means, SparseTable};
 use crate::status::{PAGE, ShardStatus, TableStatus};
+use crate::unpacking::{Unpacking, check_answer_codec};
 use crate::{Mode, Schedule, SparseSpec, TableId, TableSpec};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
@@ -97,6 +98,7 @@ pub struct Shard {
     pub(crate) memory: Memory,
     shelf: Shelf,
     answers: Vec<Answer>,
+    unpacking: Unpacking,
 }
 
 impl Shard {
@@ -111,6 +113,7 @@ impl Shard {
             sparse: BTreeMap::new(),
             shelf: Shelf::default(),
             answers: Vec::new(),
+            unpacking: Unpacking::default(),
             limits,
         }
     }
@@ -322,7 +325,14 @@ impl Shard {
         let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
         let part = table.part(header.keys)?;
         let fits = header.dtype.is_some_and(|dtype| dtype.pushes_to(table.spec.dtype));
-        expect_elements(table, header, fits)?;
+        let payload = match header.payload_codec() {
+            0 => {
+                expect_elements(table, header, fits)?;
+                payload
+            }
+            _ => self.unpacking.gradient(header, payload, &table.spec)?,
+        };
+        check_answer_codec(header, &table.spec)?;
         check_pusher(header, table.spec.mode, || table.spec.subject())?;
         check_waiting(table.waiting_at(part), || table.spec.subject(), &self.limits)?;
         if !table.push(part, wait, payload, &mut self.memory, &mut self.answers)? {
@@ -339,6 +349,7 @@ impl Shard {
             let got = header.dtype.map_or("none", |dtype| dtype.name());
             return Err(Refusal::new(Reason::Mismatch, table.spec.subject(), "dtype", table.spec.dtype, got));
         }
+        check_answer_codec(header, &table.spec)?;
         check_waiting(table.waiting_at(part), || table.spec.subject(), &self.limits)?;
         table.pull(part, *wait, &mut self.answers);
         Ok(())
@@ -443,6 +454,10 @@ impl Shard {
             pushes: table.counts.pushes,
             pulls: table.counts.pulls,
             duplicates: table.counts.duplicates,
+            pushed_bytes: table.counts.pushed[0],
+            pushed_whole_bytes: table.counts.pushed[1],
+            pulled_bytes: table.counts.pulled[0],
+            pulled_whole_bytes: table.counts.pulled[1],
             waiting: table.waiting() as u64,
         });
         ShardStatus {
@@ -517,18 +532,4 @@ fn check_pusher(header: &Header, mode: Mode, subject: impl Fn() -> String) -> Re
 fn unknown(header: &Header) -> Refusal {
     let (expected, got) = ("one that was opened here", "another (was the server started anew?)");
     Refusal::new(Reason::UnknownTable, format!("table {:#x}", header.table.0), "table", expected, got)
-}
-
-/// The body that opens the sparse table `spec`.
-pub fn open_sparse_body(spec: &SparseSpec) -> Vec<u8> {
-    let mut out = Writer::default();
-    spec.encode(&mut out);
-    out.0
-}
-
-/// The body that opens `spec`.
-pub fn open_body(spec: &TableSpec) -> Vec<u8> {
-    let mut out = Writer::default();
-    spec.encode(&mut out);
-    out.0
 }

@@ -14,7 +14,7 @@ mod usage;
 
 pub use batch::shard_of;
 pub use initial::Initializer;
-pub use spec::{Eviction, MAX_DIM, SparseSpec};
+pub use spec::{Eviction, MAX_DIM, SparseSpec, open_sparse_body};
 
 pub(crate) use batch::{Batch, Cut, Gradients, Ids, MAX_PARTS, PART_BYTES};
 pub(crate) use table::{Means, SparseBuilder, SparseImage, SparseTable};

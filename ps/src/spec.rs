@@ -5,7 +5,7 @@ use crate::key::MAX_NAME_BYTES;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::MAX_PART_BYTES;
 use crate::staleness::MAX_WORKERS;
-use crate::{Adagrad, DType, Mode, Recovery, TableId, UpdateRule};
+use crate::{Adagrad, Codec, Compression, DType, Mode, Recovery, TableId, UpdateRule};
 
 /// Most dimensions of a table.
 pub const MAX_DIMENSIONS: usize = 16;
@@ -50,6 +50,8 @@ pub struct TableSpec {
     pub clipped: bool,
     /// What becomes of it when a server dies.
     pub recovery: Recovery,
+    /// How gradients and values travel.
+    pub compression: Compression,
     /// Number of shards that it is cut over.
     pub shards: u32,
     /// Which of them the receiver is.
@@ -104,6 +106,13 @@ impl TableSpec {
                 self.mode.to_string(),
             );
         }
+        if let Err(what) = self.compression.check() {
+            return wrong("compression", "what a table may have".to_owned(), what);
+        }
+        let part = usize::try_from(self.part_elements).unwrap_or(usize::MAX);
+        if self.compression.push.bytes(part).is_some_and(|bytes| bytes > MAX_PART_BYTES) {
+            return wrong("compression", "gradients that it makes shorter".to_owned(), self.compression.to_string());
+        }
         self.rule.check().or_else(|reason| wrong("update rule", "numbers that make sense".to_owned(), reason))
     }
 
@@ -121,6 +130,7 @@ impl TableSpec {
             .or_else(|| differ("combine", format!("{:?}", self.combine), format!("{:?}", other.combine)))
             .or_else(|| differ("clipping", self.clipped.to_string(), other.clipped.to_string()))
             .or_else(|| differ("recovery", self.recovery.to_string(), other.recovery.to_string()))
+            .or_else(|| differ("compression", self.compression.to_string(), other.compression.to_string()))
             .or_else(|| differ("number of servers", self.shards.to_string(), other.shards.to_string()))
             .or_else(|| differ("place in the list of servers", self.shard.to_string(), other.shard.to_string()))
             .or_else(|| differ("elements of a part", self.part_elements.to_string(), other.part_elements.to_string()))
@@ -141,6 +151,8 @@ impl TableSpec {
         out.byte((self.combine == Combine::Mean).into());
         out.byte(self.clipped.into());
         self.recovery.encode(out);
+        self.compression.push.write(out);
+        self.compression.pull.write(out);
         out.number(self.shards.into());
         out.number(self.shard.into());
         out.number(self.part_elements);
@@ -162,11 +174,31 @@ impl TableSpec {
             _ => return Err(BadBody("a flag is neither 0 nor 1")),
         };
         let recovery = Recovery::decode(from)?;
+        let compression = Compression { push: Codec::read(from)?, pull: Codec::read(from)? };
         let small = |number: u64| u32::try_from(number).map_err(|_| BadBody("a number is too large"));
         let (shards, shard) = (small(from.number()?)?, small(from.number()?)?);
-        let part_elements = from.number()?;
-        Ok(Self { name, shape, dtype, rule, mode, combine, clipped, recovery, shards, shard, part_elements })
+        Ok(Self {
+            name,
+            shape,
+            dtype,
+            rule,
+            mode,
+            combine,
+            clipped,
+            recovery,
+            compression,
+            shards,
+            shard,
+            part_elements: from.number()?,
+        })
     }
+}
+
+/// The body that opens `spec`.
+pub fn open_body(spec: &TableSpec) -> Vec<u8> {
+    let mut out = Writer::default();
+    spec.encode(&mut out);
+    out.0
 }
 
 #[cfg(test)]
@@ -185,6 +217,7 @@ mod tests {
             combine: Combine::Mean,
             clipped: false,
             recovery: Recovery::Replicate,
+            compression: Compression { push: Codec::TopK { share: 0.25 }, pull: Codec::Int8 },
             shards: 3,
             shard: 2,
             part_elements: 64,

@@ -37,6 +37,42 @@ pub struct TableStatus {
     pub duplicates: u64,
     /// Requests that wait for other workers.
     pub waiting: u64,
+    /// Bytes of the gradients as they came, duplicates too.
+    pub pushed_bytes: u64,
+    /// Bytes that the same gradients have in the table's type.
+    pub pushed_whole_bytes: u64,
+    /// Bytes of the values that were asked for, as they leave.
+    pub pulled_bytes: u64,
+    /// Bytes that the same values have in the table's type.
+    pub pulled_whole_bytes: u64,
+}
+
+impl TableStatus {
+    fn encode(&self, out: &mut Writer) {
+        self.spec.encode(out);
+        let Self { elements, bytes, clock, pushes, pulls, duplicates, waiting, .. } = *self;
+        let Self { pushed_bytes, pushed_whole_bytes, pulled_bytes, pulled_whole_bytes, .. } = *self;
+        let travelled = [pushed_bytes, pushed_whole_bytes, pulled_bytes, pulled_whole_bytes];
+        let numbers = [elements, bytes, clock, pushes, pulls, duplicates, waiting];
+        numbers.into_iter().chain(travelled).for_each(|number| out.number(number));
+    }
+
+    fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        Ok(Self {
+            spec: TableSpec::decode(from)?,
+            elements: from.number()?,
+            bytes: from.number()?,
+            clock: from.number()?,
+            pushes: from.number()?,
+            pulls: from.number()?,
+            duplicates: from.number()?,
+            waiting: from.number()?,
+            pushed_bytes: from.number()?,
+            pushed_whole_bytes: from.number()?,
+            pulled_bytes: from.number()?,
+            pulled_whole_bytes: from.number()?,
+        })
+    }
 }
 
 /// A sparse table's share of a shard.
@@ -114,13 +150,7 @@ impl ShardStatus {
         out.number(self.memory_bytes);
         out.number(self.memory_limit_bytes);
         out.number(self.tables.len() as u64);
-        for table in &self.tables {
-            table.spec.encode(&mut out);
-            let TableStatus { elements, bytes, clock, pushes, pulls, duplicates, waiting, .. } = *table;
-            [elements, bytes, clock, pushes, pulls, duplicates, waiting]
-                .into_iter()
-                .for_each(|number| out.number(number));
-        }
+        self.tables.iter().for_each(|table| table.encode(&mut out));
         out.number(self.sparse.len() as u64);
         self.sparse.iter().for_each(|table| table.encode(&mut out));
         out.number(self.clients.len() as u64);
@@ -138,20 +168,7 @@ impl ShardStatus {
     pub(crate) fn decode(body: &[u8]) -> Result<Self, BadBody> {
         let mut from = Reader(body);
         let (memory_bytes, memory_limit_bytes) = (from.number()?, from.number()?);
-        let tables = (0..from.count(64)?)
-            .map(|_| {
-                Ok(TableStatus {
-                    spec: TableSpec::decode(&mut from)?,
-                    elements: from.number()?,
-                    bytes: from.number()?,
-                    clock: from.number()?,
-                    pushes: from.number()?,
-                    pulls: from.number()?,
-                    duplicates: from.number()?,
-                    waiting: from.number()?,
-                })
-            })
-            .collect::<Result<_, BadBody>>()?;
+        let tables = (0..from.count(64)?).map(|_| TableStatus::decode(&mut from)).collect::<Result<_, _>>()?;
         let sparse = (0..from.count(64)?).map(|_| SparseStatus::decode(&mut from)).collect::<Result<_, _>>()?;
         let clients = (0..from.count(32)?)
             .map(|_| {
@@ -173,7 +190,7 @@ impl ShardStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Combine, DType, Initializer, Mode, UpdateRule};
+    use crate::{Combine, Compression, DType, Initializer, Mode, UpdateRule};
 
     #[test]
     fn a_status_comes_back_as_it_was_and_no_piece_of_it_does() {
@@ -186,12 +203,25 @@ mod tests {
             combine: Combine::Sum,
             clipped: false,
             recovery: crate::Recovery::None,
+            compression: Compression::default(),
             shards: 1,
             shard: 0,
             part_elements: 7,
         };
-        let table =
-            TableStatus { spec, elements: 7, bytes: 56, clock: 1, pushes: 2, pulls: 3, duplicates: 4, waiting: 5 };
+        let table = TableStatus {
+            spec,
+            elements: 7,
+            bytes: 56,
+            clock: 1,
+            pushes: 2,
+            pulls: 3,
+            duplicates: 4,
+            waiting: 5,
+            pushed_bytes: 6,
+            pushed_whole_bytes: 7,
+            pulled_bytes: 8,
+            pulled_whole_bytes: 9,
+        };
         let client = ClientStatus {
             client: 9,
             host: "h".into(),

@@ -97,6 +97,8 @@ pub(crate) trait Values: Send {
     fn apply_closed(&mut self, rule: &UpdateRule, n: u64, scale: f64);
     /// Makes `bytes`, in the table's type, the value.
     fn write(&mut self, bytes: &[u8]);
+    /// How often the value has been written: tells one value from another.
+    fn version(&self) -> u64;
     /// The value, in the table's type, as it is now: later updates leave these bytes alone.
     fn read(&self) -> RegionSlice;
 }
@@ -119,6 +121,7 @@ pub(crate) fn bytes_per_element(dtype: DType, rule: &UpdateRule, sums: bool) -> 
 struct Dense<C> {
     dtype: DType,
     elements: usize,
+    version: u64,
     value: Arc<Region>,
     /// Earlier values that were being sent when the next one was written.
     spare: Vec<Arc<Region>>,
@@ -139,6 +142,7 @@ impl<C: Real> Dense<C> {
         Self {
             dtype,
             elements,
+            version: 0,
             value: Region::zeroed(elements * dtype.bytes()),
             spare: Vec::new(),
             wide: filled(0.0, dtype != C::DTYPE),
@@ -149,6 +153,7 @@ impl<C: Real> Dense<C> {
 
     /// The value, to write. Where it is being sent, a copy takes its place, so that neither waits for the other.
     fn writable(&mut self) -> RegionSliceMut {
+        self.version += 1;
         let all = 0..self.value.len();
         if let Ok(slice) = self.value.write(all.clone()) {
             return slice;
@@ -278,6 +283,10 @@ impl<C: Real> Values for Dense<C> {
         if !self.wide.is_empty() {
             C::load(self.dtype, bytes, Arc::make_mut(&mut self.wide));
         }
+    }
+
+    fn version(&self) -> u64 {
+        self.version
     }
 
     fn read(&self) -> RegionSlice {

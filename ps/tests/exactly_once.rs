@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
 use gradwire_ps::{
-    Adam, Client, ClientSettings, Combine, DType, LocalServers, Mode, Recovery, ServerSettings, SparseOptions,
-    SparseTable, TableOptions, UpdateRule,
+    Adam, Client, ClientSettings, Codec, Combine, Compression, DType, LocalServers, Mode, Recovery, ServerSettings,
+    SparseOptions, SparseTable, TableOptions, UpdateRule,
 };
 use gradwire_transport::Region;
 use std::io::{Read, Write};
@@ -242,27 +242,42 @@ fn sparse_pushes_count_once_in_every_mode_though_connections_are_cut() {
     }
 }
 
+const BOUNDED: TableOptions = TableOptions {
+    rule: UpdateRule::Sum,
+    mode: Mode::Ssp { workers: 3, staleness: 1 },
+    combine: Combine::Sum,
+    clipped: false,
+    recovery: Recovery::None,
+    compression: Compression::NONE,
+};
+/// Ones, and sums of 120 of them, are exact in every codec here.
+const COMPRESSED: TableOptions = TableOptions {
+    mode: Mode::Sync { workers: 3 },
+    compression: Compression { push: Codec::TopK { share: 1.0 }, pull: Codec::Bf16 },
+    ..BOUNDED
+};
+
+fn push_dense_ones(client: &Client, options: TableOptions) {
+    let table = client.dense("ones", &[20_000], DType::F32, options).unwrap();
+    let ones = region((0..20_000).map(|_| 1.0));
+    let calls: Vec<_> = (0..40).map(|_| table.push(ones.read(0..80_000).unwrap()).unwrap()).collect();
+    calls.iter().for_each(|call| assert!(call.wait(LONG).is_ok()));
+}
+
 #[test]
-fn bounded_pushes_to_a_dense_table_count_once_though_connections_are_cut() {
-    const MODE: Mode = Mode::Ssp { workers: 3, staleness: 1 };
-    const OPTIONS: TableOptions = TableOptions {
-        rule: UpdateRule::Sum,
-        mode: MODE,
-        combine: Combine::Sum,
-        clipped: false,
-        recovery: Recovery::None,
-    };
-    let rig = Arc::new(Rig::new(2, 4, 600_000, 25));
-    each_worker(&rig, 3, true, |client| {
-        let table = client.dense("ones", &[20_000], DType::F32, OPTIONS).unwrap();
-        let ones = region((0..20_000).map(|_| 1.0));
-        let calls: Vec<_> = (0..40).map(|_| table.push(ones.read(0..80_000).unwrap()).unwrap()).collect();
-        calls.iter().for_each(|call| assert!(call.wait(LONG).is_ok()));
-    });
-    let client = rig.client(0, false);
-    let table = client.dense("ones", &[20_000], DType::F32, OPTIONS).unwrap();
-    let out = Region::zeroed(80_000);
-    table.pull(out.write(0..80_000).unwrap()).unwrap().wait(LONG).unwrap();
-    assert!(floats(&out).iter().all(|&value| value == 120.0));
-    assert!(rig.cuts() >= 5, "only {} cuts", rig.cuts());
+fn bounded_and_compressed_pushes_to_a_dense_table_count_once_though_connections_are_cut() {
+    for (seed, options) in [(4, BOUNDED), (5, COMPRESSED)] {
+        let rig = Arc::new(Rig::new(2, seed, 600_000, 25));
+        let run: fn(Client) = match options.mode {
+            Mode::Ssp { .. } => |client| push_dense_ones(&client, BOUNDED),
+            _ => |client| push_dense_ones(&client, COMPRESSED),
+        };
+        each_worker(&rig, 3, true, run);
+        let client = rig.client(0, false);
+        let table = client.dense("ones", &[20_000], DType::F32, options).unwrap();
+        let out = Region::zeroed(80_000);
+        table.pull(out.write(0..80_000).unwrap()).unwrap().wait(LONG).unwrap();
+        assert!(floats(&out).iter().all(|&value| value == 120.0), "{}", options.mode);
+        assert!(rig.cuts() >= 5, "{}: only {} cuts", options.mode, rig.cuts());
+    }
 }

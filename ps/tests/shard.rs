@@ -6,8 +6,8 @@ use gradwire_ps::header::{FLAG_AGAIN, Header, Kind};
 use gradwire_ps::shard::{Action, Limits, Shard};
 use gradwire_ps::shard_map::{MAX_PART_BYTES, part_elements, parts};
 use gradwire_ps::{
-    Adam, Combine, DType, Epoch, Eviction, Initializer, KeyRange, Mode, Reason, Refusal, Sgd, ShardMap, SparseSpec,
-    TableId, TableSpec, UpdateRule, open_body, open_sparse_body, rate_body,
+    Adam, Combine, Compression, DType, Epoch, Eviction, Initializer, KeyRange, Mode, Reason, Refusal, Sgd, ShardMap,
+    SparseSpec, TableId, TableSpec, UpdateRule, open_body, open_sparse_body, rate_body,
 };
 use gradwire_transport::PeerId;
 use proptest::prelude::*;
@@ -29,6 +29,7 @@ fn spec(elements: u64, mode: Mode, rule: UpdateRule) -> TableSpec {
         combine: Combine::Sum,
         clipped: false,
         recovery: gradwire_ps::Recovery::None,
+        compression: Compression::default(),
         shards: 1,
         shard: 0,
         part_elements: part_elements(elements, 1, DType::F32, MAX_PART_BYTES),

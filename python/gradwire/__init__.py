@@ -31,7 +31,7 @@ from .errors import (
     ServerRefusedError,
     TransportError,
 )
-from .ps import FTRL, SGD, Adagrad, Adam, Client, DenseTable, LocalCluster, PsWork, connect
+from .ps import FTRL, SGD, Adagrad, Adam, Client, Compression, DenseTable, LocalCluster, PsWork, TopK, connect
 from .sparse import LFU, LRU, TTL, Normal, SparseTable, Uniform
 
 _os.register_at_fork(after_in_child=_native.after_fork)
@@ -49,6 +49,7 @@ __all__ = [
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "Communicator",
+    "Compression",
     "Config",
     "DenseTable",
     "Description",
@@ -66,6 +67,7 @@ __all__ = [
     "ServerLostError",
     "ServerRefusedError",
     "SparseTable",
+    "TopK",
     "TransportError",
     "Uniform",
     "Work",

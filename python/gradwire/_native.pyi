@@ -208,6 +208,7 @@ class PsClient:
         staleness: int | None,
         clipped: bool,
         recovery_name: str,
+        compression: tuple[tuple[str, float], tuple[str, float]],
     ) -> PsTable:
         """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""
 
@@ -242,8 +243,8 @@ class PsTable:
     def push(self, gradient: Any) -> PsPending:
         """Starts a push."""
 
-    def pull(self, out: Any) -> PsPending:
-        """Starts a pull."""
+    def pull(self, out: Any, whole: bool) -> PsPending:
+        """Starts a pull; `whole`: uncompressed, whatever the table says."""
 
     def push_pull(self, gradient: Any, out: Any) -> PsPending:
         """Starts a push whose answer is what came of it."""

@@ -67,6 +67,48 @@ class FTRL:
         return ("ftrl", [self.lr, self.beta, self.l1, self.l2], False)
 
 
+@dataclass(frozen=True)
+class TopK:
+    """Compression of gradients: the largest `ratio` of the elements of each part travel, 8 bytes each; what is left out is
+    added to the worker's next gradient."""
+
+    ratio: float = 0.1
+
+    def _native(self):
+        return ("topk", float(self.ratio))
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How the gradients and the values of a table travel, each None, "bf16", "fp16", "int8", or for gradients `TopK(ratio)`.
+
+    fp16 makes magnitudes over 65504 that. int8 has a scale for 128 elements; what gradients lose is added to the worker's
+    next one. A pull is made from the full value, so its errors do not add up.
+    """
+
+    push: str | TopK | None = None
+    pull: str | None = None
+
+    def _native(self):
+        return (_codec(self.push), _codec(self.pull))
+
+
+def _codec(codec):
+    if isinstance(codec, TopK):
+        return codec._native()
+    if codec in (None, "bf16", "fp16", "int8"):
+        return (codec or "none", 0.0)
+    raise ValueError(f'compression {codec!r}: pass None, "bf16", "fp16", "int8", TopK(ratio) or Compression(push, pull)')
+
+
+def _compression(compression):
+    if isinstance(compression, TopK):
+        compression = Compression(push=compression)
+    elif not isinstance(compression, Compression):
+        compression = Compression(compression, compression)
+    return compression._native()
+
+
 class PsWork:
     """A push or pull under way. Leave its arrays alone until `wait()` returns."""
 
@@ -114,17 +156,17 @@ class DenseTable:
         self._check(gradient, "gradient")
         return PsWork(self._native.push(gradient))
 
-    def pull(self, out=None):
-        """Reads the table into `out` (a new array where there is none), and returns it.
+    def pull(self, out=None, *, whole=False):
+        """Reads the table into `out` (a new array where there is none), and returns it; `whole`: uncompressed in any case.
 
         On a synchronous table a worker gets the value after its own last push, and waits for the other workers' pushes.
         """
-        return self.pull_async(out).wait()
+        return self.pull_async(out, whole=whole).wait()
 
-    def pull_async(self, out=None):
+    def pull_async(self, out=None, *, whole=False):
         """Starts `pull`."""
         out = self._out(out)
-        return PsWork(self._native.pull(out), out)
+        return PsWork(self._native.pull(out, whole), out)
 
     def push_pull(self, gradient, out=None):
         """`push`, then `pull`, in one request: the answer leaves when the clock is complete."""
@@ -166,8 +208,18 @@ class Client:
         self._native, self.rank = native, rank
 
     def dense(
-        self, name, shape, dtype="float32", *, rule="sum", workers=None, average=False, staleness=None, clipped=False,
+        self,
+        name,
+        shape,
+        dtype="float32",
+        *,
+        rule="sum",
+        workers=None,
+        average=False,
+        staleness=None,
+        clipped=False,
         recovery="none",
+        compression=None,
     ):
         """Makes the table `name`, or finds it; all clients must describe it alike. Blocks.
 
@@ -181,6 +233,7 @@ class Client:
             average: whether a synchronous sum is divided by the number of workers.
             staleness: with `workers`: pushes are applied as they come, and no worker gets so many clocks and one more ahead
                 of another: its pushes and pulls wait until the others are near enough.
+            compression: None, "bf16", "fp16" or "int8" for both directions, `TopK(ratio)` for gradients, or `Compression(push, pull)`.
             clipped: with `workers`: each clock's gradient is applied only after `clip_grad_norm`, which every worker calls.
             recovery: what becomes of it when a server dies: "none", it is gone; "replicate", another server has all of it and
                 takes its place. The latter needs servers that have backups (`gradwire-ps serve --coordinator`).
@@ -189,8 +242,8 @@ class Client:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
-        dtype, how = _dtype(dtype), _rule(rule)
-        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness, clipped, recovery)
+        dtype, how, short = _dtype(dtype), _rule(rule), _compression(compression)
+        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness, clipped, recovery, short)
         return DenseTable(native, name, shape, dtype)
 
     def sparse(

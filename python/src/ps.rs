@@ -7,8 +7,8 @@ use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
 use gradwire_ps::{
-    Adagrad, Adam, ClientSettings, Combine, DType, Ftrl, LocalServers, Mode, PsError, Recovery, ServerSettings, Sgd,
-    SparseStatus, TableOptions, UpdateRule,
+    Adagrad, Adam, ClientSettings, Codec, Combine, Compression, DType, Ftrl, LocalServers, Mode, PsError, Recovery,
+    ServerSettings, Sgd, SparseStatus, TableOptions, UpdateRule,
 };
 use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
 use pyo3::exceptions::PyValueError;
@@ -70,6 +70,24 @@ impl Rule {
             }
             ("ftrl", &[learning_rate, beta, l1, l2]) => UpdateRule::Ftrl(Ftrl { learning_rate, beta, l1, l2 }),
             _ => return Err(PyValueError::new_err(format!("update rule {name} with {numbers:?} is not known"))),
+        })
+    }
+}
+
+/// A codec as the front says it: its name, and the share of elements that travel.
+#[derive(FromPyObject)]
+pub(crate) struct Shortening(String, f64);
+
+impl Shortening {
+    fn codec(&self) -> PyResult<Codec> {
+        let &Self(ref name, share) = self;
+        Ok(match name.as_str() {
+            "none" => Codec::Whole,
+            "bf16" => Codec::Bf16,
+            "fp16" => Codec::F16,
+            "int8" => Codec::Int8,
+            "topk" => Codec::TopK { share },
+            _ => return Err(PyValueError::new_err(format!("compression {name} is not known"))),
         })
     }
 }
@@ -136,6 +154,7 @@ impl PsClient {
         staleness: Option<u32>,
         clipped: bool,
         recovery_name: &str,
+        compression: (Shortening, Shortening),
     ) -> PyResult<PsTable> {
         let options = TableOptions {
             rule: rule.rule()?,
@@ -143,6 +162,7 @@ impl PsClient {
             combine: if average { Combine::Mean } else { Combine::Sum },
             clipped,
             recovery: recovery(recovery_name)?,
+            compression: Compression { push: compression.0.codec()?, pull: compression.1.codec()? },
         };
         let dtype = table_type(dtype_name)?;
         let table = py.detach(|| self.inner.dense(name, &shape, dtype, options));
@@ -196,6 +216,11 @@ impl PsClient {
                 each.set_item("pulls", table.pulls)?;
                 each.set_item("duplicates", table.duplicates)?;
                 each.set_item("waiting", table.waiting)?;
+                each.set_item("compression", table.spec.compression.to_string())?;
+                each.set_item("pushed_bytes", table.pushed_bytes)?;
+                each.set_item("pushed_whole_bytes", table.pushed_whole_bytes)?;
+                each.set_item("pulled_bytes", table.pulled_bytes)?;
+                each.set_item("pulled_whole_bytes", table.pulled_whole_bytes)?;
                 tables.append(each)?;
             }
             entry.set_item("tables", tables)?;
@@ -296,10 +321,10 @@ impl PsTable {
         Ok(PsPending { inner: pushed.map_err(|error| errors::ps(py, &error))? })
     }
 
-    /// Starts a pull.
-    fn pull(&self, py: Python<'_>, out: &Bound<'_, PyAny>) -> PyResult<PsPending> {
+    /// Starts a pull; `whole`: uncompressed, whatever the table says.
+    fn pull(&self, py: Python<'_>, out: &Bound<'_, PyAny>, whole: bool) -> PyResult<PsPending> {
         let out = writing(out, "out", &self.inner)?;
-        let pulled = py.detach(|| self.inner.pull(out));
+        let pulled = py.detach(|| if whole { self.inner.pull_whole(out) } else { self.inner.pull(out) });
         Ok(PsPending { inner: pulled.map_err(|error| errors::ps(py, &error))? })
     }
 

@@ -9,6 +9,7 @@ mod pending;
 mod posting;
 mod reach;
 mod sparse;
+mod squeeze;
 mod table;
 
 pub use pending::{Done, OnDone, Pending};

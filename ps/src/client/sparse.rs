@@ -7,7 +7,8 @@ use crate::body::Reader;
 use crate::header::{Header, Kind};
 use crate::memory::Shelf;
 use crate::schedule::rate_body;
-use crate::shard::{MOST_EVICTED, open_sparse_body};
+use crate::shard::MOST_EVICTED;
+use crate::sparse::open_sparse_body;
 use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES};
 use crate::{
     Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, Recovery, Schedule, SparseSpec, UpdateRule,

@@ -1,12 +1,16 @@
 //! Does: calls on a dense table, cut into a request for each part of each shard.
 
 use super::engine::{Cargo, NewRequest};
+use super::pending::LastStep;
+use super::squeeze::Squeeze;
 use super::{Core, Pending};
 use crate::header::{Header, Kind};
 use crate::schedule::rate_body;
-use crate::shard::open_body;
 use crate::shard_map::{part_elements, parts};
-use crate::{Combine, DType, KeyRange, Mode, PsError, Recovery, Schedule, TableId, TableSpec, UpdateRule};
+use crate::spec::open_body;
+use crate::{
+    Codec, Combine, Compression, DType, KeyRange, Mode, PsError, Recovery, Schedule, TableId, TableSpec, UpdateRule,
+};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +27,8 @@ pub struct TableOptions {
     pub clipped: bool,
     /// What becomes of it when a server dies. Default: it is gone.
     pub recovery: Recovery,
+    /// How gradients and values travel. Default: as they are.
+    pub compression: Compression,
 }
 
 impl Default for TableOptions {
@@ -33,6 +39,7 @@ impl Default for TableOptions {
             combine: Combine::Sum,
             clipped: false,
             recovery: Recovery::None,
+            compression: Compression::default(),
         }
     }
 }
@@ -51,7 +58,8 @@ pub(super) struct Table {
     elements: usize,
     subject: Arc<str>,
     /// Which shard holds which part.
-    parts: Vec<(u32, KeyRange)>,
+    parts: Arc<[(u32, KeyRange)]>,
+    squeeze: Mutex<Squeeze>,
     /// Pushes made by this client. Held while a call is submitted, so that clocks are submitted in their order.
     pushed: Mutex<u64>,
 }
@@ -75,6 +83,7 @@ pub(super) fn open(
         combine: options.combine,
         clipped: options.clipped,
         recovery: options.recovery,
+        compression: options.compression,
         shards,
         shard: 0,
         part_elements: 1,
@@ -107,6 +116,7 @@ pub(super) fn open(
         elements: usize::try_from(elements).map_err(|_| PsError::invalid(&*subject, "it does not fit this machine"))?,
         subject,
         parts,
+        squeeze: Mutex::default(),
         pushed: Mutex::new(pushed),
         spec,
     };
@@ -114,6 +124,9 @@ pub(super) fn open(
     tables.insert(name.to_owned(), Arc::clone(&table));
     Ok(DenseTable { core: Arc::clone(core), table })
 }
+
+/// Where the elements of each part go, what is left to do once all are there, and how they come.
+type Targets = (Vec<Option<RegionSliceMut>>, Option<LastStep>, Codec);
 
 /// What a call carries for one part.
 type PartOf<'a> = (Cargo, Option<RegionSliceMut>, &'a (u32, KeyRange));
@@ -144,7 +157,15 @@ impl DenseTable {
     /// # Errors
     /// `Invalid` for a buffer of another size, or one that is in use; nothing was sent.
     pub fn pull(&self, into: RegionSliceMut) -> Result<Pending, PsError> {
-        self.call(Kind::Pull, None, Some(into))
+        self.call(Kind::Pull, None, Some((into, self.compression().pull)))
+    }
+
+    /// [`DenseTable::pull`] of the value in full, also where the table's values travel compressed.
+    ///
+    /// # Errors
+    /// As [`DenseTable::pull`].
+    pub fn pull_whole(&self, into: RegionSliceMut) -> Result<Pending, PsError> {
+        self.call(Kind::Pull, None, Some((into, Codec::Whole)))
     }
 
     /// Adds a gradient and reads what comes of it, with one request for each part: the answer leaves when the clock is done.
@@ -160,7 +181,7 @@ impl DenseTable {
     /// # Errors
     /// As [`DenseTable::push_as`] and [`DenseTable::pull`].
     pub fn push_pull_as(&self, gradient: RegionSlice, dtype: DType, into: RegionSliceMut) -> Result<Pending, PsError> {
-        self.call(Kind::PushPull, Some((gradient, dtype)), Some(into))
+        self.call(Kind::PushPull, Some((gradient, dtype)), Some((into, self.compression().pull)))
     }
 
     /// Writes the table's first values, unless another client does or anybody has pushed. Blocks until they are there.
@@ -182,7 +203,7 @@ impl DenseTable {
         }
         let slices = self.read_parts(&values, self.dtype())?;
         drop(values);
-        let requests = slices.into_iter().zip(&self.table.parts).map(|(slice, part)| {
+        let requests = slices.into_iter().zip(self.table.parts.iter()).map(|(slice, part)| {
             let header = Header { kind: Kind::Init, sequence: claim, ..header };
             self.data((Cargo::Slice(slice), None, part), header, None)
         });
@@ -294,7 +315,7 @@ impl DenseTable {
         &self,
         kind: Kind,
         gradient: Option<(RegionSlice, DType)>,
-        into: Option<RegionSliceMut>,
+        into: Option<(RegionSliceMut, Codec)>,
     ) -> Result<Pending, PsError> {
         let dtype = gradient.as_ref().map_or(self.dtype(), |(_, dtype)| *dtype);
         if let Some((slice, dtype)) = &gradient {
@@ -306,18 +327,13 @@ impl DenseTable {
                 return Err(PsError::invalid(&*self.table.subject, reason));
             }
         }
-        if let Some(into) = &into {
+        if let Some((into, _)) = &into {
             self.check_size(into.len(), self.dtype())?;
         }
-        let cargo: Vec<Cargo> = match gradient {
-            Some((slice, dtype)) => self.read_parts(&slice, dtype)?.into_iter().map(Cargo::Slice).collect(),
-            None => self.table.parts.iter().map(|_| Cargo::Nothing).collect(),
-        };
-        let targets: Vec<Option<RegionSliceMut>> = match into {
-            Some(slice) => self.write_parts(slice)?.into_iter().map(Some).collect(),
-            None => self.table.parts.iter().map(|_| None).collect(),
-        };
+        // What is kept of a compressed gradient belongs to the next push, so pushes are compressed in their order.
         let mut pushed = self.pushed();
+        let (targets, last_step, answer) = self.targets(into)?;
+        let (cargo, dtype, codec) = self.cargo(gradient, dtype)?;
         *pushed += u64::from(kind.pushes());
         let clock = if self.is_synchronous() { *pushed } else { 0 };
         let header = Header {
@@ -327,17 +343,57 @@ impl DenseTable {
             // A pull is told from others of its slot by a number of its own.
             sequence: if kind.pushes() { *pushed } else { self.core.next_sequence() },
             dtype: Some(dtype),
+            codec: codec.code() | answer.code() << 4,
             ..Header::new(kind)
         };
         let lane = Some(self.is_synchronous());
-        let parts = cargo.into_iter().zip(targets).zip(&self.table.parts);
+        let parts = cargo.into_iter().zip(targets).zip(self.table.parts.iter());
         let requests = parts.map(|((cargo, target), part)| self.data((cargo, target, part), header, lane)).collect();
         let verb = match kind {
             Kind::Push => "push to",
             Kind::Pull => "pull of",
             _ => "push_pull of",
         };
-        self.core.start(verb, &self.table.subject, requests)
+        self.core.start_with(verb, &self.table.subject, requests, last_step)
+    }
+
+    /// What each part's request carries, of which type once it is read, and by which codec.
+    fn cargo(
+        &self,
+        gradient: Option<(RegionSlice, DType)>,
+        dtype: DType,
+    ) -> Result<(Vec<Cargo>, DType, Codec), PsError> {
+        let Some((slice, dtype)) = gradient else {
+            return Ok((self.table.parts.iter().map(|_| Cargo::Nothing).collect(), dtype, Codec::Whole));
+        };
+        let codec = self.compression().push;
+        if codec == Codec::Whole {
+            return Ok((self.read_parts(&slice, dtype)?.into_iter().map(Cargo::Slice).collect(), dtype, codec));
+        }
+        let parts = self.squeeze().gradient(codec, (dtype, &slice), &self.table.parts);
+        let parts = parts.map_err(|bad| PsError::invalid(&*self.table.subject, bad.to_string()))?;
+        Ok((parts.into_iter().map(Cargo::Slice).collect(), DType::F32, codec))
+    }
+
+    /// Where the elements of each part go, what is left to do with them, and the codec they come in.
+    fn targets(&self, into: Option<(RegionSliceMut, Codec)>) -> Result<Targets, PsError> {
+        let (slices, last_step, codec) = match into {
+            None => return Ok((self.table.parts.iter().map(|_| None).collect(), None, Codec::Whole)),
+            Some((into, Codec::Whole)) => (self.write_parts(into)?, None, Codec::Whole),
+            Some((into, codec)) => {
+                let (slices, last_step) = self.squeeze().value(codec, self.dtype(), &self.table.parts, into);
+                (slices, Some(last_step), codec)
+            }
+        };
+        Ok((slices.into_iter().map(Some).collect(), last_step, codec))
+    }
+
+    fn squeeze(&self) -> MutexGuard<'_, Squeeze> {
+        self.table.squeeze.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn compression(&self) -> Compression {
+        self.table.spec.compression
     }
 
     fn data(&self, (cargo, target, &(shard, keys)): PartOf<'_>, header: Header, lane: Option<bool>) -> NewRequest {

@@ -57,6 +57,11 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
             "pulls": table.pulls,
             "duplicates": table.duplicates,
             "waiting": table.waiting,
+            "compression": table.spec.compression.to_string(),
+            "pushed_bytes": table.pushed_bytes,
+            "pushed_whole_bytes": table.pushed_whole_bytes,
+            "pulled_bytes": table.pulled_bytes,
+            "pulled_whole_bytes": table.pulled_whole_bytes,
         })
     });
     let sparse = shard.sparse.iter().map(|table| {
@@ -101,7 +106,7 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
 fn to_text(status: &[ShardStatus], addresses: &[String]) -> String {
     let mut tables = vec![row([
         "SHARD", "TABLE", "SHAPE", "DTYPE", "MODE", "RULE", "HERE", "MEMORY", "CLOCK", "PUSHES", "PULLS", "AGAIN",
-        "WAITING",
+        "WAITING", "PUSHED", "PULLED",
     ])];
     let mut sparse = vec![row([
         "SHARD",
@@ -160,7 +165,14 @@ fn table_row(shard: usize, table: &TableStatus) -> Vec<String> {
         &table.pulls.to_string(),
         &table.duplicates.to_string(),
         &table.waiting.to_string(),
+        &travelled(table.pushed_bytes, table.pushed_whole_bytes),
+        &travelled(table.pulled_bytes, table.pulled_whole_bytes),
     ])
+}
+
+/// Bytes that travelled, and how many they stood for where these are not as many.
+fn travelled(bytes: u64, whole: u64) -> String {
+    if bytes == whole { show_bytes(bytes) } else { format!("{} for {}", show_bytes(bytes), show_bytes(whole)) }
 }
 
 fn sparse_row(shard: usize, table: &SparseStatus) -> Vec<String> {

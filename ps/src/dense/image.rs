@@ -147,7 +147,7 @@ impl TableImage {
         self.rates.encode(&mut head);
         head.number(self.init.0);
         head.byte(self.init.1.into());
-        [self.counts.pushes, self.counts.pulls, self.counts.duplicates].into_iter().for_each(|n| head.number(n));
+        self.counts.encode(&mut head);
         self.clipping.encode(&mut head);
         let parts = self.parts.iter().flat_map(move |part| part.chunks(id));
         std::iter::once(head.0).chain(parts).chain(std::iter::once(chunk(ChunkKind::End, id).0))
@@ -253,10 +253,7 @@ impl DenseBuilder {
         }
         let init = &mut self.table.init;
         (init.claim, init.done) = (init.claim.max(claim), init.done || done);
-        let all = &mut self.table.counts;
-        all.pushes = all.pushes.saturating_add(counts.pushes);
-        all.pulls = all.pulls.saturating_add(counts.pulls);
-        all.duplicates = all.duplicates.saturating_add(counts.duplicates);
+        self.table.counts.merge(&counts);
         Ok(())
     }
 
@@ -416,6 +413,33 @@ impl DenseBuilder {
     }
 }
 
+impl Counts {
+    pub(crate) fn encode(&self, out: &mut Writer) {
+        let Self { pushes, pulls, duplicates, pushed, pulled } = *self;
+        [pushes, pulls, duplicates].into_iter().chain(pushed).chain(pulled).for_each(|n| out.number(n));
+    }
+
+    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        Ok(Self {
+            pushes: from.number()?,
+            pulls: from.number()?,
+            duplicates: from.number()?,
+            pushed: [from.number()?, from.number()?],
+            pulled: [from.number()?, from.number()?],
+        })
+    }
+
+    /// Counts what another shard has counted as well.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        let Self { pushes, pulls, duplicates, pushed: [sent, meant], pulled: [got, held] } = self;
+        let mine = [pushes, pulls, duplicates, sent, meant, got, held];
+        let [more_sent, more_meant] = other.pushed;
+        let [more_got, more_held] = other.pulled;
+        let theirs = [other.pushes, other.pulls, other.duplicates, more_sent, more_meant, more_got, more_held];
+        mine.into_iter().zip(theirs).for_each(|(mine, theirs)| *mine = mine.saturating_add(theirs));
+    }
+}
+
 type Head = (TableSpec, Rates, (u64, bool), Counts, Clipping);
 
 fn head(from: &mut Reader<'_>) -> Result<Head, BadState> {
@@ -424,7 +448,7 @@ fn head(from: &mut Reader<'_>) -> Result<Head, BadState> {
     let at_rest = spec.rule.with_learning_rate(0.0);
     let rates = Rates::decode(from, |rule| rule.with_learning_rate(0.0) == at_rest)?;
     let init = (from.counter()?, from.byte()? != 0);
-    let counts = Counts { pushes: from.number()?, pulls: from.number()?, duplicates: from.number()? };
+    let counts = Counts::decode(from)?;
     let clipping = Clipping::decode(from)?;
     from.end()?;
     Ok((spec, rates, init, counts, clipping))

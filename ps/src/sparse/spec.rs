@@ -219,6 +219,13 @@ impl SparseSpec {
     }
 }
 
+/// The body that opens the sparse table `spec`.
+pub fn open_sparse_body(spec: &SparseSpec) -> Vec<u8> {
+    let mut out = Writer::default();
+    spec.encode(&mut out);
+    out.0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

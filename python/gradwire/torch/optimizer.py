@@ -46,6 +46,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             scheduler or anybody sets afterwards takes its place.
         max_grad_norm: the averaged gradients are clipped to this norm over all parameters before they are applied, as by
             `torch.nn.utils.clip_grad_norm_`; `grad_norm` is the last one before clipping. Costs a round trip a step.
+        compression: how gradients and values travel, as for `Client.dense`: "int8", "bf16", `TopK(0.1)`, `Compression(...)`.
+            `pull_whole()` takes the servers' full values, for the end of training.
         where: "server", or "worker": the servers only average the gradients, and each worker's own `optimizer`, of any
             kind, takes the step.
 
@@ -64,6 +66,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         backward_passes_per_step=1,
         schedule=None,
         max_grad_norm=None,
+        compression=None,
         where="server",
     ):
         if where not in ("server", "worker"):
@@ -74,7 +77,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._inner, self._on_server = optimizer, where == "server"
         self._client, self._passes = client, backward_passes_per_step
         self._max_grad_norm, self.grad_norm = max_grad_norm, None
-        how = {"workers": workers, "average": True, "clipped": max_grad_norm is not None}
+        how = {"workers": workers, "average": True, "clipped": max_grad_norm is not None, "compression": compression}
         self._entries = {}
         self._works = {}
         index = 0
@@ -87,7 +90,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 table = client.dense(f"{name}/{index}", parameter.shape, dtype, rule=rule, **how)
                 value = parameter.detach()
                 table.init(value)
-                table.pull(value)
+                table.pull(value, whole=True)
                 if schedule is not None:
                     table.set_schedule(schedule)
                 self._entries[parameter] = _Entry(index, group, table, torch.empty_like(value), rule)
@@ -118,6 +121,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{message} (OneCycleLR and CyclicLR: pass cycle_momentum=False)")
         entry.table.set_learning_rate(rule.lr)
         entry.rule = rule
+
+    @torch.no_grad()
+    def pull_whole(self):
+        """Takes the servers' values in full, where they travel compressed: before a model is saved or judged."""
+        if not self._on_server:
+            return
+        for parameter, entry in self._entries.items():
+            parameter.copy_(entry.table.pull(entry.fresh, whole=True))
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -68,7 +68,7 @@ impl SparseImage {
         let mut head = chunk(ChunkKind::Sparse, id);
         self.spec.encode(&mut head);
         self.rates.encode(&mut head);
-        [self.counts.pushes, self.counts.pulls, self.counts.duplicates].into_iter().for_each(|n| head.number(n));
+        self.counts.encode(&mut head);
         head.number(self.elapsed_ms);
         self.order.encode(&mut head);
         let waiting: Vec<Vec<u8>> = match &self.order {
@@ -200,10 +200,7 @@ impl SparseBuilder {
         if let Some(refusal) = known.disagreement(&spec) {
             return Err(refusal.into());
         }
-        let all = &mut self.table.counts;
-        all.pushes = all.pushes.saturating_add(counts.pushes);
-        all.pulls = all.pulls.saturating_add(counts.pulls);
-        all.duplicates = all.duplicates.saturating_add(counts.duplicates);
+        self.table.counts.merge(&counts);
         let empty = OrderImage::Clocks(Gathering::new(1));
         let known = std::mem::replace(&mut self.order, empty);
         self.order = known.merged(order).map_err(|what| self.wrong(what))?;
@@ -330,7 +327,7 @@ fn head(from: &mut Reader<'_>) -> Result<Head, BadState> {
     spec.check()?;
     let at_rest = spec.rule.with_learning_rate(0.0);
     let rates = Rates::decode(from, |rule| rule.with_learning_rate(0.0) == at_rest)?;
-    let counts = Counts { pushes: from.number()?, pulls: from.number()?, duplicates: from.number()? };
+    let counts = Counts::decode(from)?;
     let elapsed_ms = from.counter()?;
     let order = OrderImage::decode(from, spec.mode)?;
     let missing = [from.number()?, from.number()?];
