@@ -28,6 +28,8 @@ pub(crate) enum Way {
     Tcp,
     /// RDMA verbs, also on one host
     Verbs,
+    /// The best that each two ranks have
+    Auto,
 }
 
 impl Way {
@@ -37,6 +39,7 @@ impl Way {
             Self::Shm => "shm",
             Self::Tcp => "tcp",
             Self::Verbs => "verbs",
+            Self::Auto => "auto",
         }
     }
 
@@ -45,6 +48,7 @@ impl Way {
             Self::Shm => WireChoice::Shm,
             Self::Tcp => WireChoice::Tcp,
             Self::Verbs => WireChoice::Verbs,
+            Self::Auto => WireChoice::Auto,
         }
     }
 
@@ -54,6 +58,7 @@ impl Way {
             Self::Shm => "shared memory",
             Self::Tcp => "TCP",
             Self::Verbs => "RDMA verbs",
+            Self::Auto => "the best wire of each pair",
         }
     }
 }
@@ -84,12 +89,28 @@ pub(crate) struct Options {
     /// Calls of each size; fewer of large ones, never under 10
     #[arg(long, default_value_t = 1000)]
     rounds: usize,
+    #[command(flatten)]
+    choice: ChoiceOptions,
     /// One JSON object a line instead of the table
     #[arg(long)]
     json: bool,
     /// Adds plots to the page in this folder
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
+}
+
+/// Which algorithm is used.
+#[derive(Args, Clone, Debug)]
+struct ChoiceOptions {
+    /// Algorithms to use, as all_reduce:ring [default: what is expected to take the least]
+    #[arg(long, value_name = "COLLECTIVE:ALGORITHM", env = "GRADWIRE_ALGO")]
+    algo: Option<String>,
+    /// Sum in the order of the ranks, whatever the size
+    #[arg(long)]
+    deterministic: bool,
+    /// Say on stderr what was chosen for each size, from what, and why
+    #[arg(long)]
+    explain: bool,
 }
 
 #[derive(Args)]
@@ -108,6 +129,8 @@ pub(crate) struct RankOptions {
     max_bytes: usize,
     #[arg(long)]
     rounds: usize,
+    #[command(flatten)]
+    choice: ChoiceOptions,
 }
 
 /// One row of the table.
@@ -143,6 +166,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         command.args(["--wire", options.wire.name()]);
         command.args(["--min-bytes", &options.min_bytes.to_string(), "--max-bytes", &options.max_bytes.to_string()]);
         command.args(["--rounds", &options.rounds.to_string()]);
+        command.args(options.choice.algo.iter().flat_map(|algo| ["--algo", algo]));
+        command.args(options.choice.deterministic.then_some("--deterministic"));
+        command.args(options.choice.explain.then_some("--explain"));
         if rank == 0 {
             command.stdout(Stdio::piped());
         }
@@ -193,6 +219,7 @@ fn one(options: &Options, store: &str) -> Result<(), Box<dyn Error>> {
         min_bytes: options.min_bytes,
         max_bytes: options.max_bytes,
         rounds: options.rounds,
+        choice: options.choice.clone(),
     };
     let mut began = options.json;
     take_part(&rank, &mut |row| {
@@ -244,15 +271,24 @@ fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>
     let group = form_group(spec, Instant::now() + PATIENCE)?;
     let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    let communicator = Communicator::new(group, "bench", Settings { timeout: PATIENCE, cores, ..Settings::default() })?;
+    let ChoiceOptions { algo, deterministic, explain } = options.choice.clone();
+    let settings = Settings { timeout: PATIENCE, cores, algorithms: algo, deterministic, ..Settings::default() };
+    let communicator = Communicator::new(group, "bench", settings)?;
     let mut bytes = options.min_bytes.next_power_of_two();
     while bytes <= options.max_bytes {
         let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
+        if explain && rank.0 == 0 {
+            let sum = Collective::AllReduce { op: Reduction::Sum };
+            eprintln!("{bytes} bytes by {}", communicator.explain(&sum, DType::F32, bytes));
+        }
         let row = measure(&communicator, (options.wire, rank, world_size), &host, bytes, rounds)?;
         if rank.0 == 0 {
             tell(&row)?;
         }
         bytes *= 4;
+    }
+    if explain {
+        eprintln!("{}", communicator.describe());
     }
     communicator.close(Duration::from_secs(5));
     Ok(())

@@ -14,7 +14,7 @@ import os as _os
 
 from . import _native
 from ._native import __version__
-from .communicator import Communicator, Description, Link, Work
+from .communicator import Communicator, Description, Explanation, Link, Work
 from .config import Config
 from .errors import (
     AuthenticationError,
@@ -52,6 +52,7 @@ __all__ = [
     "Config",
     "DenseTable",
     "Description",
+    "Explanation",
     "GradwireError",
     "GroupAbortedError",
     "Link",
