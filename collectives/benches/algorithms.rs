@@ -1,6 +1,6 @@
 //! Does: measures the algorithms of all-reduce over loopback TCP, ranks as threads: where `choose.rs` has its limits from.
 //!
-//! `cargo bench -p gradwire-collectives --bench algorithms` prints microseconds of one call, the median of rounds in which
+//! `cargo bench -p gradwire-collectives --bench algorithms [-- WORLD...]` prints microseconds of one call, the median of rounds in which
 //! the algorithms take turns (one group of ranks each), for every world and size. Loopback, and more ranks than cores in
 //! most of it: read it for which algorithm does less work, not for what a network gives.
 
@@ -13,13 +13,13 @@ use common::{Way, call, floats, group, values};
 use gradwire_collectives::{Collective, Reduction, Settings};
 use std::time::Instant;
 
-const ALGORITHMS: [&str; 4] = ["short", "doubling", "direct", "ring"];
-const WORLDS: [u32; 5] = [2, 4, 8, 12, 16];
-const BYTES: [usize; 6] = [8, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
+const ALGORITHMS: [&str; 6] = ["short", "doubling", "halving", "direct", "double_tree", "ring"];
+const WORLDS: [u32; 4] = [2, 4, 8, 12];
+const BYTES: [usize; 6] = [8, 4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
 /// Times that each algorithm takes its turn.
 const ROUNDS: usize = 3;
 /// Calls in a turn, half of them to warm up.
-const CALLS: usize = 40;
+const CALLS: usize = 24;
 
 /// Microseconds of one call, by size: the median of a turn on rank 0.
 fn turn(world: u32, algorithm: &str) -> Vec<f64> {
@@ -56,10 +56,11 @@ fn main() {
         return;
     }
     println!("all_reduce of float32 over loopback TCP, ranks are threads on {} cores; us, median", cores());
-    print!("{:<6} {:<10}", "ranks", "algorithm");
+    print!("{:<6} {:<12}", "ranks", "algorithm");
     BYTES.iter().for_each(|bytes| print!(" {bytes:>9} B"));
     println!();
-    for world in WORLDS {
+    let asked: Vec<u32> = std::env::args().filter_map(|word| word.parse().ok()).collect();
+    for world in WORLDS.into_iter().filter(|world| asked.is_empty() || asked.contains(world)) {
         let mut all = vec![vec![Vec::new(); BYTES.len()]; ALGORITHMS.len()];
         for _ in 0..ROUNDS {
             for (algorithm, all) in ALGORITHMS.iter().zip(&mut all) {
@@ -67,7 +68,7 @@ fn main() {
             }
         }
         for (algorithm, all) in ALGORITHMS.iter().zip(&mut all) {
-            print!("{world:<6} {algorithm:<10}");
+            print!("{world:<6} {algorithm:<12}");
             for us in all {
                 us.sort_by(f64::total_cmp);
                 print!(" {:>11.1}", us[us.len() / 2]);

@@ -43,12 +43,12 @@ const NAMES: [(&str, Algorithm); 11] = [
     ("leaders", Leaders),
 ];
 
-/// What each collective can be made with. Ring and chain are one for a broadcast.
+/// What each collective can be made with; of equals the first is taken. Ring and chain are one for a broadcast.
 const POSSIBLE: [(&str, &[Algorithm]); 6] = [
-    ("all_reduce", &[Ring, Direct, Short, Doubling, Halving, DoubleTree, Hierarchical, Leaders]),
+    ("all_reduce", &[Direct, Ring, Short, Doubling, Halving, DoubleTree, Hierarchical, Leaders]),
     ("reduce", &[Direct, Tree, DoubleTree, Chain]),
     ("broadcast", &[Ring, Chain, Tree, DoubleTree, Hierarchical]),
-    ("all_gather", &[Ring, Direct, Bruck, Hierarchical]),
+    ("all_gather", &[Direct, Ring, Bruck, Hierarchical]),
     ("reduce_scatter", &[Direct, Hierarchical]),
     ("all_to_all", &[Direct, Bruck]),
 ];
@@ -58,6 +58,21 @@ impl Algorithm {
     pub fn name(self) -> &'static str {
         NAMES.iter().find(|(_, known)| *known == self).map_or("", |(name, _)| *name)
     }
+
+    /// Whether elements are combined in the order of the ranks, however the buffer is cut.
+    pub fn keeps_order(self) -> bool {
+        matches!(self, Direct | Short)
+    }
+
+    /// Whether every rank hears from every other.
+    pub fn greets(self) -> bool {
+        matches!(self, Direct | Short)
+    }
+}
+
+/// What the collective of a name can be made with; what is not there has one way only.
+pub fn possible(collective: &str) -> &'static [Algorithm] {
+    POSSIBLE.iter().find(|(known, _)| *known == collective).map_or(&[Direct], |(_, possible)| possible)
 }
 
 /// `GRADWIRE_ALGO` cannot be understood.
@@ -70,13 +85,18 @@ pub struct AlgorithmError {
     possible: String,
 }
 
-/// Wishes as `all_reduce:ring;broadcast:tree`, by collective.
+/// Wishes as `all_reduce:ring;broadcast:tree`, by collective. `deterministic`: only what combines in the order of the ranks.
 ///
 /// # Errors
 /// `AlgorithmError` for what is not understood, or cannot be.
-pub fn parse(wishes: &str) -> Result<Vec<(&'static str, Algorithm)>, AlgorithmError> {
+pub fn parse(wishes: &str, deterministic: bool) -> Result<Vec<(&'static str, Algorithm)>, AlgorithmError> {
+    let may = |(name, algorithm): &(&str, Algorithm)| !deterministic || !combines(name) || algorithm.keeps_order();
     let entries = wishes.split(';').map(str::trim).filter(|entry| !entry.is_empty());
-    entries.map(|entry| parse_one(entry).ok_or_else(|| refusal(entry))).collect()
+    entries.map(|entry| parse_one(entry).filter(may).ok_or_else(|| refusal(entry, deterministic))).collect()
+}
+
+fn combines(collective: &str) -> bool {
+    matches!(collective, "all_reduce" | "reduce" | "reduce_scatter")
 }
 
 fn parse_one(entry: &str) -> Option<(&'static str, Algorithm)> {
@@ -88,11 +108,15 @@ fn parse_one(entry: &str) -> Option<(&'static str, Algorithm)> {
     possible.contains(algorithm).then_some((*name, *algorithm))
 }
 
-fn refusal(entry: &str) -> AlgorithmError {
+fn refusal(entry: &str, deterministic: bool) -> AlgorithmError {
+    let may = |name: &str, algorithm: &&Algorithm| !deterministic || !combines(name) || algorithm.keeps_order();
     let possible = POSSIBLE
         .iter()
-        .flat_map(|(collective, all)| all.iter().map(move |algorithm| format!("{collective}:{}", algorithm.name())))
+        .flat_map(|(name, all)| {
+            all.iter().filter(|one| may(name, one)).map(move |one| format!("{name}:{}", one.name()))
+        })
         .collect::<Vec<_>>()
         .join(", ");
-    AlgorithmError { entry: entry.to_owned(), possible }
+    let order = if deterministic { " (deterministic: in the order of the ranks)" } else { "" };
+    AlgorithmError { entry: entry.to_owned(), possible: possible + order }
 }

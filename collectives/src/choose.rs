@@ -1,33 +1,19 @@
-//! Pure: which algorithm for which call.
-//!
-//! The limits of all-reduce are from `benches/algorithms.rs`. What one call costs a rank, in messages and in buffers sent:
-//! short `n - 1` and `n - 1`, doubling `log2 n` and `log2 n`, direct `2 (n - 1)` and `2 (n - 1) / n`, ring `2 (n - 1)` and
-//! `2 (n - 1) / n` to its neighbour only; in series they take 1, `log2 n`, 2 and `2 (n - 1)` steps.
+//! Pure: which algorithm for which call: the one that is expected to take the least, of those that may be taken.
 
 use crate::algorithm::{self, Algorithm, AlgorithmError};
 use crate::call::Shape;
 use crate::chunk::parts;
+use crate::cost::World;
 use crate::hosts::Hosts;
 use crate::{Action, Collective, DType, Place, Reduction, Schedule, Span};
 use crate::{bruck, direct, halving_doubling, hierarchical, recursive_doubling, ring, tree};
-use gradwire_transport::{Rank, WorldSize};
+use gradwire_transport::{LinkCost, LinkCosts, Rank, WorldSize};
 use std::ops::Range;
 
-/// A buffer of at most this many bytes is sent whole to everybody, of a few ranks: a step costs more than the bytes.
+/// Up to here, and to this many ranks, a reduction goes from everybody to everybody: so a rank that calls something else shows
+/// at once, to all.
 const SHORT_BYTES: usize = 16 << 10;
-/// The most ranks that all send to all.
 const SHORT_RANKS: u32 = 8;
-/// A buffer of at most this many bytes of more ranks goes by doubling: fewer messages cost less than fewer bytes. For few
-/// ranks it is no faster, and a rank that calls another collective shows at once only where all hear from all.
-const DOUBLING_BYTES: usize = 64 << 10;
-/// From this many bytes on, an all-reduce is bound by its bytes: between two ranks, a step less is worth less than half the
-/// sums; among more, a ring's neighbours-only traffic is worth its steps.
-const LONG_BYTES: usize = 1 << 20;
-/// The same for what is only moved.
-const RING_BYTES: usize = 256 << 10;
-/// The fewest ranks, and the most bytes of a part, for which an all-to-all is packed: fewer messages, each byte sent often.
-const BRUCK_RANKS: u32 = 8;
-const BRUCK_BYTES: usize = 1 << 10;
 /// Bytes of a segment: it stays in the second-level cache between the socket and the sum.
 const SEGMENT_BYTES: usize = 128 << 10;
 
@@ -35,51 +21,89 @@ const SEGMENT_BYTES: usize = 128 << 10;
 #[derive(Clone, Debug, Default)]
 pub struct Chooser {
     wishes: Vec<(&'static str, Algorithm)>,
+    deterministic: bool,
     hosts: Option<Hosts>,
+    costs: LinkCosts,
+}
+
+/// What was chosen, and why.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// The algorithm.
+    pub algorithm: Algorithm,
+    /// Whether the user wished it.
+    pub wished: bool,
+    /// What was to be chosen from, with the microseconds that each is expected to take, the least first.
+    pub expected_us: Vec<(Algorithm, f64)>,
 }
 
 impl Chooser {
-    /// A chooser that follows `wishes`: `all_reduce:ring;broadcast:tree`.
+    /// A chooser that follows `wishes`: `all_reduce:ring;broadcast:tree`. `deterministic`: floats are combined in the order of
+    /// the ranks, always.
     ///
     /// # Errors
     /// `AlgorithmError` for what is not understood, or cannot be.
-    pub fn new(wishes: Option<&str>) -> Result<Self, AlgorithmError> {
-        Ok(Self { wishes: algorithm::parse(wishes.unwrap_or(""))?, hosts: None })
+    pub fn new(wishes: Option<&str>, deterministic: bool) -> Result<Self, AlgorithmError> {
+        let wishes = algorithm::parse(wishes.unwrap_or(""), deterministic)?;
+        Ok(Self { wishes, deterministic, ..Self::default() })
     }
 
-    /// The same for ranks on `hosts`.
-    pub fn on(self, hosts: Hosts) -> Self {
-        Self { hosts: Some(hosts), ..self }
+    /// The same for ranks on `hosts`, whose links cost `costs`.
+    pub fn on(self, hosts: Hosts, costs: LinkCosts) -> Self {
+        Self { hosts: Some(hosts), costs, ..self }
+    }
+
+    /// Whether `collective` combines elements in the order of the ranks because it was asked to.
+    pub fn orders(&self, collective: &Collective, dtype: DType) -> bool {
+        self.deterministic && collective.reduction().is_some() && dtype.is_float()
     }
 
     /// The algorithm for a collective over `bytes` bytes (of a rank's buffer, or part) of `dtype`.
     pub fn algorithm(&self, collective: &Collective, dtype: DType, bytes: usize, world_size: WorldSize) -> Algorithm {
-        if let Some((_, wish)) = self.wishes.iter().find(|(name, _)| *name == collective.name()) {
-            return *wish;
+        self.choice(collective, dtype, bytes, world_size).algorithm
+    }
+
+    /// The same, with the reasons.
+    pub fn choice(&self, collective: &Collective, dtype: DType, bytes: usize, world_size: WorldSize) -> Choice {
+        let ranks = world_size.get() as usize;
+        let one_host = || Hosts::new(&vec![0; ranks]);
+        let hosts = self.hosts.clone().unwrap_or_else(one_host);
+        let world = World::new(ranks, &hosts, self.costs, SEGMENT_BYTES);
+        let possible = algorithm::possible(collective.name());
+        // What rounds short floats at every step loses what they have: in rank order they are rounded once.
+        let ordered = self.orders(collective, dtype) || dtype.is_short_float() && collective.reduction().is_some();
+        let greets = world_size.get() <= SHORT_RANKS && bytes <= SHORT_BYTES && !hosts.are_mixed();
+        let may = |algorithm: &&Algorithm| match algorithm {
+            Algorithm::Hierarchical | Algorithm::Leaders if !hosts.are_mixed() => false,
+            algorithm if ordered => algorithm.keeps_order(),
+            algorithm if matches!(collective, Collective::AllReduce { .. }) && greets => algorithm.greets(),
+            _ => true,
+        };
+        let expected = |&algorithm: &Algorithm| (algorithm, world.expected_ns(collective, algorithm, bytes) / 1e3);
+        let mut expected_us: Vec<(Algorithm, f64)> = possible.iter().filter(may).map(expected).collect();
+        expected_us.sort_by(|(_, one), (_, other)| one.total_cmp(other));
+        let wish = self.wishes.iter().find(|(name, _)| *name == collective.name()).map(|(_, wish)| *wish);
+        let best = expected_us.first().map_or(Algorithm::Direct, |(algorithm, _)| *algorithm);
+        Choice { algorithm: wish.unwrap_or(best), wished: wish.is_some(), expected_us }
+    }
+
+    /// The ranks' hosts and what links cost, in words.
+    pub fn world(&self) -> String {
+        let LinkCosts { near, far, measured, .. } = self.costs;
+        let words = |cost: LinkCost| {
+            let LinkCost { latency_ns, message_ns, byte_ns } = cost;
+            format!("{:.1} us + {:.1} us a message + {byte_ns:.3} ns a byte", latency_ns / 1e3, message_ns / 1e3)
+        };
+        let hosts = self.hosts.as_ref();
+        let mut text = hosts.map_or_else(|| "1 host".to_owned(), ToString::to_string);
+        if hosts.is_none_or(|hosts| hosts.most() > 1) {
+            text += &format!("; inside a host {}", words(near));
         }
-        let half = dtype.is_short_float();
-        let ranks = world_size.get();
-        let mixed = self.hosts.as_ref().is_some_and(Hosts::are_mixed);
-        match collective {
-            Collective::AllReduce { .. } if mixed && !half && bytes <= SHORT_BYTES => Algorithm::Leaders,
-            Collective::AllReduce { .. } | Collective::ReduceScatter { .. } if mixed && !half => {
-                Algorithm::Hierarchical
-            }
-            Collective::AllGather | Collective::Broadcast { .. } if mixed => Algorithm::Hierarchical,
-            Collective::AllReduce { .. } if ranks == 2 && bytes < LONG_BYTES => Algorithm::Short,
-            Collective::AllReduce { .. } if ranks <= SHORT_RANKS && bytes <= SHORT_BYTES => Algorithm::Short,
-            // Doubling and a ring round short floats at every step; folding in rank order rounds them once.
-            Collective::AllReduce { .. } if half => Algorithm::Direct,
-            Collective::AllReduce { .. } if ranks > SHORT_RANKS && bytes <= DOUBLING_BYTES => Algorithm::Doubling,
-            Collective::AllReduce { .. } if bytes < LONG_BYTES => Algorithm::Direct,
-            Collective::AllReduce { .. } => Algorithm::Ring,
-            Collective::AllGather if bytes < RING_BYTES => Algorithm::Direct,
-            Collective::AllGather => Algorithm::Ring,
-            Collective::Broadcast { .. } if bytes < RING_BYTES => Algorithm::Tree,
-            Collective::Broadcast { .. } => Algorithm::Ring,
-            Collective::AllToAll if ranks >= BRUCK_RANKS && bytes <= BRUCK_BYTES => Algorithm::Bruck,
-            _ => Algorithm::Direct,
+        if hosts.is_some_and(|hosts| hosts.count() > 1) {
+            text += &format!("; between hosts {}", words(far));
         }
+        text + if measured { ", measured" } else { ", assumed" }
+            + if self.deterministic { "; deterministic" } else { "" }
     }
 
     /// Whether an all-to-all of equal parts is packed.
@@ -224,5 +248,7 @@ fn copy_and_finish(len: usize, op: Reduction) -> Schedule {
     schedule
 }
 
+#[cfg(test)]
+mod choices;
 #[cfg(test)]
 mod tests;

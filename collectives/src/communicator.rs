@@ -6,6 +6,7 @@ use crate::choose::Chooser;
 use crate::describe::Description;
 use crate::driver::Shared;
 use crate::engine::{Engine, Job};
+use crate::explain::Explanation;
 use crate::hosts::Hosts;
 use crate::local::Local;
 use crate::memory::{Memory, MemoryPool};
@@ -14,7 +15,7 @@ use crate::pending::{Done, Outcome, Ticket};
 use crate::plans::Plans;
 use crate::settings::Settings;
 use crate::trace::Trace;
-use crate::{CollectiveError, Fingerprint};
+use crate::{Collective, CollectiveError, DType, Fingerprint};
 use gradwire_transport::{Group, Link, PeerName, Rank, TransportError, WireKind, WorldSize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -70,10 +71,10 @@ impl Communicator {
     /// # Errors
     /// `Invalid` for a setting that cannot be used.
     pub fn new(group: Group, name: &str, settings: Settings) -> Result<Self, CollectiveError> {
-        let Group { wire, rank, world_size, members, links, segment, hosts } = group;
+        let Group { wire, rank, world_size, members, links, segment, hosts, costs } = group;
         let local = segment.filter(|_| settings.same_host).map(|segment| Local::new(segment, rank, world_size));
         let spin_turns = settings.spin_turns(&members, rank);
-        let chooser = settings.chooser()?.on(Hosts::new(settings.hosts.as_ref().unwrap_or(&hosts)));
+        let chooser = settings.chooser()?.on(Hosts::new(settings.hosts.as_ref().unwrap_or(&hosts)), costs);
         let plans = Plans::new(chooser.clone());
         let waker = wire.waker();
         let trace = Arc::new(Trace::new(name.to_owned(), rank, members.clone(), settings.trace.clone()));
@@ -203,7 +204,13 @@ impl Communicator {
     /// Which wire leads to which rank and why, what has been moved, and how collectives are carried out.
     pub fn describe(&self) -> Description {
         let engine = self.shared.engine();
-        Description::new(&engine, &self.links)
+        Description::new(&engine, &self.links, self.chooser.world())
+    }
+
+    /// By which algorithm `collective` over `bytes` bytes (of a rank's buffer, or part) of `dtype` goes, and why.
+    pub fn explain(&self, collective: &Collective, dtype: DType, bytes: usize) -> Explanation {
+        let choice = self.chooser.choice(collective, dtype, bytes, self.world_size);
+        Explanation::new(choice, &self.chooser, self.shared.engine().local.is_some())
     }
 
     /// The last operations, [`Settings::REMEMBERED`] at most, with their times, as JSON. Answers also while ranks are late.
@@ -256,7 +263,12 @@ impl Communicator {
     fn submit(&self, call: Call) -> Result<Arc<Ticket>, CollectiveError> {
         let mut shape = call.shape(self.rank.index(), self.world_size)?;
         shape.packed = shape.packed && self.chooser.packs(&call.collective, call.dtype, &shape, self.world_size);
-        let fingerprint = Fingerprint::of(&call.collective, call.dtype, shape.agreed_len(&call.collective));
+        let fingerprint = Fingerprint::of(
+            &call.collective,
+            call.dtype,
+            shape.agreed_len(&call.collective),
+            self.chooser.orders(&call.collective, call.dtype),
+        );
         let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
         let ticket = Arc::new(Ticket::default());
         self.shared.submit_job(|sequence| Job {

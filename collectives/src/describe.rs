@@ -30,7 +30,7 @@ pub struct Description {
     pub rank: Rank,
     /// Number of ranks.
     pub world_size: u32,
-    /// How collectives travel: by the segment that all ranks share, or by messages over the links.
+    /// How collectives travel: by the segment that all ranks share, or by messages over the links, with what those cost.
     pub collectives: String,
     /// Bytes of the users' buffers that went through collectives at the shared segment.
     pub segment_bytes: u64,
@@ -39,7 +39,7 @@ pub struct Description {
 }
 
 impl Description {
-    pub(crate) fn new(engine: &Engine, links: &[Link]) -> Self {
+    pub(crate) fn new(engine: &Engine, links: &[Link], world: String) -> Self {
         let links = links
             .iter()
             .filter_map(|link| {
@@ -59,7 +59,7 @@ impl Description {
         let collectives = match &engine.local {
             Some(_) => "one shared segment: all ranks are on this host".to_owned(),
             None if engine.world_size.get() == 1 => "alone: nothing travels".to_owned(),
-            None => "messages over the links".to_owned(),
+            None => format!("messages over the links; {world}"),
         };
         Self {
             group: engine.group.clone(),

@@ -76,6 +76,11 @@ impl DType {
         matches!(self, Self::F16 | Self::BF16 | Self::F8E4M3Fn | Self::F8E5M2 | Self::F8E4M3FnUz | Self::F8E5M2FnUz)
     }
 
+    /// Whether the order in which its elements are summed shows in the sum.
+    pub const fn is_float(self) -> bool {
+        self.is_short_float() || matches!(self, Self::F32 | Self::F64)
+    }
+
     /// A small number for it.
     pub const fn code(self) -> u8 {
         self as u8

@@ -4,20 +4,22 @@ use crate::collective::NAMES;
 use crate::{Collective, DType, Reduction};
 use std::fmt;
 
-/// A call in 64 bits: collective (4), dtype (5), reduction (4), root + 1 (11), number of elements (40).
+/// A call in 64 bits: collective (4), dtype (5), reduction (4), root + 1 (11), number of elements (40). A reduction that is to
+/// go in the order of the ranks has 8 more: those of floats, which alone can be told so, have the numbers below 5.
 ///
 /// A root of 2046 or more and 2^40 elements or more are told as the largest that fits: such calls compare less exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub u64);
 
 const NONE: u64 = 15;
+const ORDERED: u64 = 8;
 const LEN_BITS: u32 = 40;
 const ROOT_BITS: u32 = 11;
 
 impl Fingerprint {
     /// The fingerprint of a call over `len` elements; 0 where ranks need not agree on a length.
-    pub fn of(collective: &Collective, dtype: DType, len: usize) -> Self {
-        let reduction = collective.reduction().map_or(NONE, |op| u64::from(op.code()));
+    pub fn of(collective: &Collective, dtype: DType, len: usize, ordered: bool) -> Self {
+        let reduction = collective.reduction().map_or(NONE, |op| u64::from(op.code()) | (u64::from(ordered) * ORDERED));
         let root = collective.root().map_or(0, |root| (u64::from(root.0) + 1).min((1 << ROOT_BITS) - 1));
         // A barrier has no elements, so of no type.
         let dtype = if matches!(collective, Collective::Barrier) { 31 } else { u64::from(dtype.code()) };
@@ -34,8 +36,9 @@ impl fmt::Display for Fingerprint {
         let name = usize::try_from(head >> 20).ok().and_then(|code| NAMES.get(code)).copied();
         let Some(name) = name else { return write!(f, "an unknown call ({:#x})", self.0) };
         f.write_str(name)?;
-        if let Some(op) = Reduction::from_code(byte(head >> ROOT_BITS & 15)) {
-            write!(f, " {}", op.name())?;
+        let reduction = head >> ROOT_BITS & 15;
+        if let Some(op) = Reduction::from_code(byte(reduction & !ORDERED)).filter(|_| reduction != NONE) {
+            write!(f, " {}{}", op.name(), if reduction & ORDERED > 0 { " in rank order" } else { "" })?;
         }
         if let Some(dtype) = DType::from_code(byte(head >> 15 & 31)) {
             if len > 0 {
@@ -58,11 +61,13 @@ mod tests {
 
     #[test]
     fn it_reads_as_the_call() {
-        let words = |collective: Collective, dtype, len| Fingerprint::of(&collective, dtype, len).to_string();
+        let words = |collective: Collective, dtype, len| Fingerprint::of(&collective, dtype, len, false).to_string();
         assert_eq!(words(Collective::AllReduce { op: Reduction::Sum }, DType::F32, 8), "all_reduce sum of 8 float32");
         assert_eq!(words(Collective::Broadcast { root: Rank(3) }, DType::I64, 1), "broadcast of 1 int64 with root 3");
         assert_eq!(words(Collective::AllGather, DType::BF16, 0), "all_gather of bfloat16");
         assert_eq!(words(Collective::Barrier, DType::F32, 0), "barrier");
+        let ordered = Fingerprint::of(&Collective::AllReduce { op: Reduction::Max }, DType::F64, 3, true);
+        assert_eq!(ordered.to_string(), "all_reduce max in rank order of 3 float64");
     }
 
     #[test]
@@ -73,9 +78,11 @@ mod tests {
                 for len in [0, 1, 1 << 39] {
                     for root in [0, 5] {
                         let root = Rank(root);
-                        assert!(seen.insert(Fingerprint::of(&Collective::Reduce { op, root }, dtype, len)));
+                        assert!(seen.insert(Fingerprint::of(&Collective::Reduce { op, root }, dtype, len, false)));
                     }
-                    assert!(seen.insert(Fingerprint::of(&Collective::AllReduce { op }, dtype, len)));
+                    for ordered in [false, true].into_iter().take(if op.code() < 5 { 2 } else { 1 }) {
+                        assert!(seen.insert(Fingerprint::of(&Collective::AllReduce { op }, dtype, len, ordered)));
+                    }
                 }
             }
         }

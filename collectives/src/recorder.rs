@@ -78,7 +78,7 @@ mod tests {
     use crate::{Collective, DType};
 
     fn call(number: u64) -> What {
-        What::Collective { number, fingerprint: Fingerprint::of(&Collective::Barrier, DType::F32, 0) }
+        What::Collective { number, fingerprint: Fingerprint::of(&Collective::Barrier, DType::F32, 0, false) }
     }
 
     #[test]

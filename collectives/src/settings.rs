@@ -13,6 +13,9 @@ pub struct Settings {
     pub timeout: Duration,
     /// Which algorithms to use (`GRADWIRE_ALGO`), in NCCL's grammar: `all_reduce:ring;broadcast:tree`. Default: by size.
     pub algorithms: Option<String>,
+    /// Whether floats are combined in the order of the ranks, always (`GRADWIRE_DETERMINISTIC`): the same bits for every
+    /// algorithm, wire, length and cut of a buffer. All ranks must say the same. Default: no.
+    pub deterministic: bool,
     /// Whether ranks that are all on one host use their shared segment instead of messages. Default: yes.
     pub same_host: bool,
     /// For every rank a number, the same for ranks of one host. Default: what the ranks found when they met.
@@ -27,7 +30,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         let timeout = Duration::from_secs(300);
-        Self { timeout, algorithms: None, same_host: true, hosts: None, cores: 1, trace: None }
+        Self { timeout, algorithms: None, deterministic: false, same_host: true, hosts: None, cores: 1, trace: None }
     }
 }
 
@@ -44,7 +47,7 @@ impl Settings {
     }
 
     pub(crate) fn chooser(&self) -> Result<Chooser, CollectiveError> {
-        Chooser::new(self.algorithms.as_deref())
+        Chooser::new(self.algorithms.as_deref(), self.deterministic)
             .map_err(|reason| CollectiveError::Invalid { call: "GRADWIRE_ALGO".to_owned(), reason: reason.to_string() })
     }
 }

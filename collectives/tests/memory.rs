@@ -1,26 +1,13 @@
 //! Memory that a group hands out, over queue pairs of one process: the device is told of it once.
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
+mod common;
+
+use common::over_verbs;
 use gradwire_collectives::{Call, Collective, Communicator, DType, Reduction, Settings};
 use gradwire_transport::verbs::Fabric;
-use gradwire_transport::{
-    Config, Group, Link, Mesh, PeerId, PeerName, Rank, TcpWire, VerbsWire, Wire, WireKind, WorldSize, tcp,
-};
-use std::time::{Duration, Instant};
-
-fn communicator(tcp: TcpWire, own: u32, fabric: &Fabric) -> Communicator {
-    let peer = PeerId(1 - own);
-    let mut verbs = VerbsWire::new(&Config::default(), Box::new(fabric.adapter()));
-    verbs.attach(peer, tcp.name(peer), Instant::now()).unwrap();
-    let link = Link { peer: tcp.name(peer), kind: WireKind::Verbs, reason: "a test".into() };
-    let member = |rank| PeerName { rank: Some(Rank(rank)), ..tcp.name(peer) };
-    let members = [0, 1].map(member).to_vec();
-    let wire = Box::new(Mesh::new(tcp, vec![Box::new(verbs)], [peer], Vec::new()));
-    let world_size = WorldSize::new(2).unwrap();
-    let group =
-        Group { wire, rank: Rank(own), world_size, members, links: vec![link], segment: None, hosts: vec![0, 1] };
-    Communicator::new(group, "test", Settings::default()).unwrap()
-}
+use gradwire_transport::{Config, tcp};
+use std::time::Duration;
 
 fn sum(group: &Communicator, elements: usize) -> *mut u8 {
     let memory = group.allocate(4 * elements).unwrap();
@@ -44,7 +31,8 @@ fn sum(group: &Communicator, elements: usize) -> *mut u8 {
 fn memory_of_the_group_is_registered_when_it_is_made_and_never_again() {
     let fabric = Fabric::default();
     let (a, b) = tcp::pair(&Config::default(), &Config::default()).unwrap();
-    let groups = [communicator(a, 0, &fabric), communicator(b, 1, &fabric)];
+    let end = |tcp, own| over_verbs(tcp, own, &fabric, Settings::default());
+    let groups = [end(a, 0), end(b, 1)];
     let both = |elements| {
         let [first, second] = std::thread::scope(|scope| {
             groups

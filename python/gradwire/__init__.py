@@ -14,7 +14,7 @@ import os as _os
 
 from . import _native, schedules
 from ._native import __version__
-from .communicator import Communicator, Description, Link, Work
+from .communicator import Communicator, Description, Explanation, Link, Work
 from .config import Config
 from .errors import (
     AuthenticationError,
@@ -53,6 +53,7 @@ __all__ = [
     "Config",
     "DenseTable",
     "Description",
+    "Explanation",
     "GradwireError",
     "GroupAbortedError",
     "Link",

@@ -170,6 +170,11 @@ class Group:
     def describe(self) -> dict[str, Any]:
         """What `describe()` tells, as plain values."""
 
+    def explain(
+        self, collective: str, bytes: int, *, dtype: str = "float32", op: str | None = None
+    ) -> tuple[str, str, list[tuple[str, float]]]:
+        """The algorithm of a collective, why it is this one, and what there was to choose from with microseconds."""
+
     def trace(self) -> str:
         """The last operations with their times, as JSON."""
 

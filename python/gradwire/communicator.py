@@ -66,6 +66,25 @@ class Description:
         return self.text
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """The choice of an algorithm; `str()` of it is for people.
+
+    Attributes:
+        algorithm: its name, as GRADWIRE_ALGO has it; "segment" where all ranks share memory.
+        reason: why this one.
+        expected_us: what there was to choose from, with the microseconds that each is expected to take, the least first.
+    """
+
+    algorithm: str
+    reason: str
+    expected_us: list[tuple[str, float]]
+
+    def __str__(self) -> str:
+        rows = "".join(f"\n  {name:<12} {us:12.1f} us" for name, us in self.expected_us)
+        return f"{self.algorithm}: {self.reason}{rows}"
+
+
 class Work:
     """An operation under way. Leave its buffers alone until `wait()` has returned."""
 
@@ -107,7 +126,7 @@ class Communicator:
         store: a PyTorch store, or any object with `set(key, value)` and a waiting `get(key)`, in place of `init_method`.
         name: tells several groups at one meeting place apart; the same on every rank.
         timeout_s: seconds that an operation, and the meeting, may take; default GRADWIRE_TIMEOUT, else 300.
-        transport, lanes, socket_ifname, port_range, token, algorithms: see `Config`; default the environment's.
+        transport, lanes, socket_ifname, port_range, token, algorithms, deterministic: see `Config`; default the environment's.
 
     Raises:
         ValueError: a setting that is missing or makes no sense.
@@ -130,6 +149,7 @@ class Communicator:
         port_range: tuple[int, int] | None = None,
         token: str | None = None,
         algorithms: str | None = None,
+        deterministic: bool | None = None,
     ) -> None:
         config = Config.from_environment(
             transport=transport,
@@ -138,6 +158,7 @@ class Communicator:
             port_range=port_range,
             token=token,
             algorithms=algorithms,
+            deterministic=deterministic,
             timeout_s=timeout_s,
         )
         self._group = _native.Group.form(
@@ -263,7 +284,8 @@ class Communicator:
         """Sends the i-th part of `tensor` to rank i and receives one part from each rank.
 
         Args:
-            tensor: one buffer whose first dimension `world_size` divides, or one buffer per rank, of any sizes.
+            tensor: one buffer whose first dimension `world_size` divides, the same on all ranks, or one buffer per rank, of any
+                sizes.
             out: as `tensor`; what it has for rank i is as long as what rank i sends. Default: as `tensor`.
             timeout_s: seconds that this call may take; default the group's.
             async_op: return a `Work` at once.
@@ -274,6 +296,9 @@ class Communicator:
         if out is None:
             out = [_new(part, _shape(part)) for part in tensor] if _is_list(tensor) else _new(tensor, _shape(tensor))
         inputs, outputs = self._cut(tensor, "tensor"), self._cut(out, "out")
+        if not _is_list(tensor) and not _is_list(out):
+            # One buffer each: all ranks' parts are of one length, and short ones can travel together.
+            inputs, outputs = [tensor], [out]
         return self._run("all_to_all", inputs, outputs, out, async_op, timeout_s=timeout_s)
 
     def gather(
@@ -340,6 +365,10 @@ class Communicator:
     def describe(self) -> Description:
         """Which wire leads to which rank, why, and what has passed; `print` it."""
         return Description.of(self._group.describe())
+
+    def explain(self, collective: str, bytes: int, *, dtype: str = "float32", op: str = "sum") -> Explanation:
+        """By which algorithm "all_reduce" and the like go over `bytes` bytes (of a rank's buffer, or part), and why."""
+        return Explanation(*self._group.explain(collective, bytes, dtype=dtype, op=op))
 
     def trace(self) -> str:
         """The last operations of this rank with their times, as JSON: save it for `gradwire trace merge`."""

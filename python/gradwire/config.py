@@ -16,6 +16,7 @@ NAMES = {
     "GRADWIRE_PORT_RANGE": "first-last: ports that listeners may take; default any",
     "GRADWIRE_LANES": "TCP connections per peer; default 1",
     "GRADWIRE_ALGO": "algorithms, as `all_reduce:ring;broadcast:tree`; default by size",
+    "GRADWIRE_DETERMINISTIC": "1: floats are combined in rank order, always; default 0",
     "GRADWIRE_TIMEOUT": "seconds after which an operation fails; default 300",
     "GRADWIRE_TOKEN": "shared secret of all ranks and servers; default none",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
@@ -46,6 +47,7 @@ class Config:
         port_range: first and last port that listeners may take.
         token: shared secret; proved, never sent.
         algorithms: algorithm per collective.
+        deterministic: floats are combined in rank order: the same bits for every algorithm, wire and cut of a buffer.
         trace: folder that the record of the last operations goes to when the group fails.
         timeout_s: seconds after which an operation fails.
         ib_hca: RDMA devices to use, in NCCL's grammar.
@@ -63,6 +65,7 @@ class Config:
     port_range: tuple[int, int] | None = None
     token: str | None = None
     algorithms: str | None = None
+    deterministic: bool | None = None
     trace: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     ib_hca: str | None = None
@@ -92,6 +95,7 @@ class Config:
             port_range=_port_range(environment),
             token=environment.get("GRADWIRE_TOKEN"),
             algorithms=environment.get("GRADWIRE_ALGO"),
+            deterministic=_switch(environment, "GRADWIRE_DETERMINISTIC"),
             trace=environment.get("GRADWIRE_TRACE"),
             timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
@@ -108,6 +112,7 @@ class Config:
             "port_range": self.port_range,
             "token": self.token,
             "algorithms": self.algorithms,
+            "deterministic": self.deterministic,
             "trace": self.trace,
             "cores": len(os.sched_getaffinity(0)),
             "ib": {name: getattr(self, f"ib_{name}") for name in ("hca", *_IB_NUMBERS)},
@@ -122,6 +127,16 @@ def _number(environment: Mapping[str, str], name: str, kind: type) -> Any:
         return kind(text)
     except ValueError:
         raise ValueError(f"{name}: `{text}` is not a number ({NAMES[name]})") from None
+
+
+def _switch(environment: Mapping[str, str], name: str) -> bool | None:
+    text = environment.get(name)
+    if text is None:
+        return None
+    known = {"1": True, "true": True, "0": False, "false": False, "": False}
+    if text.lower() in known:
+        return known[text.lower()]
+    raise ValueError(f"{name}: `{text}` is neither 0 nor 1 ({NAMES[name]})")
 
 
 def _port_range(environment: Mapping[str, str]) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ use crate::store::PythonStore;
 use crate::wait::{Interruption, apart, by_turns, maybe_seconds, seconds};
 use crate::{errors, forked};
 use gradwire_collectives::{
-    Call, Collective, CollectiveError, Communicator, DType, Description, Pending, Piece, Reduction,
+    Call, Collective, CollectiveError, Communicator, DType, Description, Explanation, Pending, Piece, Reduction,
 };
 use gradwire_transport::{GroupSpec, Rank, Store, WorldSize, form_group, open_store};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -171,6 +171,19 @@ impl Group {
         tell(py, &description)
     }
 
+    /// The algorithm of a collective, why it is this one, and what there was to choose from with microseconds.
+    #[pyo3(signature = (collective, bytes, *, dtype="float32", op=None))]
+    fn explain(&self, py: Python<'_>, collective: &str, bytes: usize, dtype: &str, op: Option<&str>) -> PyResult<Told> {
+        forked::check(self.generation)?;
+        let collective = collective_of(collective, op, Rank(0))?;
+        let unknown =
+            || PyValueError::new_err(format!("dtype: `{dtype}` is not known; use a name as NumPy's: float32"));
+        let dtype = DType::from_name(dtype).ok_or_else(unknown)?;
+        let Explanation { algorithm, reason, expected_us } =
+            py.detach(|| self.communicator.explain(&collective, dtype, bytes));
+        Ok((algorithm, reason, expected_us))
+    }
+
     /// The last operations with their times, as JSON.
     fn trace(&self) -> PyResult<String> {
         forked::check(self.generation)?;
@@ -238,6 +251,8 @@ impl Drop for Group {
     }
 }
 
+/// An algorithm, the reason for it, and what else there was, with the microseconds expected of each.
+type Told = (String, String, Vec<(String, f64)>);
 type Meeting = (Arc<dyn Store>, Rank, WorldSize);
 
 fn known_place(

@@ -17,6 +17,7 @@ pub(crate) struct Options {
     port_range: Option<(u16, u16)>,
     token: Option<String>,
     algorithms: Option<String>,
+    deterministic: Option<bool>,
     trace: Option<PathBuf>,
     cores: usize,
     ib: Ib,
@@ -76,7 +77,8 @@ impl Options {
             return Err(PyValueError::new_err(text));
         }
         let (algorithms, trace, cores) = (self.algorithms, self.trace, self.cores.max(1));
-        let settings = Settings { timeout, algorithms, cores, trace, ..Settings::default() };
+        let deterministic = self.deterministic.unwrap_or_default();
+        let settings = Settings { timeout, algorithms, deterministic, cores, trace, ..Settings::default() };
         Ok((config, settings))
     }
 

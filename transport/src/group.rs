@@ -1,6 +1,7 @@
 //! Does: forms a group: ranks meet at the store, connect each to each, and find out who shares a host.
 
 mod hosts;
+mod measure;
 mod pairs;
 mod queue_pairs;
 
@@ -9,8 +10,8 @@ use crate::rendezvous::{HostIdentity, InterfaceFilter, Record, Store, addresses}
 use crate::select::{self, Locality};
 use crate::shm::{GroupSegment, SegmentOffer};
 use crate::{
-    Acceptance, Completion, Config, Envelope, Identity, PeerId, PeerName, Rank, Region, Tag, TcpWire, TransportError,
-    Wire, WireKind, WorldSize,
+    Acceptance, Completion, Config, Envelope, Identity, LinkCosts, PeerId, PeerName, Rank, Region, Tag, TcpWire,
+    TransportError, Wire, WireKind, WorldSize,
 };
 use pairs::Pairs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -66,6 +67,8 @@ pub struct Group {
     pub segment: Option<GroupSegment>,
     /// For every rank, the lowest rank of its host; all ranks have the same table.
     pub hosts: Vec<u32>,
+    /// What messages cost; all ranks have the same.
+    pub costs: LinkCosts,
 }
 
 /// Forms the group; returns once every rank is connected to every other.
@@ -85,7 +88,11 @@ pub fn form_group(spec: GroupSpec, deadline: Instant) -> Result<Group, Transport
     let mut pairs = forming.pair_up(deadline)?;
     forming.connect_verbs(shared.0.is_some(), &mut pairs, deadline)?;
     let hosts = forming.hosts(shared.0.is_some(), &pairs, deadline)?;
-    Ok(forming.finish(shared, pairs, hosts))
+    let mut group = forming.finish(shared, pairs, hosts);
+    if group.segment.is_none() && group.world_size.get() > 1 {
+        measure::measure(&mut group, deadline)?;
+    }
+    Ok(group)
 }
 
 struct Forming {
@@ -320,7 +327,8 @@ impl Forming {
             better if better.is_empty() => Box::new(self.wire),
             better => Box::new(Mesh::new(self.wire, better, others, early)),
         };
-        Group { wire, rank: self.spec.rank, world_size: self.spec.world_size, members, links, segment, hosts }
+        let costs = LinkCosts::default();
+        Group { wire, rank: self.spec.rank, world_size: self.spec.world_size, members, links, segment, hosts, costs }
     }
 }
 

@@ -33,6 +33,8 @@ pub(crate) enum Way {
     Tcp,
     /// RDMA verbs, also on one host
     Verbs,
+    /// The best that each two ranks have
+    Auto,
 }
 
 impl Way {
@@ -42,6 +44,7 @@ impl Way {
             Self::Shm => "shm",
             Self::Tcp => "tcp",
             Self::Verbs => "verbs",
+            Self::Auto => "auto",
         }
     }
 
@@ -50,6 +53,7 @@ impl Way {
             Self::Shm => WireChoice::Shm,
             Self::Tcp => WireChoice::Tcp,
             Self::Verbs => WireChoice::Verbs,
+            Self::Auto => WireChoice::Auto,
         }
     }
 
@@ -59,6 +63,7 @@ impl Way {
             Self::Shm => "shared memory",
             Self::Tcp => "TCP",
             Self::Verbs => "RDMA verbs",
+            Self::Auto => "the best wire of each pair",
         }
     }
 }
@@ -92,12 +97,28 @@ pub(crate) struct Options {
     /// Calls of each size; fewer of large ones, never under 10
     #[arg(long, default_value_t = 1000)]
     rounds: usize,
+    #[command(flatten)]
+    choice: ChoiceOptions,
     /// One JSON object a line instead of the table
     #[arg(long)]
     json: bool,
     /// Adds plots to the page in this folder
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
+}
+
+/// Which algorithm is used.
+#[derive(Args, Clone, Debug)]
+struct ChoiceOptions {
+    /// Algorithms to use, as all_reduce:ring [default: what is expected to take the least]
+    #[arg(long, value_name = "COLLECTIVE:ALGORITHM", env = "GRADWIRE_ALGO")]
+    algo: Option<String>,
+    /// Sum in the order of the ranks, whatever the size
+    #[arg(long)]
+    deterministic: bool,
+    /// Say on stderr what was chosen for each size, from what, and why
+    #[arg(long)]
+    explain: bool,
 }
 
 #[derive(Args)]
@@ -120,6 +141,8 @@ pub(crate) struct RankOptions {
     max_bytes: usize,
     #[arg(long)]
     rounds: usize,
+    #[command(flatten)]
+    choice: ChoiceOptions,
 }
 
 /// One row of the table.
@@ -163,6 +186,9 @@ pub(crate) fn run(operation: Operation, options: &Options) -> Result<(), Box<dyn
         ]);
         command.args(["--min-bytes", &options.min_bytes.to_string(), "--max-bytes", &options.max_bytes.to_string()]);
         command.args(["--rounds", &options.rounds.to_string()]);
+        command.args(options.choice.algo.iter().flat_map(|algo| ["--algo", algo]));
+        command.args(options.choice.deterministic.then_some("--deterministic"));
+        command.args(options.choice.explain.then_some("--explain"));
         if rank == 0 {
             command.stdout(Stdio::piped());
         }
@@ -225,6 +251,7 @@ fn one(operation: Operation, options: &Options, store: &str) -> Result<(), Box<d
         min_bytes: options.min_bytes,
         max_bytes: options.max_bytes,
         rounds: options.rounds,
+        choice: options.choice.clone(),
     };
     let mut began = options.json;
     take_part(&rank, &mut |row| {
@@ -270,12 +297,18 @@ pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
 type Tell<'a> = &'a mut dyn FnMut(&Row) -> Result<(), Box<dyn Error>>;
 
 fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>> {
-    let (host, communicator) = meet(&options.store, (options.rank, options.ranks), options.wire)?;
+    let ChoiceOptions { algo, deterministic, explain } = options.choice.clone();
+    let settings = Settings { algorithms: algo, deterministic, ..Settings::default() };
+    let (host, communicator) = meet(&options.store, (options.rank, options.ranks), options.wire, settings)?;
     let mut bytes = options.min_bytes.next_power_of_two();
     while bytes <= options.max_bytes {
         let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
-        let elements = bytes / options.dtype.dtype().bytes();
-        let load = Load::new(options.operation, options.dtype, elements, communicator.world_size().get());
+        let dtype = options.dtype.dtype();
+        let load = Load::new(options.operation, options.dtype, bytes / dtype.bytes(), communicator.world_size().get());
+        if explain && communicator.rank().0 == 0 {
+            let collective = options.operation.collective();
+            eprintln!("{bytes} bytes by {}", communicator.explain(&collective, dtype, bytes));
+        }
         let row = measure(&communicator, load, (&host, options.wire), rounds)?;
         if communicator.rank().0 == 0 {
             tell(&row)?;
@@ -284,6 +317,9 @@ fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>
             break;
         }
         bytes *= 4;
+    }
+    if explain {
+        eprintln!("{}", communicator.describe());
     }
     communicator.close(Duration::from_secs(5));
     Ok(())
@@ -294,6 +330,7 @@ pub(crate) fn meet(
     store: &str,
     (rank, ranks): (Option<u32>, Option<u32>),
     wire: Way,
+    settings: Settings,
 ) -> Result<(String, Communicator), Box<dyn Error>> {
     let env = |name: &str| std::env::var(name).ok();
     let (store, rank, world_size) = open_store(store, rank, ranks, &env)?;
@@ -302,7 +339,7 @@ pub(crate) fn meet(
     let group = form_group(spec, Instant::now() + PATIENCE)?;
     let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-    let settings = Settings { timeout: PATIENCE, cores, ..Settings::default() };
+    let settings = Settings { timeout: PATIENCE, cores, ..settings };
     Ok((host, Communicator::new(group, "bench", settings)?))
 }
 

@@ -2,7 +2,7 @@
 
 use crate::collective::{self, Element, Load, Operation, Way, Work};
 use clap::{Args, ValueEnum};
-use gradwire_collectives::Communicator;
+use gradwire_collectives::{Communicator, Settings};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Write};
@@ -26,7 +26,8 @@ pub(crate) struct MemberOptions {
 
 /// Says hello, then answers until the socket ends.
 pub(crate) fn member(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
-    let (_, communicator) = collective::meet(&options.store, (Some(options.rank), Some(options.ranks)), options.wire)?;
+    let (_, communicator) =
+        collective::meet(&options.store, (Some(options.rank), Some(options.ranks)), options.wire, Settings::default())?;
     let mut end = UnixStream::connect(&options.socket)?;
     writeln!(end, "hello {} {} gradwire {}", options.rank, options.ranks, env!("CARGO_PKG_VERSION"))?;
     for line in BufReader::new(end.try_clone()?).lines() {

@@ -456,34 +456,3 @@ fn a_barrier_hears_of_everybody() {
     }
     everywhere(|rank, size, _| (tree::barrier(rank, size), vec![], vec![], None));
 }
-
-#[test]
-fn wishes_are_followed_and_nonsense_is_refused() {
-    let sum = Collective::AllReduce { op: Reduction::Sum };
-    let size = WorldSize::new(4).unwrap();
-    let chooser = Chooser::new(Some("allreduce:ring; broadcast:tree")).unwrap();
-    assert_eq!(chooser.algorithm(&sum, DType::F32, 8, size), Algorithm::Ring);
-    assert_eq!(Chooser::default().algorithm(&sum, DType::F32, 8, size), Algorithm::Short);
-    assert_eq!(Chooser::default().algorithm(&sum, DType::BF16, 1 << 24, size), Algorithm::Direct);
-    assert_eq!(Chooser::default().algorithm(&sum, DType::F32, 1 << 24, size), Algorithm::Ring);
-    for wrong in ["ring", "all_reduce:fast", "all_gather:tree", "nothing:ring", "reduce:ring"] {
-        assert!(Chooser::new(Some(wrong)).unwrap_err().to_string().contains("all_reduce:ring"), "{wrong}");
-    }
-}
-
-#[test]
-fn the_choice_grows_with_the_bytes_and_rounds_halves_once() {
-    use Algorithm::{Direct, Doubling, Ring, Short};
-    let sum = Collective::AllReduce { op: Reduction::Sum };
-    let choice = |dtype, ranks, bytes| Chooser::default().algorithm(&sum, dtype, bytes, WorldSize::new(ranks).unwrap());
-    let bytes = [8, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 1 << 28];
-    for (ranks, expected) in [
-        (2, [Short, Short, Short, Short, Ring, Ring]),
-        (8, [Short, Short, Direct, Direct, Ring, Ring]),
-        (9, [Doubling, Doubling, Doubling, Direct, Ring, Ring]),
-    ] {
-        assert_eq!(bytes.map(|bytes| choice(DType::F32, ranks, bytes)), expected, "{ranks} ranks");
-        let halves = bytes.map(|bytes| choice(DType::BF16, ranks, bytes));
-        assert!(halves.iter().all(|algorithm| matches!(algorithm, Short | Direct)), "{ranks} ranks: {halves:?}");
-    }
-}

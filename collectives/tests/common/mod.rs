@@ -1,16 +1,22 @@
 //! Groups of threads, for tests: each thread is a rank with wires of its own.
+#![allow(dead_code)] // Each test uses a part.
 
 use gradwire_collectives::{Call, Collective, CollectiveError, Communicator, DType, Piece, Settings};
-use gradwire_transport::{Config, GroupSpec, MemoryStore, Rank, Region, WireChoice, WorldSize, form_group};
+use gradwire_transport::verbs::Fabric;
+use gradwire_transport::{
+    Config, Group, GroupSpec, Link, LinkCosts, MemoryStore, Mesh, PeerId, PeerName, Rank, Region, TcpWire, VerbsWire,
+    Wire, WireChoice, WireKind, WorldSize, form_group,
+};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How a group under test moves its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code)]
 pub enum Way {
     /// TCP messages.
     Tcp,
+    /// TCP messages over four connections between each two ranks.
+    Lanes,
     /// Messages through shared memory, between each pair.
     Shm,
     /// The segment that all share.
@@ -27,8 +33,10 @@ pub fn group<T: Send>(size: u32, way: Way, settings: Settings, body: impl Fn(&Co
             .map(|rank| {
                 let (store, settings, body) = (Arc::clone(&store), settings.clone(), &body);
                 scope.spawn(move || {
-                    let wire = if way == Way::Tcp { WireChoice::Tcp } else { WireChoice::Auto };
-                    let config = Config { wire, ..Config::default() };
+                    let tcp = matches!(way, Way::Tcp | Way::Lanes);
+                    let wire = if tcp { WireChoice::Tcp } else { WireChoice::Auto };
+                    let lanes = if way == Way::Lanes { 4 } else { 1 };
+                    let config = Config { wire, lanes, ..Config::default() };
                     let spec = GroupSpec { name: "test".into(), rank, world_size, store, config };
                     let group = form_group(spec, Instant::now() + Duration::from_secs(20)).unwrap();
                     let settings = Settings { same_host: way == Way::Segment, ..settings };
@@ -61,7 +69,6 @@ pub fn call(collective: Collective, input: &[&Arc<Region>], output: &[&Arc<Regio
 }
 
 /// The rank that an error blames.
-#[allow(dead_code)]
 pub fn blamed(error: &CollectiveError) -> Vec<Rank> {
     match error {
         CollectiveError::RankFailed { ranks, .. } => ranks.iter().map(|member| member.rank).collect(),
@@ -69,4 +76,19 @@ pub fn blamed(error: &CollectiveError) -> Vec<Rank> {
         CollectiveError::Mismatch { rank, .. } => vec![rank.rank],
         other => panic!("blames nobody: {other}"),
     }
+}
+
+/// One end of a group of two over queue pairs of this process.
+pub fn over_verbs(tcp: TcpWire, own: u32, fabric: &Fabric, settings: Settings) -> Communicator {
+    let peer = PeerId(1 - own);
+    let mut verbs = VerbsWire::new(&Config::default(), Box::new(fabric.adapter()));
+    verbs.attach(peer, tcp.name(peer), Instant::now()).unwrap();
+    let link = Link { peer: tcp.name(peer), kind: WireKind::Verbs, reason: "a test".into() };
+    let member = |rank| PeerName { rank: Some(Rank(rank)), ..tcp.name(peer) };
+    let members = [0, 1].map(member).to_vec();
+    let wire = Box::new(Mesh::new(tcp, vec![Box::new(verbs)], [peer], Vec::new()));
+    let world_size = WorldSize::new(2).unwrap();
+    let (hosts, costs) = (vec![0, 1], LinkCosts::default());
+    let group = Group { wire, rank: Rank(own), world_size, members, links: vec![link], segment: None, hosts, costs };
+    Communicator::new(group, "test", settings).unwrap()
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from .backend import NAME, GradwireBackend, create
+from .backend import NAME, GradwireBackend, Options, create
 from .embedding import EmbeddingBag, EmbeddingCollection, EmbeddingConfig
 from .optimizer import DistributedOptimizer
 from .splitting import leave_out_strangers
@@ -19,6 +19,7 @@ __all__ = [
     "EmbeddingCollection",
     "EmbeddingConfig",
     "GradwireBackend",
+    "Options",
     "register",
 ]
 

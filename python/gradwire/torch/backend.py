@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from .. import _native
-from ..communicator import Description
+from ..communicator import Description, Explanation
 from ..config import Config
 from . import monitor, sparse
 from .coalescing import Coalescing
@@ -44,6 +44,21 @@ _OPS = {
     c10d.ReduceOp.BXOR: "bxor",
     c10d.ReduceOp.PREMUL_SUM: "sum",
 }
+
+
+class Options(c10d.Backend.Options):
+    """Options of one process group: `init_process_group("gradwire", pg_options=gradwire.torch.Options(deterministic=True))`.
+
+    Args:
+        deterministic: floats are combined in rank order, whatever the buckets, the algorithm and the wire; default
+            GRADWIRE_DETERMINISTIC.
+        timeout: how long an operation may take; default GRADWIRE_TIMEOUT, else 300 s.
+    """
+
+    def __init__(self, *, deterministic: bool | None = None, timeout: timedelta | None = None) -> None:
+        seconds = Config.from_environment(timeout_s=timeout.total_seconds() if timeout else None).timeout_s
+        super().__init__(NAME, timeout=timedelta(seconds=seconds))
+        self.deterministic = deterministic
 
 
 class GradwireBackend(c10d.Backend):
@@ -111,6 +126,10 @@ class GradwireBackend(c10d.Backend):
         if (rank, size) != (super().rank(), super().size()):
             look_up_place(GradwireBackend)
         return Work(None, [])
+
+    def explain(self, collective: str, bytes: int, *, dtype: str = "float32", op: str = "sum") -> Explanation:
+        """By which algorithm "all_reduce" and the like go over `bytes` bytes (of a rank's buffer, or part), and why."""
+        return Explanation(*self._group.explain(collective, bytes, dtype=dtype, op=op))
 
     def describe(self) -> Description:
         """Which wire leads to which rank, and why; `str()` of it is for people."""
@@ -211,6 +230,9 @@ class GradwireBackend(c10d.Backend):
         # The parts of a contiguous tensor are contiguous; those of another are staged one by one.
         outputs = rank_views(output, output_splits, self.size(), "output")
         inputs = rank_views(input, input_splits, self.size(), "input")
+        if not (output_splits or input_splits) and output.is_contiguous() and input.is_contiguous():
+            # Without splits all ranks' parts are of one length, and short ones can travel together.
+            inputs, outputs = [input], [output]
         return self._each("all_to_all", [(inputs, outputs)], [output], opts)
 
     def alltoall(
@@ -249,7 +271,9 @@ class GradwireBackend(c10d.Backend):
     def split(self, store: Any, ranks: Sequence[int], opts: Any) -> GradwireBackend:
         """A group of `ranks`; to one that is not among them, a group of its own, since c10d cannot be given None."""
         members = list(ranks) if self.rank() in ranks else [self.rank()]
-        options = opts or c10d.Backend.Options(NAME, timeout=self._options._timeout)
+        options = opts or Options(
+            deterministic=getattr(self._options, "deterministic", None), timeout=self._options._timeout
+        )
         name = getattr(options, "group_name", "") or "split"
         return GradwireBackend(store, members.index(self.rank()), len(members), options, name)
 
@@ -296,7 +320,8 @@ class GradwireBackend(c10d.Backend):
         return self._formed
 
     def _form(self, store: Any, rank: int, size: int, name: str, seconds: float | None = None) -> None:
-        config = Config.from_environment(timeout_s=self._timeout)
+        deterministic = getattr(self._options, "deterministic", None)
+        config = Config.from_environment(timeout_s=self._timeout, deterministic=deterministic)
         self._formed = _native.Group.form(
             name,
             store=store,

@@ -5,8 +5,8 @@ use crate::{Rank, Tag, TransportError, WireKind, select};
 use std::time::Instant;
 
 /// Each rank tells rank 0 the lowest rank that it shares memory with; rank 0 tells all what each has said.
-const LOWEST: Tag = Tag(Tag::CONTROL_BIT | 7);
-const TABLE: Tag = Tag(Tag::CONTROL_BIT | 8);
+const LOWEST: Tag = Tag(Tag::CONTROL_BIT | 12);
+const TABLE: Tag = Tag(Tag::CONTROL_BIT | 13);
 
 impl Forming {
     /// For every rank, the lowest rank of its host: whom it shares memory with, or where memory is not used, its boot id.
