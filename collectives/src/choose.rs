@@ -24,6 +24,8 @@ pub struct Chooser {
     deterministic: bool,
     hosts: Option<Hosts>,
     costs: LinkCosts,
+    /// What both come to, made once: calls ask for it.
+    world: Option<World>,
 }
 
 /// What was chosen, and why.
@@ -50,7 +52,9 @@ impl Chooser {
 
     /// The same for ranks on `hosts`, whose links cost `costs`.
     pub fn on(self, hosts: Hosts, costs: LinkCosts) -> Self {
-        Self { hosts: Some(hosts), costs, ..self }
+        let ranks = hosts.iter().map(<[Rank]>::len).sum();
+        let world = Some(World::new(ranks, &hosts, costs, SEGMENT_BYTES));
+        Self { hosts: Some(hosts), costs, world, ..self }
     }
 
     /// Whether `collective` combines elements in the order of the ranks because it was asked to.
@@ -66,15 +70,14 @@ impl Chooser {
     /// The same, with the reasons.
     pub fn choice(&self, collective: &Collective, dtype: DType, bytes: usize, world_size: WorldSize) -> Choice {
         let ranks = world_size.get() as usize;
-        let one_host = || Hosts::new(&vec![0; ranks]);
-        let hosts = self.hosts.clone().unwrap_or_else(one_host);
-        let world = World::new(ranks, &hosts, self.costs, SEGMENT_BYTES);
+        let one_host = || World::new(ranks, &Hosts::new(&vec![0; ranks]), self.costs, SEGMENT_BYTES);
+        let world = self.world.clone().unwrap_or_else(one_host);
         let possible = algorithm::possible(collective.name());
         // What rounds short floats at every step loses what they have: in rank order they are rounded once.
         let ordered = self.orders(collective, dtype) || dtype.is_short_float() && collective.reduction().is_some();
-        let greets = world_size.get() <= SHORT_RANKS && bytes <= SHORT_BYTES && !hosts.are_mixed();
+        let greets = world_size.get() <= SHORT_RANKS && bytes <= SHORT_BYTES && !world.is_mixed();
         let may = |algorithm: &&Algorithm| match algorithm {
-            Algorithm::Hierarchical | Algorithm::Leaders if !hosts.are_mixed() => false,
+            Algorithm::Hierarchical | Algorithm::Leaders if !world.is_mixed() => false,
             algorithm if ordered => algorithm.keeps_order(),
             algorithm if matches!(collective, Collective::AllReduce { .. }) && greets => algorithm.greets(),
             _ => true,

@@ -69,6 +69,11 @@ fn doublings(n: usize) -> f64 {
 }
 
 impl World {
+    /// Whether some ranks share a host and others do not.
+    pub fn is_mixed(&self) -> bool {
+        self.hosts > 1 && self.most > 1
+    }
+
     /// Nanoseconds that `collective` over `bytes` bytes (of a rank's buffer, or part) is expected to take.
     pub fn expected_ns(&self, collective: &Collective, algorithm: Algorithm, bytes: usize) -> f64 {
         let b = bytes as f64;

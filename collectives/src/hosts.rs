@@ -51,11 +51,6 @@ impl Hosts {
     pub fn most(&self) -> usize {
         self.0.iter().map(Vec::len).max().unwrap_or(1)
     }
-
-    /// Whether some ranks share a host and others do not.
-    pub fn are_mixed(&self) -> bool {
-        self.count() > 1 && self.most() > 1
-    }
 }
 
 impl fmt::Display for Hosts {
@@ -79,7 +74,6 @@ mod tests {
         assert_eq!((hosts.count(), hosts.fewest(), hosts.most()), (2, 1, 3));
         assert_eq!(hosts.ranks(0), [Rank(0), Rank(2), Rank(3)]);
         assert_eq!((hosts.place(Rank(3)), hosts.place(Rank(1))), ((0, 2), (1, 0)));
-        assert!(hosts.are_mixed() && !Hosts::new(&[1, 1]).are_mixed() && !Hosts::new(&[1, 2]).are_mixed());
         assert_eq!(hosts.to_string(), "2 hosts of 1 to 3 ranks");
     }
 }
