@@ -17,6 +17,9 @@ const SHORT_BYTES: usize = 8 << 10;
 /// From here on results go past the cache: they do not fit it, and an ordinary store would first read what it overwrites.
 const STREAM_BYTES: usize = 512 << 10;
 
+/// The same for what only moves, where this rank's own part is as long as the others' and may well be in its cache.
+const STREAM_MOVED_BYTES: usize = 4 << 20;
+
 /// Why a collective stopped.
 #[derive(Debug)]
 pub(crate) enum Stopped<E> {
@@ -122,6 +125,11 @@ impl SameHost {
         part.start * dtype.bytes()..part.end * dtype.bytes()
     }
 
+    /// Where, in a slot of parts of `width` bytes, `writer` puts what is for `reader`: it has none for itself.
+    fn place(writer: Rank, reader: Rank, width: usize) -> usize {
+        (reader.index() - usize::from(reader > writer)) * width
+    }
+
     fn others(&self) -> impl Iterator<Item = Rank> + Clone + use<> {
         let me = self.rank;
         self.world_size.ranks().filter(move |rank| *rank != me)
@@ -140,7 +148,7 @@ impl SameHost {
             self.segment.mine(0..buffer.len()).copy_from_slice(buffer);
             self.step(turn)?;
             let all = 0..buffer.len();
-            self.fold_others(op, dtype, &all, buffer, None)?;
+            self.fold_others(op, dtype, |_| all.clone(), buffer)?;
             self.segment.next_round();
             return Ok(());
         }
@@ -164,24 +172,23 @@ impl SameHost {
         Ok(())
     }
 
-    /// Folds everybody's `range` with `own`, this rank's, in rank order into `own` (and `copy`).
+    /// Folds the `slot` of each other rank with `own`, this rank's, in rank order into `own`.
     fn fold_others(
         &self,
         op: Reduction,
         dtype: DType,
-        range: &Range<usize>,
+        slot: impl Fn(Rank) -> Range<usize>,
         own: &mut [u8],
-        copy: Option<&mut [u8]>,
     ) -> Result<(), UnsupportedReduction> {
         let (n, at) = (self.world_size.get() as usize, self.rank.index());
         let others = self.segment.others();
         let mut few: [&[u8]; 8] = [&[]; 8];
         if n <= few.len() {
-            self.others().zip(&mut few).for_each(|(rank, slot)| *slot = others.of(rank, range.clone()));
-            return fold(dtype, op, own, at, &few[..n - 1], copy, n);
+            self.others().zip(&mut few).for_each(|(rank, input)| *input = others.of(rank, slot(rank)));
+            return fold(dtype, op, own, at, &few[..n - 1], None, n);
         }
-        let many: Vec<&[u8]> = self.others().map(|rank| others.of(rank, range.clone())).collect();
-        fold(dtype, op, own, at, &many, copy, n)
+        let many: Vec<&[u8]> = self.others().map(|rank| others.of(rank, slot(rank))).collect();
+        fold(dtype, op, own, at, &many, None, n)
     }
 
     /// The same, where this rank's own result also goes to its slot, for the others to copy.
@@ -192,7 +199,7 @@ impl SameHost {
         range: &Range<usize>,
         own: &mut [u8],
     ) -> Result<(), UnsupportedReduction> {
-        self.fold_others(op, dtype, range, own, None)?;
+        self.fold_others(op, dtype, |_| range.clone(), own)?;
         self.segment.mine(range.clone()).copy_from_slice(own);
         Ok(())
     }
@@ -209,7 +216,7 @@ impl SameHost {
             self.segment.mine(0..round.len()).copy_from_slice(round);
             self.step(turn)?;
             if self.rank == root {
-                self.fold_others(op, dtype, &own, &mut round[own.clone()], None)?;
+                self.fold_others(op, dtype, |_| own.clone(), &mut round[own.clone()])?;
             } else {
                 // The others' own buffers stay as they are: the sum is made in a buffer of its own, then shown.
                 let mut sum = round[own.clone()].to_vec();
@@ -254,7 +261,7 @@ impl SameHost {
     ) -> Done<E> {
         let takes = root.is_none_or(|root| root == self.rank);
         if takes {
-            part_mut(output, self.rank, self.world_size).copy_from_slice(input);
+            copy(part_mut(output, self.rank, self.world_size), input, input.len() >= STREAM_MOVED_BYTES);
         }
         let longest = match root {
             None => {
@@ -290,49 +297,55 @@ impl SameHost {
     ) -> Done<E> {
         let (n, dtype, size) = (self.world_size.get() as usize, turn.dtype, self.world_size);
         crate::reduce::check(dtype, op)?;
-        output.copy_from_slice(part(input, self.rank, size));
+        let own = part(input, self.rank, size);
         if n == 1 {
+            output.copy_from_slice(own);
             return Ok(finish(dtype, op, output, 1)?);
         }
         // Parts of different lengths are possible: all take the rounds of the longest.
         let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
-        for range in self.rounds(longest, dtype, n) {
-            let width = range.len();
-            for rank in self.others() {
-                let theirs = within(&range, part(input, rank, size).len());
-                let at = rank.index() * width;
-                self.segment.mine(at..at + theirs.len()).copy_from_slice(&part(input, rank, size)[theirs]);
-            }
-            self.step(turn)?;
+        for range in self.rounds(longest, dtype, n - 1) {
+            self.put_parts(input, &range);
             let mine = within(&range, output.len());
-            let at = self.rank.index() * width;
-            let slot = at..at + mine.len();
-            self.fold_others(op, dtype, &slot, &mut output[mine], None)?;
+            // Before the step: others take their time too, and the fold finds it in the cache.
+            output[mine.clone()].copy_from_slice(&own[mine.clone()]);
+            self.step(turn)?;
+            let slot = |from| {
+                let at = Self::place(from, self.rank, range.len());
+                at..at + mine.len()
+            };
+            self.fold_others(op, dtype, slot, &mut output[mine.clone()])?;
             self.segment.next_round();
         }
         Ok(())
     }
 
+    /// Puts what of `range` is for each other rank into this rank's slot.
+    fn put_parts(&mut self, input: &[&[u8]], range: &Range<usize>) {
+        for rank in self.others() {
+            let part = part(input, rank, self.world_size);
+            let theirs = within(range, part.len());
+            let at = Self::place(self.rank, rank, range.len());
+            self.segment.mine(at..at + theirs.len()).copy_from_slice(&part[theirs]);
+        }
+    }
+
     fn all_to_all<E>(&mut self, input: &[&[u8]], output: &mut [&mut [u8]], turn: &mut Turn<'_, E>) -> Done<E> {
         let (n, size, me) = (self.world_size.get() as usize, self.world_size, self.rank);
-        part_mut(output, me, size).copy_from_slice(part(input, me, size));
+        let whole = part(input, me, size).len() * n;
+        copy(part_mut(output, me, size), part(input, me, size), whole >= STREAM_MOVED_BYTES);
         let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
         let longest = self.longest(longest, turn)?;
-        for range in self.rounds(longest, turn.dtype, n) {
-            let width = range.len();
-            for rank in self.others() {
-                let theirs = within(&range, part(input, rank, size).len());
-                let at = rank.index() * width;
-                self.segment.mine(at..at + theirs.len()).copy_from_slice(&part(input, rank, size)[theirs]);
-            }
+        for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
+            self.put_parts(input, &range);
             self.step(turn)?;
             let others = self.segment.others();
             for rank in self.others() {
                 let part = part_mut(output, rank, size);
                 let mine = within(&range, part.len());
-                let at = me.index() * width;
+                let at = Self::place(rank, me, range.len());
                 let slot = at..at + mine.len();
-                part[mine].copy_from_slice(others.of(rank, slot));
+                copy(&mut part[mine], others.of(rank, slot), whole >= STREAM_MOVED_BYTES);
             }
             self.segment.next_round();
         }
@@ -346,23 +359,19 @@ impl SameHost {
             false => output.len(),
         };
         let longest = self.longest(longest, turn)?;
-        for range in self.rounds(longest, turn.dtype, n) {
-            let width = range.len();
+        let stream = output.len() >= STREAM_MOVED_BYTES;
+        for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
             if self.rank == root {
-                for rank in self.others() {
-                    let theirs = within(&range, part(input, rank, size).len());
-                    let at = rank.index() * width;
-                    self.segment.mine(at..at + theirs.len()).copy_from_slice(&part(input, rank, size)[theirs]);
-                }
+                self.put_parts(input, &range);
             }
             self.step(turn)?;
             let mine = within(&range, output.len());
             if self.rank == root {
-                output[mine.clone()].copy_from_slice(&part(input, root, size)[mine]);
+                copy(&mut output[mine.clone()], &part(input, root, size)[mine], stream);
             } else {
-                let at = self.rank.index() * width;
+                let at = Self::place(root, self.rank, range.len());
                 let slot = at..at + mine.len();
-                output[mine].copy_from_slice(self.segment.others().of(root, slot));
+                copy(&mut output[mine], self.segment.others().of(root, slot), stream);
             }
             self.segment.next_round();
         }

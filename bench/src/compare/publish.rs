@@ -105,7 +105,7 @@ pub(super) fn update(readme: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> 
     let met = standings.iter().filter(|standing| standing.is_met()).count();
     let all: Vec<&Row> = rows.iter().collect();
     let table = format!(
-        "Our median time of a call, and how many times as long the best peer takes, in one run, taken in turns. All ranks on one \
+        "Our median time of a call, and how many times as long the best peer takes; each line in one run, taken in turns. All ranks on one \
          host, loopback: {}; {}. {met} of {} bars are met.\n\n{}",
         first.measured_on,
         libraries(&all),
