@@ -118,7 +118,12 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         path(options)
     );
     if !options.json {
-        println!("{title}; {}\n{}", machine::described(), Row::head());
+        println!("{title}; {}", machine::described());
+        if options.shape.is_some() {
+            let most = row::MOST_SHARE_OF_LINK * 100.0;
+            println!("(of a link's rate, payload can be {most:.1} %: the rest are headers of packets of 1500 bytes)");
+        }
+        println!("{}", Row::head());
     }
     let mut rows = Vec::new();
     let runs = options.senders.0.iter().flat_map(|senders| options.cc.iter().map(|cc| (*senders, *cc)));
@@ -197,7 +202,7 @@ fn add_member(command: &mut Command, options: &Options, (senders, cc): (u32, Cc)
 fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
     let line = |name: &str, value: fn(&Row) -> f64| {
         let each = move |cc: Cc| Series {
-            name: format!("{name}, cc {}", cc.name()),
+            name: format!("{name}, {}", if cc == Cc::None { "no credit" } else { "credit" }),
             points: rows.iter().filter(|row| row.cc == cc).map(|row| (row.senders as f64, value(row))).collect(),
         };
         [Cc::None, Cc::Credit].map(each).into_iter().filter(|series| !series.points.is_empty()).collect::<Vec<_>>()

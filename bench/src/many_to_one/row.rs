@@ -35,6 +35,11 @@ impl std::str::FromStr for Shape {
     }
 }
 
+/// What of a link's rate payload can be, as its shaper counts: 1448 of 1514 bytes of a full packet, behind the headers of
+/// Ethernet (14), IPv4 (20) and TCP with time stamps (32). What real Ethernet adds, a preamble, a checksum and a gap of 24
+/// bytes, is not in the shaper's rate.
+pub(super) const MOST_SHARE_OF_LINK: f64 = 1448.0 / 1514.0;
+
 /// How the network is kept from being overrun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -102,8 +107,9 @@ pub(super) struct Row {
     pub(super) seconds: f64,
     pub(super) pushes: u64,
     pub(super) goodput_gb_per_s: f64,
-    /// Of the link's rate, headers and all.
+    /// Payload, of the link's rate; and how much of that it can be.
     pub(super) share_of_link: Option<f64>,
+    pub(super) most_share_of_link: Option<f64>,
     pub(super) jain: f64,
     pub(super) p50_us: f64,
     pub(super) p99_us: f64,
@@ -156,6 +162,7 @@ impl Row {
             pushes: taken.pushes.iter().sum(),
             goodput_gb_per_s: total,
             share_of_link: about.shape.as_ref().map(|shape| total / shape.gb_per_s),
+            most_share_of_link: about.shape.as_ref().map(|_| MOST_SHARE_OF_LINK),
             jain: jain(&rates),
             p50_us: percentile(&all, 50),
             p99_us: percentile(&all, 99),

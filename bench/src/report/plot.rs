@@ -21,6 +21,8 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
 ];
+/// Room for the names of series, beside the plot: over it they would hide points.
+const NAMES_WIDTH: u32 = 170;
 const FONT: &str = "sans-serif";
 
 /// The chart as an SVG element.
@@ -55,11 +57,18 @@ where
     let edge = 8 * scale;
     let area = area.margin(edge, edge, edge, edge).titled(&chart.title, (FONT, 20 * scale))?;
     let area = area.titled(&wrapped(&section.title), (FONT, 11 * scale))?;
+    let area = area.titled(&wrapped(&section.measured_on), (FONT, 11 * scale))?;
+    let width = area.dim_in_pixel().0;
+    let (plot, beside) =
+        area.split_horizontally(width - if chart.series.len() > 1 { NAMES_WIDTH * scale } else { edge });
+    if chart.series.len() > 1 {
+        names(&beside, chart, scale)?;
+    }
     let points = || chart.series.iter().flat_map(|series| &series.points);
     let x = bounds(points().map(|point| point.0), chart.x_log.then_some(2.0));
     let y = bounds(points().map(|point| point.1), chart.y_log.then_some(10.0));
     let (log_x, log_y) = (|| (x.0..x.1).log_scale().base(2.0), || (y.0..y.1).log_scale());
-    let mut builder = ChartBuilder::on(&area);
+    let mut builder = ChartBuilder::on(&plot);
     builder.x_label_area_size(36 * scale).y_label_area_size(64 * scale);
     // The kind of an axis is a type, so each pair of kinds has its call.
     match (chart.x_log, chart.y_log) {
@@ -92,24 +101,24 @@ where
         .axis_desc_style((FONT, 13 * scale))
         .light_line_style(WHITE)
         .draw()?;
-    for (at, Series { name, points }) in chart.series.iter().enumerate() {
+    for (at, Series { points, .. }) in chart.series.iter().enumerate() {
         let colour = COLOURS[at % COLOURS.len()];
-        let style = colour.stroke_width(2 * scale);
-        context.draw_series(LineSeries::new(points.iter().copied(), style))?.label(name).legend(move |(x, y)| {
-            let end = x + i32::try_from(18 * scale).expect("a legend is small");
-            PathElement::new(vec![(x, y), (end, y)], style)
-        });
+        context.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2 * scale)))?;
         context.draw_series(points.iter().map(|point| Circle::new(*point, 3 * scale, colour.filled())))?;
     }
-    if chart.series.len() > 1 {
-        context
-            .configure_series_labels()
-            .legend_area_size(24 * scale)
-            .label_font((FONT, 12 * scale))
-            .background_style(WHITE.mix(0.8))
-            .border_style(BLACK.mix(0.2))
-            .position(SeriesLabelPosition::UpperLeft)
-            .draw()?;
+    Ok(())
+}
+
+/// Draws the name of each series beside a stroke of its colour.
+fn names<B: DrawingBackend>(area: &DrawingArea<B, Shift>, chart: &Chart, scale: u32) -> Result<(), Box<dyn Error>>
+where
+    B::ErrorType: 'static,
+{
+    let at = |units: usize| i32::try_from(units * scale as usize).expect("a chart is small");
+    for (number, Series { name, .. }) in chart.series.iter().enumerate() {
+        let (y, colour) = (at(14 + 20 * number), COLOURS[number % COLOURS.len()]);
+        area.draw(&PathElement::new(vec![(at(10), y), (at(28), y)], colour.stroke_width(2 * scale)))?;
+        area.draw(&Text::new(name.as_str(), (at(34), y - at(5)), (FONT, 12 * scale)))?;
     }
     Ok(())
 }
