@@ -15,6 +15,7 @@ mod local;
 mod members;
 mod memory;
 mod monitor;
+mod patience;
 mod protocol;
 mod rates;
 mod refusal;

@@ -120,6 +120,7 @@ impl Serve {
                 tls: self.certificates.load()?,
                 ..self.wires.config(ServerSettings::default().transport)?
             },
+            ..ServerSettings::default()
         })
     }
 
