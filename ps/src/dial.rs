@@ -13,20 +13,26 @@ pub trait Dialer: Wire {
     /// Connects to the server at `address` and makes it `peer`; blocks until the deadline at most.
     ///
     /// # Errors
-    /// `Authentication`; `Unreachable`; `Config` for a wire that was asked for by name and cannot be had.
+    /// `Authentication`; `Tls`; `Unreachable`; `Config` for a wire that was asked for by name and cannot be had.
     fn call(&mut self, peer: PeerId, address: &str, deadline: Instant) -> Result<(), TransportError>;
 }
 
 impl Dialer for TcpWire {
     fn call(&mut self, peer: PeerId, address: &str, deadline: Instant) -> Result<(), TransportError> {
-        self.dial(peer, None, &look_up(address)?, deadline)
+        self.dial_host(peer, None, Some(host_of(address)), &look_up(address)?, deadline)
     }
 }
 
 impl Dialer for Mesh {
     fn call(&mut self, peer: PeerId, address: &str, deadline: Instant) -> Result<(), TransportError> {
-        Self::call(self, peer, &look_up(address)?, deadline)
+        Self::call(self, peer, Some(host_of(address)), &look_up(address)?, deadline)
     }
+}
+
+/// The host of `host:port`, which its certificate is to be for.
+fn host_of(address: &str) -> &str {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 
 fn look_up(address: &str) -> Result<Vec<SocketAddr>, TransportError> {

@@ -1,6 +1,6 @@
 //! Does: servers within this process, each on its own thread: for notebooks, tests, and a first try.
 
-use crate::{PsError, Server, ServerSettings, Stopper};
+use crate::{Monitor, PsError, Server, ServerSettings, Stopper};
 use gradwire_transport::TransportError;
 use std::net::SocketAddr;
 use std::thread::JoinHandle;
@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 pub struct LocalServers {
     addresses: Vec<String>,
     running: Vec<(Stopper, JoinHandle<()>)>,
+    monitors: Vec<Monitor>,
 }
 
 impl LocalServers {
@@ -20,12 +21,15 @@ impl LocalServers {
         if shards == 0 {
             return Err(PsError::invalid("starting servers", "0 shards hold nothing: ask for at least 1"));
         }
-        let mut local = Self { addresses: Vec::new(), running: Vec::new() };
+        let mut local = Self { addresses: Vec::new(), running: Vec::new(), monitors: Vec::new() };
         for shard in 0..shards {
             let listen = address_of(settings.listen, shard)?;
             let mut server = Server::bind(ServerSettings { listen, ..settings.clone() })?;
             local.addresses.push(server.address().to_string());
             let stopper = server.stopper();
+            if settings.watched {
+                local.monitors.push(server.monitor());
+            }
             let thread = std::thread::Builder::new().name(format!("gradwire-ps-{shard}"));
             let thread = thread.spawn(move || server.run());
             let thread = thread.map_err(|error| TransportError::io("start a server's thread", error))?;
@@ -37,6 +41,11 @@ impl LocalServers {
     /// Where they listen, in the order of the shards: what a client connects to.
     pub fn addresses(&self) -> &[String] {
         &self.addresses
+    }
+
+    /// What tells of them, in the order of the shards, where they are watched.
+    pub fn monitors(&self) -> &[Monitor] {
+        &self.monitors
     }
 
     /// Stops one shard, as if its process had ended; the others go on.

@@ -2,7 +2,9 @@
 
 mod command;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// A sharded parameter server.
@@ -10,7 +12,7 @@ use std::process::ExitCode;
 /// Workers push gradients and pull parameters; the servers sum, and run the optimizer. A shard is one address; together
 /// they hold each table, cut into equal ranges.
 #[derive(Parser)]
-#[command(name = "gradwire-ps", version, after_help = EXAMPLES)]
+#[command(name = "gradwire-ps", version, after_help = EXAMPLES, args_override_self = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -19,9 +21,11 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Serves one or more shards until it is stopped
-    Serve(command::serve::Serve),
+    Serve(Box<command::serve::Serve>),
     /// Prints what running servers hold, and who is connected
     Status(command::status::Status),
+    /// Checks a configuration file
+    Config(command::config::Check),
 }
 
 const EXAMPLES: &str = "\
@@ -33,16 +37,42 @@ Examples:
   Serve other machines: off loopback a token is needed, the same for servers and clients:
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps serve --listen 0.0.0.0:7000 --max-memory 64GiB
 
+  The same with TLS, and only for clients whose certificate a CA of yours has signed:
+      gradwire-ps serve --listen 0.0.0.0:7000 --tls-cert ps.crt --tls-key ps.key --tls-client-ca ca.crt
+
+  The same from a file of flags without their dashes (`listen = \"0.0.0.0:7000\"`), checked first; flags win over it:
+      gradwire-ps config --check ps.toml && gradwire-ps serve --config ps.toml --admin 0.0.0.0:9100 --log-format json
+
   See what is there, for people and for programs:
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000 --json
 
 `gradwire-ps serve --help` explains every flag. Stop a server with Ctrl-C or SIGTERM.";
 
+/// `serve` with what the file says, and `typed` behind it.
+fn with_file(path: &Path, typed: impl Iterator<Item = OsString>) -> Result<Box<command::serve::Serve>, String> {
+    let arguments = Arguments::command();
+    let serve = arguments.find_subcommand("serve").expect("it is one of the commands");
+    let said = command::config::arguments(serve, path, |name| std::env::var_os(name).is_some())?;
+    let all = ["gradwire-ps", "serve"].map(OsString::from).into_iter().chain(said).chain(typed);
+    match Arguments::try_parse_from(all).map(|arguments| arguments.command) {
+        Ok(Command::Serve(serve)) => Ok(serve),
+        Ok(_) => unreachable!("serve was asked for"),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+    }
+}
+
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
-        Command::Serve(serve) => serve.run(),
+        Command::Serve(serve) => match serve.config() {
+            // What was typed comes behind the file, and so wins.
+            Some(path) => with_file(path, std::env::args_os().skip(2)).and_then(|serve| serve.run()),
+            None => serve.run(),
+        },
         Command::Status(status) => status.run(),
+        Command::Config(check) => {
+            with_file(check.file(), std::iter::empty()).and_then(|serve| serve.check()).map(|()| check.praise())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

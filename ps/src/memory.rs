@@ -1,6 +1,7 @@
 //! Pure: how much a shard may hold, how much it holds, and buffers that are used again.
 
 use gradwire_transport::Region;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Bytes that are kept in buffers for answers nobody is reading any more.
@@ -14,11 +15,28 @@ pub(crate) struct Memory {
     /// The most there may be.
     pub(crate) limit: u64,
     free: Vec<Vec<u8>>,
+    /// Whose request is being served: what is copied is on its account.
+    pub(crate) client: u64,
+    client_limit: u64,
+    /// Copies that are not given back: whose they are, by where they lie.
+    owners: HashMap<usize, u64>,
+    held: HashMap<u64, u64>,
 }
 
 impl Memory {
     pub(crate) fn new(limit: u64) -> Self {
-        Self { used: 0, limit, free: Vec::new() }
+        let (owners, held) = (HashMap::new(), HashMap::new());
+        Self { used: 0, limit, free: Vec::new(), client: 0, client_limit: u64::MAX, owners, held }
+    }
+
+    /// The same, of which copies for one client take at most `bytes`.
+    pub(crate) fn with_client_limit(self, bytes: u64) -> Self {
+        Self { client_limit: bytes, ..self }
+    }
+
+    /// Bytes of copies that wait for this client's turn.
+    pub(crate) fn held_for(&self, client: u64) -> u64 {
+        self.held.get(&client).copied().unwrap_or(0)
     }
 
     /// Sets `bytes` aside; false when there is no room.
@@ -30,7 +48,12 @@ impl Memory {
         fits
     }
 
+    /// A copy of `bytes`, on the account of the client that is served; `None` when there is no room, or not for that client.
     pub(crate) fn copy(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let held = self.held_for(self.client).checked_add(bytes.len() as u64)?;
+        if held > self.client_limit {
+            return None;
+        }
         let reused = self.free.iter().position(|buffer| buffer.capacity() >= bytes.len());
         let mut buffer = match reused {
             Some(at) => self.free.swap_remove(at),
@@ -44,10 +67,23 @@ impl Memory {
         };
         buffer.clear();
         buffer.extend_from_slice(bytes);
+        if !bytes.is_empty() {
+            self.owners.insert(buffer.as_ptr() as usize, self.client);
+            self.held.insert(self.client, held);
+        }
         Some(buffer)
     }
 
+    /// Takes back what [`Memory::copy`] gave.
     pub(crate) fn give_back(&mut self, buffer: Vec<u8>) {
+        if let Some(client) = self.owners.remove(&(buffer.as_ptr() as usize)) {
+            let left = self.held_for(client).saturating_sub(buffer.len() as u64);
+            if left > 0 {
+                self.held.insert(client, left)
+            } else {
+                self.held.remove(&client)
+            };
+        }
         self.free.push(buffer);
     }
 }
@@ -89,6 +125,24 @@ mod tests {
         drop(slice);
         assert_eq!(shelf.take(128).as_ptr(), address);
         assert!(shelf.take(SHELF_BYTES + 1).len() > SHELF_BYTES && shelf.buffers.len() == 2);
+    }
+
+    #[test]
+    fn one_client_cannot_take_what_others_need() {
+        let mut memory = Memory::new(1000).with_client_limit(100);
+        memory.client = 1;
+        let copies: Vec<_> = [60, 40, 0].map(|bytes| memory.copy(&vec![1; bytes]).unwrap()).into();
+        assert!(memory.copy(&[1]).is_none());
+        assert_eq!((memory.held_for(1), memory.held_for(2)), (100, 0));
+        memory.client = 2;
+        let other = memory.copy(&[2; 100]).unwrap();
+        // Given back while another is served.
+        copies.into_iter().for_each(|copy| memory.give_back(copy));
+        assert_eq!((memory.held_for(1), memory.held_for(2)), (0, 100));
+        memory.client = 1;
+        let again = memory.copy(&[1; 50]).unwrap();
+        [other, again].into_iter().for_each(|copy| memory.give_back(copy));
+        assert!(memory.held.is_empty() && memory.owners.is_empty());
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! Does: serves one shard over a wire, on the thread that runs it. Sleeps while nobody asks.
 
+use crate::gauges::{Gauges, Report};
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
+use crate::monitor::{Monitor, Questions};
 use crate::patience::{self, Patience};
 use crate::protocol::{
     INLINE_BYTES, PAYLOAD, PAYLOAD_BYTES, POSTED_PAYLOADS, POSTED_REQUESTS, POSTED_SENDS, REPLY, REQUEST,
     REQUEST_BYTES, check_lengths, value,
 };
 use crate::shard::{Action, Limits, Shard};
-use crate::status::{ClientStatus, PAGE};
+use crate::status::{ClientStatus, PAGE, ShardStatus};
 use crate::{PsError, dial};
 use gradwire_transport::{
     Completion, Config, CreditSettings, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TransportError, Wake,
@@ -31,10 +33,12 @@ const FAREWELL: Duration = Duration::from_millis(300);
 pub struct ServerSettings {
     /// Where to listen; port 0 takes a free one. Default 127.0.0.1:0.
     pub listen: SocketAddr,
-    /// The secret that clients must know. Needed off loopback.
+    /// The secret that clients must know. Needed off loopback, unless there is TLS.
     pub token: Option<String>,
-    /// Listen off loopback without a token: anybody who reaches the port may read and change every table. Default false.
+    /// Listen off loopback without a token or TLS: anybody who reaches the port may read and change every table. Default false.
     pub insecure: bool,
+    /// Whether it counts for [`Server::monitor`]. Default false: that costs about 0.1 us a request.
+    pub watched: bool,
     /// What it may hold.
     pub limits: Limits,
     /// The longest that it looks for more after something has come, before it sleeps: less where little comes soon.
@@ -50,10 +54,27 @@ impl Default for ServerSettings {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             token: None,
             insecure: false,
+            watched: false,
             limits: Limits::default(),
             spin: patience::MOST,
             transport: Config { credit: Some(CreditSettings::default()), ..Config::default() },
         }
+    }
+}
+
+impl ServerSettings {
+    /// Whether a server may start so.
+    ///
+    /// # Errors
+    /// `Invalid` off loopback without a token and without TLS.
+    pub fn check(&self) -> Result<(), PsError> {
+        let open = self.token.as_ref().is_none_or(String::is_empty) && self.transport.tls.is_none();
+        if !self.listen.ip().is_loopback() && open && !self.insecure {
+            let reason = "off loopback everybody who reaches the port could read and change the tables: set a token \
+                          (GRADWIRE_TOKEN), give certificates (--tls-cert), or say that you want it insecure";
+            return Err(PsError::invalid(format!("listening at {}", self.listen), reason));
+        }
+        Ok(())
     }
 }
 
@@ -91,6 +112,8 @@ pub struct Server {
     actions: Vec<Action>,
     done: Vec<Completion>,
     stop: Arc<AtomicBool>,
+    questions: Arc<Questions>,
+    gauges: Option<Gauges>,
     patience: Patience,
 }
 
@@ -98,14 +121,10 @@ impl Server {
     /// Listens; clients are answered once it runs.
     ///
     /// # Errors
-    /// `Invalid` off loopback without a token; `Transport` when the address cannot be had.
+    /// `Invalid` off loopback without a token and without TLS; `Transport` when the address cannot be had.
     pub fn bind(settings: ServerSettings) -> Result<Self, PsError> {
+        settings.check()?;
         let token = settings.token.filter(|token| !token.is_empty());
-        if !settings.listen.ip().is_loopback() && token.is_none() && !settings.insecure {
-            let reason = "off loopback everybody who reaches the port could read and change the tables: \
-                          set a token (GRADWIRE_TOKEN), or say that you want it insecure";
-            return Err(PsError::invalid(format!("listening at {}", settings.listen), reason));
-        }
         let config = Config { token, ..settings.transport };
         let instance = dial::random()?;
         let (wire, address) = dial::listener(&config, settings.listen, (instance, settings.limits.clients))?;
@@ -123,6 +142,8 @@ impl Server {
             actions: Vec::new(),
             done: Vec::new(),
             stop: Arc::new(AtomicBool::new(false)),
+            questions: Arc::default(),
+            gauges: None,
             patience: Patience::new(spin),
         }
     }
@@ -137,6 +158,13 @@ impl Server {
         Stopper { flag: Arc::clone(&self.stop), waker: self.wire.waker() }
     }
 
+    /// What others ask for its reports; from now on it counts for them.
+    pub fn monitor(&mut self) -> Monitor {
+        self.gauges.get_or_insert_default();
+        self.questions.open();
+        Monitor::new(Arc::clone(&self.questions), self.wire.waker())
+    }
+
     /// Serves until it is stopped.
     pub fn run(&mut self) {
         let mut last = Instant::now();
@@ -144,6 +172,10 @@ impl Server {
         while !self.stop.load(Ordering::Acquire) {
             let now = Instant::now();
             let moved = self.turn(now);
+            for asker in self.questions.take() {
+                // Who does not wait any more needs no answer.
+                let _ = asker.send(self.report(now));
+            }
             if now >= tick && !self.connections.is_empty() {
                 tick = now + TICK;
                 self.shard.expire(now, &mut self.actions);
@@ -161,6 +193,7 @@ impl Server {
                 self.wire.park(if quiet { now + NAP } else { tick.max(now) });
             }
         }
+        self.questions.close();
         self.wire.shutdown(Instant::now() + FAREWELL);
     }
 
@@ -227,6 +260,9 @@ impl Server {
             let name = self.wire.name(peer);
             tracing::info!(host = name.host, pid = name.pid, address = name.address, why = %error, "a client has left");
         }
+        if let Some(gauges) = &mut self.gauges {
+            gauges.gone(peer);
+        }
         self.shard.gone(peer, &mut self.actions);
         self.act();
     }
@@ -268,6 +304,9 @@ impl Server {
                 (None, Some(loan)) => loan,
                 (None, None) => &[],
             };
+            if let Some(gauges) = &mut self.gauges {
+                gauges.ask(peer, &header, now);
+            }
             self.shard.handle(peer, &header, bytes, now, &mut self.actions);
             drop((inline, payload));
             self.receive(peer, REQUEST, REQUEST_BYTES);
@@ -285,6 +324,9 @@ impl Server {
             match action {
                 Action::Reply { to, header, body } => self.reply(to, header, body),
                 Action::Value { to, header, slice } => {
+                    if let Some(gauges) = &mut self.gauges {
+                        gauges.answer(to, &header, slice.len() as u64, Instant::now());
+                    }
                     if let Some(connection) = self.connections.get_mut(&to) {
                         connection.values.push_back((header, slice));
                         self.send_values(to);
@@ -303,6 +345,9 @@ impl Server {
     }
 
     fn reply(&mut self, to: PeerId, header: Header, body: Vec<u8>) {
+        if let Some(gauges) = &mut self.gauges {
+            gauges.answer(to, &header, 0, Instant::now());
+        }
         if !self.connections.contains_key(&to) {
             return;
         }
@@ -357,18 +402,43 @@ impl Server {
 
     fn status(&self, first: usize) -> Vec<u8> {
         let mut status = self.shard.status(first);
-        for (client, peer) in self.shard.clients().skip(first).take(PAGE) {
-            let (name, traffic) = (self.wire.name(peer), self.wire.traffic(peer));
-            status.clients.push(ClientStatus {
-                client,
-                host: name.host,
-                pid: name.pid,
-                address: name.address,
-                received_bytes: traffic.received_bytes,
-                sent_bytes: traffic.sent_bytes,
-            });
-        }
+        let clients = self.shard.clients().skip(first).take(PAGE);
+        status.clients = clients.map(|(client, peer)| self.client(client, peer)).collect();
         status.encode()
+    }
+
+    fn client(&self, client: u64, peer: PeerId) -> ClientStatus {
+        let (name, traffic) = (self.wire.name(peer), self.wire.traffic(peer));
+        ClientStatus {
+            client,
+            host: name.host,
+            pid: name.pid,
+            address: name.address,
+            received_bytes: traffic.received_bytes,
+            sent_bytes: traffic.sent_bytes,
+        }
+    }
+
+    /// All that is told to who watches.
+    fn report(&self, now: Instant) -> Report {
+        let mut status = self.shard.status(0);
+        for first in (PAGE..).step_by(PAGE) {
+            let ShardStatus { tables, sparse, .. } = self.shard.status(first);
+            if tables.is_empty() && sparse.is_empty() {
+                break;
+            }
+            status.tables.extend(tables);
+            status.sparse.extend(sparse);
+        }
+        let (clients, peers): (Vec<_>, Vec<_>) =
+            self.shard.clients().map(|(client, peer)| (self.client(client, peer), peer)).unzip();
+        status.clients = clients;
+        let waiting_bytes = status.clients.iter().map(|client| self.shard.waiting_bytes(client.client)).collect();
+        let report = match &self.gauges {
+            Some(gauges) => gauges.report(status, &peers, now),
+            None => Gauges::default().report(status, &peers, now),
+        };
+        Report { waiting_bytes, ..report }
     }
 }
 

@@ -25,6 +25,9 @@ pub(crate) const MOST_EVICTED: usize = 1 << 14;
 pub struct Limits {
     /// Bytes in tables and waiting contributions. Default 8 GiB.
     pub memory_bytes: u64,
+    /// Bytes of contributions of one client that may wait: it is asked to come again then. Default half of the memory: a
+    /// table that fits takes as much itself.
+    pub client_bytes: u64,
     /// Tables. Default 65,536.
     pub tables: usize,
     /// Clients known at once; those long gone make room. Default 4,096.
@@ -41,6 +44,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             memory_bytes: 8 << 30,
+            client_bytes: 4 << 30,
             tables: 1 << 16,
             clients: 4096,
             waiting: 1 << 16,
@@ -106,7 +110,7 @@ impl Shard {
     pub fn new(limits: Limits, instance: u64) -> Self {
         Self {
             members: Members::new(limits.clients),
-            memory: Memory::new(limits.memory_bytes),
+            memory: Memory::new(limits.memory_bytes).with_client_limit(limits.client_bytes),
             epoch: Epoch(1),
             instance,
             tables: BTreeMap::new(),
@@ -125,6 +129,7 @@ impl Shard {
             ms => self.limits.patience.min(Duration::from_millis(ms.into())),
         };
         let wait = Wait { to: from, header: *header, until: now + patience };
+        self.memory.client = header.client;
         if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, now, out)) {
             refuse(from, header, &refusal, out);
         }
@@ -442,6 +447,11 @@ impl Shard {
     /// The clients that are connected, with their connections.
     pub fn clients(&self) -> impl Iterator<Item = (u64, PeerId)> + '_ {
         self.members.connected()
+    }
+
+    /// Bytes of contributions of `client` that wait.
+    pub fn waiting_bytes(&self, client: u64) -> u64 {
+        self.memory.held_for(client)
     }
 
     /// Memory, and one page of tables from the `first`-th on. Clients are for the driver to add, who knows their addresses.

@@ -191,9 +191,9 @@ impl ShardStatus {
 mod tests {
     use super::*;
     use crate::{Combine, Compression, DType, Initializer, Mode, UpdateRule};
+    use proptest::prelude::*;
 
-    #[test]
-    fn a_status_comes_back_as_it_was_and_no_piece_of_it_does() {
+    fn status() -> ShardStatus {
         let spec = TableSpec {
             name: "w".into(),
             shape: vec![7],
@@ -258,17 +258,50 @@ mod tests {
             evicted: 8,
             unadmitted: 9,
         };
-        let status = ShardStatus {
+        ShardStatus {
             memory_bytes: 1,
             memory_limit_bytes: 2,
             tables: vec![table; 2],
             sparse: vec![sparse; 2],
             clients: vec![client; 3],
-        };
-        let body = status.encode();
-        assert_eq!(ShardStatus::decode(&body), Ok(status));
+        }
+    }
+
+    #[test]
+    fn a_status_comes_back_as_it_was_and_no_piece_of_it_does() {
+        let body = status().encode();
+        assert_eq!(ShardStatus::decode(&body), Ok(status()));
         for cut in 0..body.len() {
             assert!(ShardStatus::decode(&body[..cut]).is_err());
+        }
+    }
+
+    /// What is read from hostile bytes can be told, and is then read as the same. As bytes: floats that are no numbers differ.
+    fn assert_stays_itself(body: &[u8]) {
+        if let Ok(read) = ShardStatus::decode(body) {
+            let told = read.encode();
+            assert_eq!(ShardStatus::decode(&told).map(|again| again.encode()), Ok(told));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_status_that_was_changed_is_refused_or_read_as_another(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..6),
+            more in proptest::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let mut body = status().encode();
+            for (at, byte) in changes {
+                let at = at.index(body.len());
+                body[at] = byte;
+            }
+            body.extend(more);
+            assert_stays_itself(&body);
+        }
+
+        #[test]
+        fn random_bytes_are_no_status_or_one_that_can_be_told(body in proptest::collection::vec(any::<u8>(), 0..300)) {
+            assert_stays_itself(&body);
         }
     }
 }

@@ -1,68 +1,12 @@
 //! Does: runs the binary as a user does: starts it, asks it, lets it idle, stops it.
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
+mod running;
+
 use gradwire_ps::{Client, ClientSettings, DType, Mode, PsError, TableOptions};
 use gradwire_transport::Region;
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Command, Stdio};
+use running::{Running, command};
 use std::time::{Duration, Instant};
-
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
-    command.args(arguments).env_remove("GRADWIRE_TOKEN").env_remove("GRADWIRE_LOG");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command
-}
-
-/// A running server, killed when the test fails before its end.
-struct Running {
-    child: Child,
-    addresses: Vec<String>,
-}
-
-impl Running {
-    fn start(shards: usize, arguments: &[&str]) -> Self {
-        let shards_text = shards.to_string();
-        let mut all = vec!["serve", "--shards", &shards_text, "--json"];
-        all.extend(arguments);
-        let mut child = command(&all).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let addresses = (0..shards).map(|shard| {
-            let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-            assert_eq!(line["shard"], shard);
-            line["address"].as_str().unwrap().to_owned()
-        });
-        let addresses = addresses.collect();
-        Self { child, addresses }
-    }
-
-    fn signal(&self, name: &str) {
-        assert!(Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap().success());
-    }
-
-    /// Waits for its end; its exit code, how long it took, and its log.
-    fn end(&mut self) -> (Option<i32>, Duration, String) {
-        let begun = Instant::now();
-        let mut log = String::new();
-        // The log ends with the process.
-        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
-        (self.child.wait().unwrap().code(), begun.elapsed(), log)
-    }
-
-    /// Processor time used so far, in ticks of 10 ms.
-    fn cpu_ticks(&self) -> u64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 #[test]
 fn it_stops_cleanly_on_both_signals_with_a_client_connected() {

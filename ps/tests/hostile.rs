@@ -217,6 +217,31 @@ fn a_table_too_large_for_the_server_is_refused_with_both_sizes() {
     all_is_well(&servers);
 }
 
+#[test]
+fn a_client_far_ahead_fills_its_own_share_and_no_more_and_loses_nothing() {
+    let limits = Limits { memory_bytes: 64 << 20, client_bytes: 5 << 20, ..Limits::default() };
+    let servers = LocalServers::start(1, ServerSettings { limits, ..ServerSettings::default() }).unwrap();
+    let worker =
+        |n| Client::connect(servers.addresses(), ClientSettings { worker: Some(n), ..Default::default() }).unwrap();
+    let (first, second) = (worker(0), worker(1));
+    let options = || TableOptions { mode: Mode::Sync { workers: 2 }, ..TableOptions::default() };
+    let tables = [&first, &second].map(|client| client.dense("w", &[1 << 20], DType::F32, options()).unwrap());
+    let before = first.status().unwrap()[0].memory_bytes;
+    let ones = Region::from_vec(1.0f32.to_le_bytes().repeat(1 << 20));
+    // 4 MiB a clock: the second worker's second one does not fit beside its first.
+    let push = |n: usize| tables[n].push(ones.read(0..4 << 20).unwrap()).unwrap();
+    let ahead: Vec<_> = (0..4).map(|_| push(1)).collect();
+    let _ = ahead[3].wait(Some(Duration::from_millis(300)));
+    let taken = first.status().unwrap()[0].memory_bytes - before;
+    assert!(taken <= 5 << 20, "{taken} bytes are held for one client");
+    all_is_well(&servers);
+    (0..4).for_each(|_| assert!(push(0).wait(LONG).is_ok()));
+    ahead.iter().for_each(|pending| assert!(pending.wait(LONG).is_ok()));
+    let out = Region::zeroed(4 << 20);
+    tables[0].pull(out.write(0..4 << 20).unwrap()).unwrap().wait(LONG).unwrap();
+    assert_eq!(out.read(0..4 << 20).unwrap()[..], 8.0f32.to_le_bytes().repeat(1 << 20)[..]);
+}
+
 /// A request about the sparse table "s", of rows of 4 floats, that lies about itself.
 fn sparse(kind: Kind, ids: u64, payload: &[u8]) -> Vec<u8> {
     let header = Header {

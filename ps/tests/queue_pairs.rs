@@ -3,7 +3,7 @@
 
 use gradwire_ps::shard::Shard;
 use gradwire_ps::{
-    Client, ClientSettings, Combine, Compression, DType, Dialer, Limits, Mode, PsError, Server, Stopper, TableOptions,
+    Client, ClientSettings, Combine, DType, Dialer, Limits, Mode, PsError, Server, Stopper, TableOptions,
     UpdateRule,
 };
 use gradwire_transport::verbs::Fabric;

@@ -19,7 +19,13 @@ NAMES = {
     "GRADWIRE_DETERMINISTIC": "1: floats are combined in rank order, always; default 0",
     "GRADWIRE_TIMEOUT": "seconds after which an operation fails; default 300",
     "GRADWIRE_TOKEN": "shared secret of all ranks and servers; default none",
+    "GRADWIRE_TLS_CERT": "this end's certificate, a PEM file: turns TLS on; listeners need one",
+    "GRADWIRE_TLS_KEY": "its private key, a PEM file",
+    "GRADWIRE_TLS_CA": "who must have signed the certificates of those that are called: turns TLS on; callers need it",
+    "GRADWIRE_TLS_CLIENT_CA": "who must have signed the certificates of those that call; default they need none",
+    "GRADWIRE_TLS_SERVER_NAME": "name that called ends must be certified for; default the host, as it is called",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
+    "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
     "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",
     "GRADWIRE_IB_HCA": "RDMA devices, in NCCL's grammar: `mlx5_0:1,mlx5_1`, `=exact`, `^not`; default any",
     "GRADWIRE_IB_GID_INDEX": "index of the port's GID; default the RoCE v2 one of the routed address",
@@ -30,6 +36,7 @@ NAMES = {
     "GRADWIRE_IB_RETRIES": "how often a packet is sent again, 0 to 6; default 6",
 }
 
+_TLS_NAMES = ("cert", "key", "ca", "client_ca", "server_name")
 _IB_NUMBERS = ("gid_index", "queue_pairs", "traffic_class", "service_level", "timeout", "retries")
 
 #: How long an operation may take, in seconds, where nothing else is said.
@@ -46,6 +53,11 @@ class Config:
         socket_ifname: network interfaces to use: prefixes, `=exact` or `^not`.
         port_range: first and last port that listeners may take.
         token: shared secret; proved, never sent.
+        tls_cert: this end's certificate, a PEM file; listeners (servers, ranks) need one.
+        tls_key: its private key.
+        tls_ca: who must have signed the certificates of those that are called; callers (clients, ranks) need it.
+        tls_client_ca: who must have signed the certificates of those that call; None: they need none.
+        tls_server_name: name that called ends must be certified for; None: the host, as it is called.
         algorithms: algorithm per collective.
         deterministic: floats are combined in rank order: the same bits for every algorithm, wire and cut of a buffer.
         trace: folder that the record of the last operations goes to when the group fails.
@@ -64,6 +76,11 @@ class Config:
     socket_ifname: str | None = None
     port_range: tuple[int, int] | None = None
     token: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    tls_client_ca: str | None = None
+    tls_server_name: str | None = None
     algorithms: str | None = None
     deterministic: bool | None = None
     trace: str | None = None
@@ -99,6 +116,7 @@ class Config:
             trace=environment.get("GRADWIRE_TRACE"),
             timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
+            **{f"tls_{name}": environment.get(f"GRADWIRE_TLS_{name.upper()}") for name in _TLS_NAMES},
             **{f"ib_{name}": _number(environment, f"GRADWIRE_IB_{name.upper()}", int) for name in _IB_NUMBERS},
         )
         return replace(config, **{name: value for name, value in given.items() if value is not None})
@@ -115,6 +133,7 @@ class Config:
             "deterministic": self.deterministic,
             "trace": self.trace,
             "cores": len(os.sched_getaffinity(0)),
+            "tls": {name: getattr(self, f"tls_{name}") for name in _TLS_NAMES},
             "ib": {name: getattr(self, f"ib_{name}") for name in ("hca", *_IB_NUMBERS)},
         }
 

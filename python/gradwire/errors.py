@@ -135,6 +135,20 @@ class AuthenticationError(GradwireError):
         self.reason = reason
 
 
+class TlsError(AuthenticationError):
+    """The ends do not agree on TLS, or one does not trust the other's certificate.
+
+    Attributes:
+        address: the other end.
+        reason: what is wrong.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, message: str, *, address: str, reason: str, remedy: str) -> None:
+        super().__init__(message, address=address, reason=reason)
+        self.remedy = remedy
+
+
 class RegistrationError(GradwireError):
     """Memory could not be made known to a network card, for example because `ulimit -l` is too low.
 

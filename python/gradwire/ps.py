@@ -326,7 +326,7 @@ def _rule(rule):
     return (rule, [], False) if isinstance(rule, str) else rule._native()
 
 
-def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.0):
+def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.0, **tls):
     """Connects to a parameter server.
 
     Args:
@@ -337,17 +337,24 @@ def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.
         timeout_s: seconds that a request may wait, for a server or for other workers.
         reconnect_s: seconds that a server is dialled before it counts as lost.
 
+        tls_ca, tls_cert, tls_key, tls_server_name: who must have signed the servers' certificates; this client's own
+            certificate and private key, where servers want one; the name that servers must be certified for instead of
+            their host. Default GRADWIRE_TLS_CA, _CERT, _KEY and _SERVER_NAME. With tls_ca all connections use TLS.
+
     The wire is the best that both ends have, as GRADWIRE_TRANSPORT and GRADWIRE_IB_* say: RDMA between hosts, else TCP.
 
     Raises:
         AuthenticationError: another token.
+        TlsError: no TLS at one end, or a certificate that does not hold; it says whose, and what to do.
         ServerLostError: nobody answers; the error names the shard and its address.
     """
     if isinstance(addresses, str):
         addresses = addresses.split(",")
     addresses = [address.strip() for address in addresses]
     token = token if token is not None else os.environ.get("GRADWIRE_TOKEN")
-    options = Config.from_environment().options()
+    if unknown := set(tls) - {"tls_ca", "tls_cert", "tls_key", "tls_server_name"}:
+        raise TypeError(f"connect() got an unexpected keyword argument {unknown.pop()!r}")
+    options = Config.from_environment(**tls).options()
     native = _native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s), options)
     return Client(native, rank)
 

@@ -59,6 +59,11 @@ pub(crate) fn transport(py: Python<'_>, error: &TransportError) -> PyErr {
             fields.set_item("address", address)?;
             fields.set_item("reason", reason)
         }),
+        TransportError::Tls { address, reason, remedy } => raise(py, "TlsError", &text, |fields| {
+            fields.set_item("address", address)?;
+            fields.set_item("reason", &**reason)?;
+            fields.set_item("remedy", &**remedy)
+        }),
         TransportError::Timeout { what, waited } => raise(py, "RendezvousTimeoutError", &text, |fields| {
             fields.set_item("what", what)?;
             fields.set_item("waited_s", waited.as_secs_f64())

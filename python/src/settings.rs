@@ -1,10 +1,11 @@
-//! Pure: settings as Python names them, turned into those of the crates.
+//! Does: settings as Python names them, turned into those of the crates; reads the certificates that they name.
 
 use gradwire_collectives::Settings;
-use gradwire_transport::{Config, VerbsConfig, WireChoice};
+use gradwire_transport::{Config, Tls, TlsFiles, VerbsConfig, WireChoice};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What Python's `Config` holds; None: the default.
@@ -21,6 +22,26 @@ pub(crate) struct Options {
     trace: Option<PathBuf>,
     cores: usize,
     ib: Ib,
+    tls: Files,
+}
+
+/// What Python's `Config` holds of TLS.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct Files {
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    ca: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+    server_name: Option<String>,
+}
+
+impl Files {
+    fn load(self) -> PyResult<Option<Arc<Tls>>> {
+        let Self { cert, key, ca, client_ca, server_name } = self;
+        let loaded = Tls::load(&TlsFiles { cert, key, ca, client_ca, server_name });
+        loaded.map_err(|error| PyValueError::new_err(error.to_string()))
+    }
 }
 
 /// What Python's `Config` holds of RDMA.
@@ -65,6 +86,7 @@ impl Options {
             socket_ifname: self.socket_ifname,
             port_range: self.port_range,
             token: self.token,
+            tls: self.tls.load()?,
             timeout,
             verbs: self.ib.parse()?,
             ..Config::default()
@@ -91,7 +113,7 @@ impl Options {
             WireChoice::Shm => WireChoice::Auto,
             wire => wire,
         };
-        Ok(Config { wire, verbs: self.ib.parse()?, ..base })
+        Ok(Config { wire, verbs: self.ib.parse()?, tls: self.tls.load()?, ..base })
     }
 }
 

@@ -99,3 +99,19 @@ pub trait Beside: Wire {
     /// Words of a peer.
     fn hear(&mut self, _peer: PeerId, _words: Words, _now: Instant) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn bytes_are_words_that_come_back_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            match Words::decode(&bytes) {
+                Some(words) => prop_assert_eq!(words.encode(), bytes),
+                None => prop_assert!(!matches!(bytes.first(), Some(1 | 2))),
+            }
+        }
+    }
+}

@@ -1,7 +1,9 @@
 //! Pure: every setting of the transport, with default, unit and reason.
 
 use crate::CreditSettings;
+use crate::tcp::Tls;
 use crate::verbs::VerbsConfig;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Which wire a pair of peers may use.
@@ -31,6 +33,9 @@ pub struct Config {
     pub port_range: Option<(u16, u16)>,
     /// Shared secret of the peers (`GRADWIRE_TOKEN`); proved by HMAC, never sent.
     pub token: Option<String>,
+    /// TLS on all TCP connections, of certificates that were read (`GRADWIRE_TLS_*`). RDMA is not encrypted: it is left out.
+    /// Default: none.
+    pub tls: Option<Arc<Tls>>,
     /// Silence after which a peer counts as lost (`GRADWIRE_TIMEOUT`, seconds). Default 300 s.
     pub timeout: Duration,
     /// Longest message taken from a peer. Default 1 GiB: larger tensors are cut by the layers above.
@@ -58,6 +63,7 @@ impl Default for Config {
             socket_ifname: None,
             port_range: None,
             token: None,
+            tls: None,
             timeout: Duration::from_secs(300),
             max_message_bytes: 1 << 30,
             eager_bytes: 64 << 10,

@@ -93,6 +93,16 @@ pub enum TransportError {
         /// What did not match.
         reason: String,
     },
+    /// The ends do not agree on TLS, or one does not trust the other's certificate.
+    #[error("{address}: no TLS: {reason}; {remedy}")]
+    Tls {
+        /// The other end.
+        address: String,
+        /// What is wrong.
+        reason: Box<str>,
+        /// What to do about it.
+        remedy: Box<str>,
+    },
     /// A peer did not come, or did not answer, in time.
     #[error("waited {:.1} s for {what}", waited.as_secs_f64())]
     Timeout {

@@ -106,6 +106,7 @@ struct Forming {
 
 impl Forming {
     fn begin(spec: GroupSpec) -> Result<Self, TransportError> {
+        select::check_encryption(spec.config.wire, spec.config.tls.is_some())?;
         let home = home();
         let mut nonce = [0; 8];
         getrandom::fill(&mut nonce).expect("the system gives random bytes");
@@ -161,7 +162,11 @@ impl Forming {
                         self.here[rank.index()] = true;
                         return Ok(());
                     }
-                    Err(error @ (TransportError::Authentication { .. } | TransportError::Config { .. })) => {
+                    Err(
+                        error @ (TransportError::Authentication { .. }
+                        | TransportError::Tls { .. }
+                        | TransportError::Config { .. }),
+                    ) => {
                         return Err(error);
                     }
                     Err(error) => tried = format!("pid {} on {}: {error}", record.pid, record.home.host),
@@ -352,4 +357,21 @@ fn decode_offer(text: &str) -> Option<SegmentOffer> {
     let mut next = || words.next();
     let (pid, fd) = (next()?.parse().ok()?, next()?.parse().ok()?);
     Some(SegmentOffer { pid, fd, nonce: next()?.parse().ok()?, bytes: next()?.parse().ok()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_text_is_an_offer_that_comes_back_or_none(text in ".*", numbers: [i64; 4]) {
+            let offers = [text, numbers.map(|number| number.to_string()).join(" ")];
+            for offer in offers.iter().filter_map(|text| decode_offer(text)) {
+                let again = decode_offer(&encode_offer(&offer));
+                prop_assert!(again.is_some_and(|again| encode_offer(&again) == encode_offer(&offer)));
+            }
+        }
+    }
 }

@@ -46,6 +46,6 @@ pub use region::{BufferHome, Loan, LoanHome, Overlap, RecvLoan, Region, RegionSl
 pub use rendezvous::{FileStore, MemoryStore, Store, TcpStore, open_store, routed_address};
 pub use shm::{GroupSegment, ShmEnd, ShmOffer, ShmWire};
 pub use sim::{FaultPlan, SimNetwork, SimWire};
-pub use tcp::{Acceptance, TcpWire};
+pub use tcp::{Acceptance, TcpWire, Tls, TlsFiles};
 pub use verbs::{VerbsConfig, VerbsWire};
 pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};

@@ -82,6 +82,17 @@ pub fn tries_verbs(choice: WireChoice, shares_memory: bool) -> bool {
     }
 }
 
+/// What is asked to be encrypted is not sent in the clear: RDMA knows no TLS.
+///
+/// # Errors
+/// `Config` where both were asked for by name.
+pub fn check_encryption(choice: WireChoice, tls: bool) -> Result<(), TransportError> {
+    if tls { check_verbs(choice, NO_TLS_OVER_RDMA) } else { Ok(()) }
+}
+
+/// Why there is no RDMA beside TLS.
+pub const NO_TLS_OVER_RDMA: &str = "TLS is on, and what goes over RDMA is not encrypted";
+
 /// Nothing is downgraded in silence: verbs that were asked for by name and cannot be had are an error.
 ///
 /// # Errors

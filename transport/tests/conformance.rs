@@ -2,8 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
+mod authority;
 #[macro_use]
 mod promises;
+
+use authority::Authority;
+use gradwire_transport::{Config, CreditSettings, TlsFiles};
+use promises::World;
+use std::sync::LazyLock;
 
 promises! {
     over_sim by crate::promises::sim;
@@ -14,10 +20,28 @@ promises! {
     over_tcp by crate::promises::tcp;
     over_tcp_lanes by crate::promises::tcp_lanes;
     over_tcp_credit by crate::promises::tcp_credit;
+    over_tls by crate::tls;
+    over_tls_lanes by crate::tls_lanes;
     over_verbs by crate::promises::verbs;
     over_verbs_lanes by crate::promises::verbs_lanes;
     over_breaking_verbs by crate::promises::breaking_verbs;
     over_failing_verbs by crate::promises::failing_verbs;
+}
+
+/// Sockets with TLS on them, and certificates asked of both ends.
+fn tls(config: &Config, count: u32) -> World {
+    static FILES: LazyLock<(Authority, TlsFiles)> = LazyLock::new(|| {
+        let authority = Authority::new();
+        let files = TlsFiles { client_ca: Some(authority.ca()), ..authority.files(&["127.0.0.1"]) };
+        (authority, files)
+    });
+    promises::tcp(&Config { tls: authority::load(&FILES.1), ..config.clone() }, count)
+}
+
+/// The same over several connections, with portions granted.
+fn tls_lanes(config: &Config, count: u32) -> World {
+    let credit = CreditSettings { loopback: true, ..CreditSettings::default() };
+    tls(&Config { lanes: 3, credit: Some(credit), ..config.clone() }, count)
 }
 
 mod one_sided_over_verbs {

@@ -159,7 +159,7 @@ impl Engine {
                 self.greet(at);
             }
             Err(error) => {
-                let again = now < since + self.reconnect && !matches!(error, TransportError::Authentication { .. });
+                let again = now < since + self.reconnect && !is_final(&error);
                 if let State::Down { since, next, .. } = &mut self.shards[at].state {
                     *next = Instant::now() + AGAIN;
                     *since = since.filter(|_| again);
@@ -261,11 +261,17 @@ impl Engine {
     }
 }
 
+/// Whether it would be the same when tried again.
+fn is_final(error: &TransportError) -> bool {
+    matches!(error, TransportError::Authentication { .. } | TransportError::Tls { .. })
+}
+
 /// What a failed dial means: no shard without its cause.
 fn lost_error(shard: u32, address: &str, error: TransportError, before: Option<String>) -> PsError {
     let address = address.to_owned();
     match error {
         TransportError::Authentication { reason, .. } => PsError::Authentication { address, reason },
+        error @ TransportError::Tls { .. } => PsError::Transport(error),
         TransportError::Unreachable { reason, .. } => {
             let cause = before.map_or_else(String::new, |cause| format!("{cause}, and then "));
             PsError::ServerLost { shard, address, cause: format!("{cause}nobody answered: {reason}") }

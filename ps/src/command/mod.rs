@@ -1,11 +1,16 @@
 //! Does: what the commands have in common: the token, and sizes as people write them.
 
+mod admin;
+pub(crate) mod config;
+mod metrics;
 pub(crate) mod serve;
 pub(crate) mod status;
 mod wire;
 
 use clap::Args;
+use gradwire_transport::{Tls, TlsFiles};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Where the secret comes from.
 #[derive(Args)]
@@ -28,6 +33,39 @@ impl Token {
             "" => Err(format!("--token-file {}: it is empty", path.display())),
             token => Ok(Some(token.to_owned())),
         }
+    }
+}
+
+/// Files that TLS is made of.
+#[derive(Args)]
+pub(crate) struct Certificates {
+    /// Certificate to show, in PEM, with those between it and its CA: turns TLS on for all connections
+    #[arg(long, env = "GRADWIRE_TLS_CERT", value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Private key of --tls-cert
+    #[arg(long, env = "GRADWIRE_TLS_KEY", value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Who must have signed the certificates of servers that are called
+    #[arg(long, env = "GRADWIRE_TLS_CA", value_name = "FILE")]
+    tls_ca: Option<PathBuf>,
+    /// Who must have signed the certificates of clients: without it, they need none
+    #[arg(long, env = "GRADWIRE_TLS_CLIENT_CA", value_name = "FILE")]
+    tls_client_ca: Option<PathBuf>,
+    /// Name that called servers must be certified for [default: the host, as it is called]
+    #[arg(long, env = "GRADWIRE_TLS_SERVER_NAME", value_name = "NAME")]
+    tls_server_name: Option<String>,
+}
+
+impl Certificates {
+    pub(crate) fn load(&self) -> Result<Option<Arc<Tls>>, String> {
+        let files = TlsFiles {
+            cert: self.tls_cert.clone(),
+            key: self.tls_key.clone(),
+            ca: self.tls_ca.clone(),
+            client_ca: self.tls_client_ca.clone(),
+            server_name: self.tls_server_name.clone(),
+        };
+        Tls::load(&files).map_err(|error| format!("--{error}"))
     }
 }
 

@@ -1,18 +1,34 @@
 //! Does: `gradwire-ps serve`: starts the shards, says where they are, stops on a signal.
 
 use super::wire::Wires;
-use super::{Token, parse_bytes, show_bytes};
-use clap::Args;
+use super::{Certificates, Token, admin, parse_bytes, show_bytes};
+use clap::{Args, ValueEnum};
 use gradwire_ps::{Limits, LocalServers, ServerSettings};
+use gradwire_transport::Config;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::net::SocketAddr;
-use tracing_subscriber::filter::LevelFilter;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    /// Lines for people
+    Text,
+    /// An object a line, for programs
+    Json,
+}
 
 /// Flags of `serve`.
 #[derive(Args)]
 pub(crate) struct Serve {
+    /// TOML file with these flags as keys, without their dashes; what is typed, or in the environment, wins over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Address to listen at. Port 0 takes a free one for each shard; otherwise shards take this port and the following ones
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
@@ -22,60 +38,120 @@ pub(crate) struct Serve {
     #[command(flatten)]
     token: Token,
     #[command(flatten)]
+    certificates: Certificates,
+    #[command(flatten)]
     wires: Wires,
     /// Most memory for tables and waiting gradients, all shards together, such as 512MiB or 64GiB [default: half of what
     /// the machine has]
     #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
     max_memory: Option<u64>,
+    /// Most memory for gradients of one client that wait for others, on all shards together; it is asked to come again then
+    /// [default: half of --max-memory]
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    max_client_memory: Option<u64>,
     /// Most clients that a shard takes at once
     #[arg(long, default_value_t = 4096, value_name = "N")]
     max_clients: usize,
-    /// Listen off loopback without a token: everybody who reaches the port may read and change every table
+    /// Listen off loopback without a token or TLS: everybody who reaches the port may read and change every table
     #[arg(long)]
     insecure: bool,
-    /// How much to log to standard error: off, error, warn, info, debug or trace
+    /// Address that answers /metrics for Prometheus, /healthz and /readyz, to whoever reaches it [default: none]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    admin: Option<SocketAddr>,
+    /// How much to log to standard error: off, error, warn, info, debug or trace, or `info,gradwire_ps=debug` by module
     #[arg(long, env = "GRADWIRE_LOG", default_value = "info", value_name = "LEVEL")]
-    log: LevelFilter,
+    log: Targets,
+    /// How to log
+    #[arg(long, env = "GRADWIRE_LOG_FORMAT", default_value = "text")]
+    log_format: LogFormat,
     /// Print addresses as JSON, a line a shard
     #[arg(long)]
     json: bool,
 }
 
 impl Serve {
+    /// The file that holds more flags.
+    pub(crate) fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
+    /// Whether a server could start with these flags.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        self.settings()?.check().map_err(|error| error.to_string())
+    }
+
     pub(crate) fn run(self) -> Result<(), String> {
-        tracing_subscriber::fmt().with_max_level(self.log).with_writer(std::io::stderr).init();
+        self.begin_log();
         // Before anything is served, so that no signal is missed.
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
-        let memory = self.max_memory.unwrap_or_else(half_of_memory);
-        let limits =
-            Limits { memory_bytes: memory / u64::from(self.shards), clients: self.max_clients, ..Limits::default() };
-        let settings = ServerSettings {
-            listen: self.listen,
-            token: self.token.read()?,
-            insecure: self.insecure,
-            limits,
-            transport: self.wires.config(ServerSettings::default().transport)?,
-            ..ServerSettings::default()
-        };
-        let secured = settings.token.is_some();
+        let settings = self.settings()?;
+        let (secured, memory) = (settings.token.is_some(), self.memory());
+        let tls = settings.transport.tls.as_ref().map_or("no", |tls| if tls.is_mutual() { "mutual" } else { "yes" });
+        if tls == "yes" && !secured && !settings.listen.ip().is_loopback() {
+            tracing::warn!("whoever reaches the port may use the tables: set a token, or --tls-client-ca");
+        }
         let servers = LocalServers::start(self.shards, settings).map_err(|error| error.to_string())?;
-        self.announce(servers.addresses()).map_err(|error| format!("writing the addresses: {error}"))?;
-        tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, "serving");
+        let ready = Arc::new(AtomicBool::new(true));
+        let admin = self.admin.map(|listen| {
+            let started = admin::start(listen, servers.monitors().to_vec(), Arc::clone(&ready));
+            started.map_err(|error| format!("--admin {listen}: {error}"))
+        });
+        let admin = admin.transpose()?;
+        self.announce(servers.addresses(), admin).map_err(|error| format!("writing the addresses: {error}"))?;
+        tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, tls, "serving");
         let signal = signals.forever().next();
+        ready.store(false, Ordering::Release);
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");
         servers.stop();
         tracing::info!("stopped");
         Ok(())
     }
 
+    fn settings(&self) -> Result<ServerSettings, String> {
+        let memory_bytes = self.memory() / u64::from(self.shards);
+        let client_bytes = self.max_client_memory.map_or(memory_bytes / 2, |bytes| bytes / u64::from(self.shards));
+        Ok(ServerSettings {
+            listen: self.listen,
+            token: self.token.read()?,
+            insecure: self.insecure,
+            watched: self.admin.is_some(),
+            limits: Limits { memory_bytes, client_bytes, clients: self.max_clients, ..Limits::default() },
+            transport: Config {
+                tls: self.certificates.load()?,
+                ..self.wires.config(ServerSettings::default().transport)?
+            },
+            ..ServerSettings::default()
+        })
+    }
+
+    fn memory(&self) -> u64 {
+        self.max_memory.unwrap_or_else(half_of_memory)
+    }
+
+    fn begin_log(&self) {
+        let registry = tracing_subscriber::registry().with(self.log.clone());
+        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        match self.log_format {
+            LogFormat::Text => registry.with(lines).init(),
+            LogFormat::Json => registry.with(lines.json()).init(),
+        }
+    }
+
     /// One line a shard, at once, for whoever started us.
-    fn announce(&self, addresses: &[String]) -> std::io::Result<()> {
+    fn announce(&self, addresses: &[String], admin: Option<SocketAddr>) -> std::io::Result<()> {
         let mut out = std::io::stdout().lock();
         for (shard, address) in addresses.iter().enumerate() {
             if self.json {
                 writeln!(out, "{}", serde_json::json!({ "shard": shard, "address": address }))?;
             } else {
                 writeln!(out, "shard {shard} listens at {address}")?;
+            }
+        }
+        if let Some(admin) = admin {
+            if self.json {
+                writeln!(out, "{}", serde_json::json!({ "admin": admin.to_string() }))?;
+            } else {
+                writeln!(out, "admin at {admin}")?;
             }
         }
         out.flush()

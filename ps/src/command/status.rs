@@ -1,8 +1,9 @@
 //! Does: `gradwire-ps status`: prints what running servers hold, as tables or as JSON.
 
-use super::{Token, show_bytes};
+use super::{Certificates, Token, show_bytes};
 use clap::Args;
 use gradwire_ps::{Client, ClientSettings, ShardStatus, SparseStatus, TableStatus};
+use gradwire_transport::Config;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -15,6 +16,8 @@ pub(crate) struct Status {
     servers: Vec<String>,
     #[command(flatten)]
     token: Token,
+    #[command(flatten)]
+    certificates: Certificates,
     /// Seconds to wait for the servers
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     timeout: u64,
@@ -26,8 +29,9 @@ pub(crate) struct Status {
 impl Status {
     pub(crate) fn run(self) -> Result<(), String> {
         let timeout = Duration::from_secs(self.timeout);
-        let settings =
-            ClientSettings { token: self.token.read()?, timeout, reconnect: timeout, ..ClientSettings::default() };
+        let default = ClientSettings::default();
+        let transport = Config { tls: self.certificates.load()?, ..default.transport };
+        let settings = ClientSettings { token: self.token.read()?, timeout, reconnect: timeout, transport, ..default };
         let client = Client::connect(&self.servers, settings).map_err(|error| error.to_string())?;
         let status = client.status().map_err(|error| error.to_string())?;
         let mut out = std::io::stdout().lock();

@@ -230,6 +230,7 @@ pub fn open_sparse_body(spec: &SparseSpec) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::Adagrad;
+    use proptest::prelude::*;
 
     fn spec() -> SparseSpec {
         SparseSpec {
@@ -303,6 +304,32 @@ mod tests {
             let share = |eviction| SparseSpec { shards, shard: 0, eviction, ..spec() }.share().unwrap();
             assert!(share(Some(Eviction::Lru)) * u64::from(shards) >= 1000);
             assert!(share(Some(Eviction::Lru)) <= share(None) && share(None) <= 1000);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_spec_that_was_changed_is_refused_or_read_as_another(
+            changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..6),
+            noise in proptest::collection::vec(any::<u8>(), 0..120),
+        ) {
+            let mut bytes = Writer::default();
+            spec().encode(&mut bytes);
+            let mut bytes = bytes.0;
+            for (at, byte) in changes {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            for bytes in [bytes, noise] {
+                // Whatever it is, it is judged without a panic, and a good one can be told again.
+                if let Ok(spec) = SparseSpec::decode(&mut Reader(&bytes))
+                    && spec.check().is_ok()
+                {
+                    let mut told = Writer::default();
+                    spec.encode(&mut told);
+                    prop_assert_eq!(SparseSpec::decode(&mut Reader(&told.0)), Ok(spec));
+                }
+            }
         }
     }
 }

@@ -26,17 +26,23 @@ impl Mesh {
         Self { mixed: true, public: true, choice, ..Self::new(tcp, vec![better], [], Vec::new()) }
     }
 
-    /// Connects to the process at one of `addresses` and makes it `peer`, by the best wire that both have.
+    /// Connects to the process at one of `addresses`, on `host`, and makes it `peer`, by the best wire that both have.
     ///
     /// # Errors
     /// As [`TcpWire::dial`]; `Timeout` where the other end does not answer a proposal; `Config` where verbs were asked for by
     /// name and cannot be had.
-    pub fn call(&mut self, peer: PeerId, addresses: &[SocketAddr], deadline: Instant) -> Result<(), TransportError> {
+    pub fn call(
+        &mut self,
+        peer: PeerId,
+        host: Option<&str>,
+        addresses: &[SocketAddr],
+        deadline: Instant,
+    ) -> Result<(), TransportError> {
         let choice = self.choice;
         self.better.iter_mut().for_each(|wire| wire.forget(peer));
         self.down.retain(|gone| *gone != peer);
         self.ending.retain(|ending| ending.peer != peer);
-        self.tcp.dial(peer, None, addresses, deadline)?;
+        self.tcp.dial_host(peer, None, host, addresses, deadline)?;
         let (own_boot, other) = (self.tcp.own_identity().boot_id.clone(), self.tcp.identity(peer).cloned());
         let Some(other) = other.filter(|other| other.rdma) else {
             return select::check_verbs(choice, "the other end has no RDMA device");
@@ -153,6 +159,10 @@ impl Mesh {
 /// # Errors
 /// `Config` or `Io` with why there is none.
 pub(crate) fn open_device(config: &Config, local: &[IpAddr]) -> Result<(VerbsWire, String), TransportError> {
+    if config.tls.is_some() {
+        let (setting, reason) = ("GRADWIRE_TLS".to_owned(), select::NO_TLS_OVER_RDMA.to_owned());
+        return Err(TransportError::Config { setting, reason });
+    }
     let (device, reason) = Device::open(&config.verbs, local)?;
     Ok((VerbsWire::new(config, Box::new(device)), reason))
 }
@@ -162,6 +172,7 @@ pub(crate) fn open_device(config: &Config, local: &[IpAddr]) -> Result<(VerbsWir
 /// # Errors
 /// `Config` with the reason, where verbs were asked for by name.
 pub fn open_verbs(config: &Config, local: &[IpAddr]) -> Result<Option<(VerbsWire, String)>, TransportError> {
+    select::check_encryption(config.wire, config.tls.is_some())?;
     if !select::tries_verbs(config.wire, false) {
         return Ok(None);
     }

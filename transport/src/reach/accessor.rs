@@ -89,7 +89,7 @@ impl Accessor {
         let mesh = match verbs {
             Some((verbs, _)) => {
                 let mut mesh = Mesh::meeting(tcp, Box::new(verbs), config.wire);
-                mesh.call(PEER, &addresses, deadline)?;
+                mesh.call(PEER, None, &addresses, deadline)?;
                 mesh
             }
             None => {

@@ -1,9 +1,10 @@
 //! Does: the listening side: connections that come, and what becomes of them.
 
 use super::handshake::{Guest, Me, Progress};
+use super::stream::Stream;
 use crate::hello::{Hello, Identity};
 use crate::{PeerId, TransportError, WorldSize};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 /// Connections that may be in their hello at once; more wait in the kernel's queue.
@@ -30,13 +31,13 @@ pub(super) struct Arrived {
     pub(super) peer: PeerId,
     pub(super) identity: Identity,
     pub(super) address: SocketAddr,
-    pub(super) streams: Vec<TcpStream>,
+    pub(super) streams: Vec<Stream>,
 }
 
 struct Party {
     identity: Identity,
     address: SocketAddr,
-    streams: Vec<Option<TcpStream>>,
+    streams: Vec<Option<Stream>>,
     deadline: Instant,
 }
 
@@ -79,7 +80,7 @@ impl Entrance {
     }
 
     /// Streams of guests, to sleep on.
-    pub(super) fn guest_streams(&self) -> impl Iterator<Item = &TcpStream> {
+    pub(super) fn guest_streams(&self) -> impl Iterator<Item = &Stream> {
         self.guests.iter().map(|guest| &guest.stream)
     }
 

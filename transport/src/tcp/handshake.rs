@@ -1,9 +1,12 @@
 //! Does: the hello on one connection: blocking for who calls, step by step for who listens.
 
+use super::stream::Stream;
+use super::tls::{self, Tls};
 use crate::hello::{Hello, Identity, MAX_RECORD_BYTES, PROOF_BYTES, Side, proof, proves, refused};
 use crate::{TransportError, tcp::options};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The listener's last word.
@@ -12,11 +15,14 @@ const WRONG_TOKEN: u8 = 2;
 const STALE: u8 = 3;
 const FULL: u8 = 4;
 const TAKEN: u8 = 5;
+const SEALED: u8 = 6;
+const OPEN: u8 = 7;
 
 /// What both sides need of this process.
 pub(super) struct Me {
     pub(super) identity: Identity,
     pub(super) token: String,
+    pub(super) tls: Option<Arc<Tls>>,
 }
 
 /// Why a connection that we opened is of no use.
@@ -38,16 +44,37 @@ impl From<io::Error> for CallError {
 /// Opens lane `lane` of `lanes` to `address` and says hello; who answers.
 pub(super) fn call(
     me: &Me,
-    address: SocketAddr,
+    (address, host): (SocketAddr, Option<&str>),
+    wants: u64,
+    lane: (u16, u16),
+    deadline: Instant,
+) -> Result<(Stream, Identity), CallError> {
+    let host = host.map_or_else(|| address.ip().to_canonical().to_string(), str::to_owned);
+    converse(me, (address, &host), wants, lane, deadline).map_err(|error| match (error, &me.tls) {
+        (CallError::Io(error), Some(tls)) => match tls::error_in(&error, address.to_string(), &tls.name_of(&host)) {
+            Some(error) => CallError::Final(error),
+            None => CallError::Io(error),
+        },
+        (error, _) => error,
+    })
+}
+
+fn converse(
+    me: &Me,
+    (address, host): (SocketAddr, &str),
     wants: u64,
     (lane, lanes): (u16, u16),
     deadline: Instant,
-) -> Result<(TcpStream, Identity), CallError> {
+) -> Result<(Stream, Identity), CallError> {
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-    let mut stream = TcpStream::connect_timeout(&address, left)?;
-    options::tune(&stream);
-    stream.set_read_timeout(Some(left))?;
-    stream.set_write_timeout(Some(left))?;
+    let socket = TcpStream::connect_timeout(&address, left)?;
+    options::tune(&socket);
+    socket.set_read_timeout(Some(left))?;
+    socket.set_write_timeout(Some(left))?;
+    let mut stream = Stream::plain(socket);
+    if let Some(tls) = &me.tls {
+        stream.begin_tls(tls.call(host).map_err(CallError::Final)?);
+    }
     let hello = Hello { identity: me.identity.clone(), wants, lane, lanes, challenge: random() }.encode();
     send_record(&mut stream, &hello)?;
     let answer = read_record(&mut stream)?;
@@ -66,9 +93,9 @@ pub(super) fn call(
     if last != [WELCOME] {
         return Err(verdict(last.first().copied().unwrap_or(0), address));
     }
-    stream.set_read_timeout(None)?;
-    stream.set_write_timeout(None)?;
-    stream.set_nonblocking(true)?;
+    stream.socket().set_read_timeout(None)?;
+    stream.socket().set_write_timeout(None)?;
+    stream.socket().set_nonblocking(true)?;
     Ok((stream, told.identity))
 }
 
@@ -80,19 +107,20 @@ fn verdict(word: u8, address: SocketAddr) -> CallError {
             let reason = format!("{address} has this rank already: two processes were started with one rank");
             CallError::Final(TransportError::Config { setting: "rank".to_owned(), reason })
         }
+        SEALED => CallError::Final(tls::wanted(address.to_string())),
         FULL => CallError::Io(io::Error::other("it has as many peers as it may have")),
         other => CallError::Io(io::Error::new(ErrorKind::InvalidData, format!("it answered {other}"))),
     }
 }
 
-fn send_record(stream: &mut TcpStream, record: &[u8]) -> io::Result<()> {
+fn send_record(stream: &mut Stream, record: &[u8]) -> io::Result<()> {
     let length = u16::try_from(record.len()).map_err(|_| ErrorKind::InvalidInput)?;
     let mut out = length.to_le_bytes().to_vec();
     out.extend(record);
     stream.write_all(&out)
 }
 
-fn read_record(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+fn read_record(stream: &mut Stream) -> io::Result<Vec<u8>> {
     let mut length = [0; 2];
     stream.read_exact(&mut length)?;
     let length = usize::from(u16::from_le_bytes(length));
@@ -106,10 +134,12 @@ fn read_record(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 
 /// A connection that somebody opened to us, and that has not finished its hello.
 pub(super) struct Guest {
-    pub(super) stream: TcpStream,
+    pub(super) stream: Stream,
     pub(super) address: SocketAddr,
     pub(super) deadline: Instant,
     buffer: Vec<u8>,
+    /// Whether it is known if it speaks TLS.
+    known: bool,
     greeted: Option<(Hello, Vec<u8>, Vec<u8>)>,
 }
 
@@ -127,7 +157,7 @@ impl Guest {
     pub(super) fn new(stream: TcpStream, address: SocketAddr, deadline: Instant) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         options::tune(&stream);
-        Ok(Self { stream, address, deadline, buffer: Vec::new(), greeted: None })
+        Ok(Self { stream: Stream::plain(stream), address, deadline, buffer: Vec::new(), known: false, greeted: None })
     }
 
     /// Takes what has come.
@@ -140,6 +170,16 @@ impl Guest {
     }
 
     fn step(&mut self, me: &Me) -> io::Result<Progress> {
+        if !self.known {
+            match (self.stream.begins_with_tls()?, &me.tls) {
+                (None, _) => return Ok(Progress::Waiting),
+                (Some(true), Some(tls)) => self.stream.begin_tls(tls.answer()?),
+                (Some(false), None) => {}
+                (Some(true), None) => return self.send_off(OPEN, "it speaks TLS, and this end has no tls-cert"),
+                (Some(false), Some(_)) => return self.send_off(SEALED, "it does not speak TLS: it has no tls-ca"),
+            }
+            self.known = true;
+        }
         if self.greeted.is_none() {
             let Some(record) = self.record()? else { return Ok(Progress::Waiting) };
             let hello = Hello::decode(&record).map_err(|reason| io::Error::new(ErrorKind::InvalidData, reason))?;
@@ -164,8 +204,16 @@ impl Guest {
         Ok(Progress::Gone("its token is wrong".to_owned()))
     }
 
+    /// Tells the guest that it does not speak as this end does.
+    fn send_off(&mut self, word: u8, reason: &str) -> io::Result<Progress> {
+        // Closing with bytes unread would cut off what we say.
+        let _ = self.stream.read(&mut [0; 4096]);
+        self.say(&[word])?;
+        Ok(Progress::Gone(reason.to_owned()))
+    }
+
     /// Lets the guest in.
-    pub(super) fn welcome(mut self) -> io::Result<TcpStream> {
+    pub(super) fn welcome(mut self) -> io::Result<Stream> {
         self.say(&[WELCOME])?;
         Ok(self.stream)
     }

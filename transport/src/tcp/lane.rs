@@ -1,8 +1,8 @@
 //! Does: one TCP connection: the frame that is being written, and what has been read but not yet taken.
 
+use super::stream::Stream;
 use crate::frame::HEADER_BYTES;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
-use std::net::TcpStream;
 
 /// Bytes read ahead: headers and small messages come in one system call, and little of a large one is copied.
 const STAGING_BYTES: usize = 16 << 10;
@@ -27,7 +27,7 @@ pub(super) struct Reading {
 
 /// One connection.
 pub(super) struct Lane<P> {
-    pub(super) stream: TcpStream,
+    pub(super) stream: Stream,
     pub(super) writing: Option<Writing<P>>,
     pub(super) reading: Option<Reading>,
     /// Whether the peer has closed it after its goodbye.
@@ -40,7 +40,7 @@ pub(super) struct Lane<P> {
 }
 
 impl<P> Lane<P> {
-    pub(super) fn new(stream: TcpStream) -> Self {
+    pub(super) fn new(stream: Stream) -> Self {
         let staging = vec![0; STAGING_BYTES].into_boxed_slice();
         Self { stream, writing: None, reading: None, ended: false, drained: false, staging, head: 0, tail: 0 }
     }
@@ -108,7 +108,7 @@ impl<P> Lane<P> {
         match result {
             Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
             Ok(bytes) => {
-                self.drained = bytes < room;
+                self.drained = bytes < room && self.stream.reads_whole();
                 let filled = bytes.min(into.len());
                 self.tail += bytes - filled;
                 Ok(Some(filled))

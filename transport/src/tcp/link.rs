@@ -3,12 +3,12 @@
 use super::incoming::{Incoming, Reply};
 use super::lane::{Lane, Reading, Writing};
 use super::outgoing::{Outgoing, Payload};
+use super::stream::Stream;
 use crate::credit::{Grant, UNASKED_BYTES, UNASKED_WINDOW, Want};
 use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
 use crate::pool::Pool;
 use crate::{Completion, Config, LossCause, PeerId, PeerName, Tag, Traffic, TransportError};
 use std::io::{self, ErrorKind};
-use std::net::TcpStream;
 use std::sync::Arc;
 
 /// Bytes moved on one lane before others get their turn.
@@ -41,7 +41,7 @@ pub(super) struct Portions {
 }
 
 impl Link {
-    pub(super) fn new(peer: PeerId, name: PeerName, streams: Vec<TcpStream>, config: &Config, pool: Arc<Pool>) -> Self {
+    pub(super) fn new(peer: PeerId, name: PeerName, streams: Vec<Stream>, config: &Config, pool: Arc<Pool>) -> Self {
         Self {
             portions: None,
             name,
@@ -65,7 +65,12 @@ impl Link {
 
     /// Whether bytes wait for a socket to take them.
     pub(super) fn wants_to_write(&self) -> bool {
-        !self.outgoing.is_idle() || self.lanes.iter().any(|lane| lane.writing.is_some())
+        !self.outgoing.is_idle() || self.lanes.iter().any(|lane| lane.writing.is_some() || lane.stream.holds_back())
+    }
+
+    /// Whether there may be bytes to read that no socket tells of.
+    pub(super) fn is_ahead(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.stream.is_ahead())
     }
 
     /// Whether operations have ended that nobody has been told of.
@@ -149,6 +154,7 @@ impl Link {
         let mut moved = false;
         for at in 0..self.lanes.len() {
             let mut budget = TURN_BYTES;
+            self.lanes[at].stream.send().map_err(broken)?;
             while budget > 0 {
                 let lane = &mut self.lanes[at];
                 let mut writing = match lane.writing.take() {

@@ -8,9 +8,12 @@ mod lane;
 mod link;
 mod options;
 mod outgoing;
+mod stream;
+mod tls;
 mod wire;
 
 pub use accept::Acceptance;
+pub use tls::{Tls, TlsFiles};
 
 use crate::credit::{Credit, Grant};
 use crate::hello::Identity;
@@ -22,9 +25,10 @@ use link::Link;
 use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use stream::Stream;
 
 /// Longest wait for one address before the next is tried.
 const PER_ADDRESS: Duration = Duration::from_secs(3);
@@ -66,7 +70,7 @@ impl TcpWire {
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| TransportError::io("create an event descriptor", error))?;
         Ok(Self {
-            me: Me { identity: me, token: config.token.clone().unwrap_or_default() },
+            me: Me { identity: me, token: config.token.clone().unwrap_or_default(), tls: config.tls.clone() },
             entrance: Entrance::new(accept),
             links: BTreeMap::new(),
             identities: BTreeMap::new(),
@@ -83,16 +87,17 @@ impl TcpWire {
     /// Listens at `address`; port 0 takes any free port of `config.port_range`. May be called for several addresses.
     ///
     /// # Errors
-    /// `Io` when the address cannot be had.
+    /// `Io` when the address cannot be had; `Config` for TLS without a certificate to show.
     pub fn listen(&mut self, address: SocketAddr) -> Result<SocketAddr, TransportError> {
+        self.config.tls.as_ref().map_or(Ok(()), |tls| tls.check_listening())?;
         self.entrance.listen(address, self.config.port_range)
     }
 
     /// Connects to the process at one of `addresses` and makes it `peer`, trying them again until the deadline.
     ///
     /// # Errors
-    /// `Authentication`; `Unreachable` with all addresses and the last reason. With `expect_nonce`, an address at which
-    /// another process listens is passed over, and named as stale.
+    /// `Authentication`; `Tls` where the ends do not trust each other; `Unreachable` with all addresses and the last reason.
+    /// With `expect_nonce`, an address at which another process listens is passed over, and named as stale.
     pub fn dial(
         &mut self,
         peer: PeerId,
@@ -100,10 +105,25 @@ impl TcpWire {
         addresses: &[SocketAddr],
         deadline: Instant,
     ) -> Result<(), TransportError> {
+        self.dial_host(peer, expect_nonce, None, addresses, deadline)
+    }
+
+    /// As [`TcpWire::dial`], to the process on `host`, whose certificate is to be for that name; `None`: for its address.
+    ///
+    /// # Errors
+    /// As [`TcpWire::dial`].
+    pub fn dial_host(
+        &mut self,
+        peer: PeerId,
+        expect_nonce: Option<u64>,
+        host: Option<&str>,
+        addresses: &[SocketAddr],
+        deadline: Instant,
+    ) -> Result<(), TransportError> {
         let mut reason = "no address is known".to_owned();
         loop {
             for &address in addresses {
-                match self.dial_one(peer, expect_nonce.unwrap_or(0), address, deadline) {
+                match self.dial_one(peer, expect_nonce.unwrap_or(0), (address, host), deadline) {
                     Ok(()) => return Ok(()),
                     Err(CallError::Final(error)) => return Err(error),
                     Err(CallError::Stale) => reason = format!("{address}: the process wanted is no longer there"),
@@ -130,7 +150,7 @@ impl TcpWire {
 
     /// The addresses by which this process reaches its peers, each once.
     pub fn local_addresses(&self) -> Vec<IpAddr> {
-        let streams = self.links.values().flat_map(|link| link.lanes.first()).map(|lane| &lane.stream);
+        let streams = self.links.values().flat_map(|link| link.lanes.first()).map(|lane| lane.stream.socket());
         let mut all: Vec<IpAddr> =
             streams.filter_map(|stream| stream.local_addr().ok()).map(|at| at.ip().to_canonical()).collect();
         all.sort_unstable();
@@ -143,13 +163,19 @@ impl TcpWire {
         self.entrance.addresses()
     }
 
-    fn dial_one(&mut self, peer: PeerId, wants: u64, address: SocketAddr, deadline: Instant) -> Result<(), CallError> {
+    fn dial_one(
+        &mut self,
+        peer: PeerId,
+        wants: u64,
+        (address, host): (SocketAddr, Option<&str>),
+        deadline: Instant,
+    ) -> Result<(), CallError> {
         let deadline = deadline.min(Instant::now() + PER_ADDRESS);
         let lanes = u16::try_from(self.config.lanes.clamp(1, 64)).unwrap_or(1);
         let mut streams = Vec::new();
         let mut told = None;
         for lane in 0..lanes {
-            let (stream, identity) = handshake::call(&self.me, address, wants, (lane, lanes), deadline)?;
+            let (stream, identity) = handshake::call(&self.me, (address, host), wants, (lane, lanes), deadline)?;
             streams.push(stream);
             told = Some(identity);
         }
@@ -159,7 +185,7 @@ impl TcpWire {
         Ok(())
     }
 
-    fn install(&mut self, peer: PeerId, identity: Identity, address: SocketAddr, streams: Vec<TcpStream>) {
+    fn install(&mut self, peer: PeerId, identity: Identity, address: SocketAddr, streams: Vec<Stream>) {
         let name = PeerName {
             rank: identity.rank,
             host: identity.host.clone(),

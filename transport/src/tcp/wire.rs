@@ -10,7 +10,6 @@ use crate::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::BorrowedFd;
-use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -93,7 +92,7 @@ impl TcpWire {
         // Who calls again did not hear our welcome in time, and has no other connection to us.
         let taken = |peer: PeerId, who: &Identity| identities.get(&peer).is_some_and(|here| here != who);
         for arrived in self.entrance.advance(&self.me, now, live, taken) {
-            if arrived.streams.iter().all(|stream| stream.set_nonblocking(true).is_ok()) {
+            if arrived.streams.iter().all(|stream| stream.socket().set_nonblocking(true).is_ok()) {
                 self.install(arrived.peer, arrived.identity, arrived.address, arrived.streams);
                 self.pending.push(Completion::PeerUp(arrived.peer));
             }
@@ -108,7 +107,7 @@ impl TcpWire {
         for link in self.links.values() {
             let wants = link.wants_to_write();
             for lane in &link.lanes {
-                let blocked = wants && (lane.writing.is_some() || !link.outgoing.is_idle());
+                let blocked = wants && (lane.writing.is_some() || lane.stream.holds_back() || !link.outgoing.is_idle());
                 let flags = if blocked { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
                 fds.push(PollFd::new(&lane.stream, flags));
             }
@@ -128,7 +127,7 @@ impl TcpWire {
             .map(|link| {
                 let any = ready.by_ref().take(link.lanes.len()).fold(false, |any, ready| any | ready);
                 // A post may have met what had come already, or have been written at once: that is news without a byte.
-                any || link.wants_to_write() || link.has_news()
+                any || link.wants_to_write() || link.has_news() || link.is_ahead()
             })
             .collect()
     }
@@ -136,7 +135,8 @@ impl TcpWire {
     /// Sleeps as [`Wire::park`] does, and until one of `beside` is readable.
     pub(crate) fn park_beside(&mut self, until: Instant, beside: &[BorrowedFd<'_>]) {
         let until = self.entrance.deadline().into_iter().chain(self.credit_deadline()).fold(until, Instant::min);
-        let wait = until.saturating_duration_since(Instant::now());
+        let ahead = self.config.tls.is_some() && self.links.values().any(|link| link.is_ahead());
+        let wait = if ahead { Duration::ZERO } else { until.saturating_duration_since(Instant::now()) };
         let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
         let mut fds = self.poll_fds();
         fds.extend(beside.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)));
@@ -272,10 +272,8 @@ impl Wire for TcpWire {
             done.clear();
             self.park(until.min(Instant::now() + Duration::from_millis(10)));
         }
-        let lanes = || self.links.values().flat_map(|link| &link.lanes);
-        for lane in lanes() {
-            // Already gone: nothing to close.
-            let _ = lane.stream.shutdown(Shutdown::Write);
+        for lane in self.links.values_mut().flat_map(|link| &mut link.lanes) {
+            lane.stream.end_writing();
         }
         // Closing with bytes unread would cut off what we sent last; a peer that reads our goodbye closes its end.
         let until = until.min(Instant::now() + LINGER);

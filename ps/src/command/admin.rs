@@ -1,0 +1,124 @@
+//! Does: answers `/metrics`, `/healthz` and `/readyz` at the admin address, on a thread of its own.
+
+use super::metrics;
+use gradwire_ps::{Monitor, Report};
+use hyper::body::Incoming;
+use hyper::header::CONTENT_TYPE;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::net::TcpListener;
+
+/// Connections at once: probes and a few scrapers. More wait in the kernel's queue.
+const CONNECTIONS: usize = 32;
+/// Time for a request and its answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Time for a shard to answer: its longest turn takes milliseconds.
+const SHARD_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What the admin address tells of.
+struct House {
+    monitors: Vec<Monitor>,
+    ready: Arc<AtomicBool>,
+}
+
+/// Begins to answer at `listen`; where that is. `ready`: whether clients may come.
+pub(crate) fn start(listen: SocketAddr, monitors: Vec<Monitor>, ready: Arc<AtomicBool>) -> std::io::Result<SocketAddr> {
+    let listener = std::net::TcpListener::bind(listen)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    let house = Arc::new(House { monitors, ready });
+    let serve = move || {
+        let served = runtime.block_on(serve(listener, house));
+        tracing::error!(error = ?served.err(), "the admin address is closed");
+    };
+    // It ends with the process: there is nothing to keep.
+    std::thread::Builder::new().name("gradwire-admin".to_owned()).spawn(serve)?;
+    Ok(address)
+}
+
+async fn serve(listener: std::net::TcpListener, house: Arc<House>) -> std::io::Result<()> {
+    let listener = TcpListener::from_std(listener)?;
+    let guests = Arc::new(());
+    loop {
+        // Each connection holds a share of `guests`.
+        while Arc::strong_count(&guests) > CONNECTIONS {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let (stream, _) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // No descriptors, most likely: they come back when connections end.
+                tracing::warn!(%error, "an admin connection could not be taken");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (house, guest) = (Arc::clone(&house), Arc::clone(&guests));
+        // Not spawned as a task that others could starve: all of them share this thread.
+        tokio::task::spawn(async move {
+            let answer = service_fn(|request| {
+                let house = Arc::clone(&house);
+                async move { Ok::<_, Infallible>(house.answer(&request)) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .keep_alive(false)
+                .max_headers(64)
+                .serve_connection(TokioIo::new(stream), answer);
+            // Whoever does not take its answer does not get it.
+            let _ = tokio::time::timeout(PATIENCE, connection).await;
+            drop(guest);
+        });
+    }
+}
+
+impl House {
+    fn answer(&self, request: &Request<Incoming>) -> Response<String> {
+        if request.method() != Method::GET && request.method() != Method::HEAD {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n".to_owned());
+        }
+        match request.uri().path() {
+            "/metrics" => {
+                let mut response = text(StatusCode::OK, metrics::to_text(&self.reports()));
+                let kind = "text/plain; version=0.0.4; charset=utf-8".parse().expect("it is a header's value");
+                response.headers_mut().insert(CONTENT_TYPE, kind);
+                response
+            }
+            "/healthz" => self.health(true),
+            "/readyz" => self.health(self.ready.load(Ordering::Acquire)),
+            _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz\n".to_owned()),
+        }
+    }
+
+    fn reports(&self) -> Vec<Option<Report>> {
+        self.monitors.iter().map(|monitor| monitor.report(SHARD_PATIENCE)).collect()
+    }
+
+    fn health(&self, ready: bool) -> Response<String> {
+        let silent: Vec<String> = (0..)
+            .zip(self.reports())
+            .filter(|(_, report)| report.is_none())
+            .map(|(n, _): (u32, _)| n.to_string())
+            .collect();
+        if !silent.is_empty() {
+            return text(StatusCode::SERVICE_UNAVAILABLE, format!("no answer from shard {}\n", silent.join(", ")));
+        }
+        if ready {
+            text(StatusCode::OK, "ok\n".to_owned())
+        } else {
+            text(StatusCode::SERVICE_UNAVAILABLE, "stopping\n".to_owned())
+        }
+    }
+}
+
+fn text(status: StatusCode, body: String) -> Response<String> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response
+}

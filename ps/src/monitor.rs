@@ -1,0 +1,71 @@
+//! Does: asks a running server for its report, from another thread: the server answers between two turns.
+
+use crate::gauges::Report;
+use gradwire_transport::Wake;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// A server, as others see it.
+#[derive(Clone)]
+pub struct Monitor {
+    questions: Arc<Questions>,
+    waker: Arc<dyn Wake>,
+}
+
+impl Monitor {
+    pub(crate) fn new(questions: Arc<Questions>, waker: Arc<dyn Wake>) -> Self {
+        Self { questions, waker }
+    }
+
+    /// What the server tells; `None` where it does not answer within `patience`, or has stopped.
+    pub fn report(&self, patience: Duration) -> Option<Report> {
+        let answer = self.questions.ask()?;
+        self.waker.wake();
+        answer.recv_timeout(patience).ok()
+    }
+}
+
+/// Who waits for a report.
+#[derive(Default)]
+pub(crate) struct Questions {
+    any: AtomicBool,
+    senders: Mutex<Option<Vec<Sender<Report>>>>,
+}
+
+/// Most who may wait at once; beyond, nobody is listening any more.
+const MOST: usize = 64;
+
+impl Questions {
+    /// From now on questions are answered.
+    pub(crate) fn open(&self) {
+        self.locked().get_or_insert_default();
+    }
+
+    /// Nobody is answered any more.
+    pub(crate) fn close(&self) {
+        *self.locked() = None;
+    }
+
+    /// Those who wait, where there are any: costs one look at a flag otherwise.
+    pub(crate) fn take(&self) -> Vec<Sender<Report>> {
+        if !self.any.load(Ordering::Relaxed) || !self.any.swap(false, Ordering::Acquire) {
+            return Vec::new();
+        }
+        self.locked().as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn ask(&self) -> Option<Receiver<Report>> {
+        let (sender, receiver) = channel();
+        let mut locked = self.locked();
+        let senders = locked.as_mut().filter(|senders| senders.len() < MOST)?;
+        senders.push(sender);
+        self.any.store(true, Ordering::Release);
+        Some(receiver)
+    }
+
+    fn locked(&self) -> std::sync::MutexGuard<'_, Option<Vec<Sender<Report>>>> {
+        self.senders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,69 @@
+//! Does: runs the binary for tests, as a user does.
+#![allow(dead_code)] // Not every test needs all of it.
+
+use std::io::{BufRead, BufReader, Lines, Read};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The binary with these arguments, without what the environment says.
+pub fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
+    command.args(arguments);
+    for name in std::env::vars().map(|(name, _)| name).filter(|name| name.starts_with("GRADWIRE_")) {
+        command.env_remove(name);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// A running server, killed when the test fails before its end.
+pub struct Running {
+    pub child: Child,
+    pub addresses: Vec<String>,
+    /// What it prints next.
+    pub lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Running {
+    pub fn start(shards: usize, arguments: &[&str]) -> Self {
+        let shards_text = shards.to_string();
+        let mut all = vec!["serve", "--shards", &shards_text, "--json"];
+        all.extend(arguments);
+        let mut child = command(&all).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let addresses = (0..shards).map(|shard| {
+            let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+            assert_eq!(line["shard"], shard);
+            line["address"].as_str().unwrap().to_owned()
+        });
+        let addresses = addresses.collect();
+        Self { child, addresses, lines }
+    }
+
+    pub fn signal(&self, name: &str) {
+        assert!(Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    /// Waits for its end; its exit code, how long it took, and its log.
+    pub fn end(&mut self) -> (Option<i32>, Duration, String) {
+        let begun = Instant::now();
+        let mut log = String::new();
+        // The log ends with the process.
+        self.child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+        (self.child.wait().unwrap().code(), begun.elapsed(), log)
+    }
+
+    /// Processor time used so far, in ticks of 10 ms.
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

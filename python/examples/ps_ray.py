@@ -1,0 +1,62 @@
+"""Trains the network of ddp_digits.py with Ray: an actor holds the parameter servers, and one a worker trains.
+
+    pip install ray && python python/examples/ps_ray.py --server target/release/gradwire-ps
+
+Untested: Ray is not among what this project's tests install. What it runs on the servers is what ps_torchrun.py runs.
+
+Ray places the actors wherever the cluster has room; the servers listen at the address that Ray knows their node by.
+"""
+
+import argparse
+import secrets
+
+import ray
+from ps_torchrun import start_servers, train
+
+import gradwire
+
+
+@ray.remote(num_cpus=1)
+class Servers:
+    """The process with the servers, as long as this actor lives."""
+
+    def __init__(self, binary, shards, token):
+        host = ray.util.get_node_ip_address()
+        self._process, self._addresses = start_servers(binary, shards, token, host)
+
+    def addresses(self):
+        return self._addresses
+
+    def stop(self):
+        self._process.terminate()
+        return self._process.wait(timeout=10)
+
+
+@ray.remote(num_cpus=1)
+def work(addresses, token, rank, size, epochs):
+    """One worker: how much of the held-out digits it gets right in the end."""
+    with gradwire.connect(addresses, token=token, rank=rank) as client:
+        return train(client, rank, size, epochs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="gradwire-ps", help="the binary, on the servers' node")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=8)
+    arguments = parser.parse_args()
+
+    ray.init()
+    token = secrets.token_hex(32)
+    servers = Servers.remote(arguments.server, arguments.shards, token)
+    addresses = ray.get(servers.addresses.remote())
+    size = arguments.workers
+    right = ray.get([work.remote(addresses, token, rank, size, arguments.epochs) for rank in range(size)])
+    print(f"{size} workers, {len(addresses)} servers: held-out accuracy {right[0]:.1%}")
+    ray.get(servers.stop.remote())
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+//! Does: the bytes of one connection: those of its socket, or sealed by TLS. Which of both is decided once, when it is made.
+
+use rustix::fd::{AsFd, BorrowedFd};
+use rustls::Connection;
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::net::{Shutdown, TcpStream};
+
+/// Sealed bytes that wait for the socket: four records, so that a large write fills the socket in one go.
+const SEALED_BYTES: usize = 64 << 10;
+
+/// One connection.
+pub(super) struct Stream {
+    socket: TcpStream,
+    seal: Option<Box<Seal>>,
+}
+
+/// TLS over it.
+struct Seal {
+    session: Connection,
+    /// Whether the last read found bytes: there may be more that the socket knows nothing of.
+    ahead: bool,
+}
+
+impl Stream {
+    pub(super) fn plain(socket: TcpStream) -> Self {
+        Self { socket, seal: None }
+    }
+
+    /// From now on all bytes are those of `session`.
+    pub(super) fn begin_tls(&mut self, mut session: Connection) {
+        session.set_buffer_limit(Some(SEALED_BYTES));
+        self.seal = Some(Box::new(Seal { session, ahead: false }));
+    }
+
+    /// The socket itself, for its options and addresses.
+    pub(super) fn socket(&self) -> &TcpStream {
+        &self.socket
+    }
+
+    /// Whether a read that fills less than it may means that nothing is left to read.
+    pub(super) fn reads_whole(&self) -> bool {
+        self.seal.is_none()
+    }
+
+    /// Whether there may be bytes to read though the socket has none.
+    pub(super) fn is_ahead(&self) -> bool {
+        self.seal.as_ref().is_some_and(|seal| seal.ahead)
+    }
+
+    /// Whether bytes that were taken still wait for the socket.
+    pub(super) fn holds_back(&self) -> bool {
+        self.seal.as_ref().is_some_and(|seal| seal.session.wants_write())
+    }
+
+    /// Moves bytes that were taken into the socket, as far as it takes them now.
+    pub(super) fn send(&mut self) -> io::Result<()> {
+        self.seal.as_mut().map_or(Ok(()), |seal| seal.send(&mut self.socket))
+    }
+
+    /// Tells the peer that nothing more will come.
+    pub(super) fn end_writing(&mut self) {
+        if let Some(seal) = &mut self.seal {
+            seal.session.send_close_notify();
+            // As below.
+            let _ = seal.send(&mut self.socket);
+        }
+        // Already gone: nothing to close.
+        let _ = self.socket.shutdown(Shutdown::Write);
+    }
+
+    /// What a connection begins with: whether it is TLS; `None`: too little has come to tell.
+    pub(super) fn begins_with_tls(&self) -> io::Result<Option<bool>> {
+        let mut begin = [0; 2];
+        match self.socket.peek(&mut begin) {
+            Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
+            Ok(1) => Ok(None),
+            Ok(_) => Ok(Some(begin == TLS_HANDSHAKE)),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The first bytes of a TLS connection: a record of the handshake. No hello of ours is as long as that would make it.
+const TLS_HANDSHAKE: [u8; 2] = [0x16, 0x03];
+
+impl Seal {
+    fn send(&mut self, socket: &mut TcpStream) -> io::Result<()> {
+        while self.session.wants_write() {
+            match self.session.write_tls(socket) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, socket: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.session.reader().read(into) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.ahead = false,
+                result => {
+                    self.ahead = result.is_ok();
+                    return result;
+                }
+            }
+            // While hands are shaken, an answer comes to what we have said.
+            self.send(socket)?;
+            self.session.read_tls(socket)?;
+            let opened = self.session.process_new_packets();
+            // Also after a failure: the peer is told why.
+            let sent = self.send(socket);
+            opened.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+            sent?;
+        }
+    }
+
+    fn write(&mut self, socket: &mut TcpStream, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut taken = self.session.writer().write_vectored(bytes)?;
+        self.send(socket)?;
+        if taken == 0 {
+            taken = self.session.writer().write_vectored(bytes)?;
+            self.send(socket)?;
+        }
+        let full = taken == 0 && bytes.iter().any(|slice| !slice.is_empty());
+        if full { Err(ErrorKind::WouldBlock.into()) } else { Ok(taken) }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match &mut self.seal {
+            None => self.socket.read(into),
+            Some(seal) => seal.read(&mut self.socket, into),
+        }
+    }
+
+    fn read_vectored(&mut self, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        match &mut self.seal {
+            None => self.socket.read_vectored(into),
+            Some(seal) => match into.iter_mut().find(|slice| !slice.is_empty()) {
+                Some(first) => seal.read(&mut self.socket, first),
+                None => Ok(0),
+            },
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.seal {
+            None => self.socket.write(bytes),
+            Some(seal) => seal.write(&mut self.socket, &[IoSlice::new(bytes)]),
+        }
+    }
+
+    fn write_vectored(&mut self, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
+        match &mut self.seal {
+            None => self.socket.write_vectored(bytes),
+            Some(seal) => seal.write(&mut self.socket, bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.send()
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
