@@ -3,8 +3,7 @@
 
 use gradwire_ps::shard::Shard;
 use gradwire_ps::{
-    Client, ClientSettings, Combine, DType, Dialer, Limits, Mode, PsError, Server, Stopper, TableOptions,
-    UpdateRule,
+    Client, ClientSettings, Combine, DType, Dialer, Limits, Mode, PsError, Server, Stopper, TableOptions, UpdateRule,
 };
 use gradwire_transport::verbs::Fabric;
 use gradwire_transport::{Acceptance, Config, Identity, Mesh, Region, TcpWire, VerbsWire, WireChoice};
