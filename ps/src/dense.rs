@@ -64,6 +64,9 @@ pub(crate) struct Part {
     waits: Vec<Wait>,
     parked: Vec<nearness::Parked>,
     init_claim: u64,
+    /// The clock at which an image is wanted, and the image once it is taken.
+    cut_at: Option<u64>,
+    cut: Option<Box<image::PartImage>>,
 }
 
 /// How a clock's sum is applied.
@@ -323,7 +326,8 @@ impl Part {
             Mode::Async => Order::Arrival { windows: HashMap::new(), applied: 0 },
         };
         let values = values::new(spec.dtype, &spec.rule, elements);
-        Self { keys, values, order, held: Vec::new(), waits: Vec::new(), parked: Vec::new(), init_claim: 0 }
+        let (held, waits, parked) = (Vec::new(), Vec::new(), Vec::new());
+        Self { keys, values, order, held, waits, parked, init_claim: 0, cut_at: None, cut: None }
     }
 
     fn waiting(&self) -> usize {
@@ -397,6 +401,9 @@ impl Part {
             let clock = ledger.completed() + 1;
             self.values.apply(&(apply.rule_at)(clock), clock, apply.divisor, source);
             ledger.advance();
+            if self.cut_at == Some(clock) {
+                self.take_image();
+            }
             // Before the next clock can be applied: who waits for this one reads this one.
             self.answer_ready(out);
         } else if verdict == Verdict::Begin {

@@ -62,6 +62,8 @@ pub enum Kind {
     SparsePull = 14,
     /// Asks which ids were evicted, from the number in the clock's place on.
     Evicted = 15,
+    /// Writes a checkpoint: which, and at which clocks, is in the body; answered with its bytes once it is written.
+    Snapshot = 40,
     /// Done, nothing to tell.
     Done = 64,
     /// Refused: the status says why, the body with what.
@@ -71,7 +73,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 19] = [
         Self::Hello,
         Self::Open,
         Self::ClaimInit,
@@ -87,6 +89,7 @@ impl Kind {
         Self::SparsePush,
         Self::SparsePull,
         Self::Evicted,
+        Self::Snapshot,
         Self::Done,
         Self::Refused,
         Self::Later,

@@ -2,12 +2,14 @@
 
 mod body;
 mod bounded;
+mod checkpoint;
 mod client;
 mod dense;
 mod dial;
 mod dtype;
 mod error;
 pub mod header;
+mod keeper;
 mod kernel;
 mod key;
 mod local;
@@ -25,14 +27,18 @@ mod spec;
 pub mod staleness;
 pub mod state;
 mod status;
+mod storage;
 mod update_rule;
 mod values;
 
 pub use body::BadBody;
-pub use client::{Client, ClientSettings, DenseTable, Done, OnDone, Pending, SparseOptions, SparseTable, TableOptions};
+pub use client::{
+    Checkpoint, Client, ClientSettings, DenseTable, Done, OnDone, Pending, SparseOptions, SparseTable, TableOptions,
+};
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;
+pub use keeper::Checkpoints;
 pub use key::{KeyRange, MAX_NAME_BYTES, TableId};
 pub use local::LocalServers;
 pub use recovery::Recovery;

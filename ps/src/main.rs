@@ -22,6 +22,8 @@ enum Command {
     Serve(command::serve::Serve),
     /// Prints what running servers hold, and who is connected
     Status(command::status::Status),
+    /// Makes running servers write a checkpoint, once or again and again
+    Snapshot(command::snapshot::Snapshot),
 }
 
 const EXAMPLES: &str = "\
@@ -37,12 +39,17 @@ Examples:
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000 --json
 
+  Keep checkpoints, begin with the latest one, and write one now:
+      gradwire-ps serve --shards 2 --checkpoint-dir /data/run1 --checkpoint-every 10m --restore latest
+      gradwire-ps snapshot --servers 127.0.0.1:PORT,127.0.0.1:PORT
+
 `gradwire-ps serve --help` explains every flag. Stop a server with Ctrl-C or SIGTERM.";
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Serve(serve) => serve.run(),
         Command::Status(status) => status.run(),
+        Command::Snapshot(snapshot) => snapshot.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

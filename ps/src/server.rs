@@ -1,6 +1,7 @@
 //! Does: serves one shard over a wire, on the thread that runs it. Sleeps while nobody asks.
 
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
+use crate::keeper::{Checkpoints, Keeper};
 use crate::protocol::{
     INLINE_BYTES, PAYLOAD, PAYLOAD_BYTES, POSTED_PAYLOADS, POSTED_REQUESTS, POSTED_SENDS, REPLY, REQUEST,
     REQUEST_BYTES, check_lengths, value,
@@ -36,6 +37,8 @@ pub struct ServerSettings {
     pub insecure: bool,
     /// What it may hold.
     pub limits: Limits,
+    /// Where checkpoints are kept. Default: nowhere, and who asks for one is refused.
+    pub checkpoints: Option<Checkpoints>,
     /// Settings of the wire; its token is set from `token`.
     pub transport: Config,
 }
@@ -51,6 +54,7 @@ impl Default for ServerSettings {
             token: None,
             insecure: false,
             limits: Limits::default(),
+            checkpoints: None,
             transport,
         }
     }
@@ -91,6 +95,7 @@ pub struct Server {
     done: Vec<Completion>,
     stop: Arc<AtomicBool>,
     spin_turns: u32,
+    keeper: Option<Keeper>,
 }
 
 impl Server {
@@ -99,6 +104,15 @@ impl Server {
     /// # Errors
     /// `Invalid` off loopback without a token; `Transport` when the address cannot be had.
     pub fn bind(settings: ServerSettings) -> Result<Self, PsError> {
+        let shard = Shard::new(settings.limits.clone(), dial::random()?);
+        Self::bind_with(settings, shard)
+    }
+
+    /// Listens, with what `shard` holds.
+    ///
+    /// # Errors
+    /// As [`Server::bind`].
+    pub fn bind_with(settings: ServerSettings, shard: Shard) -> Result<Self, PsError> {
         let token = settings.token.filter(|token| !token.is_empty());
         if !settings.listen.ip().is_loopback() && token.is_none() && !settings.insecure {
             let reason = "off loopback everybody who reaches the port could read and change the tables: \
@@ -106,9 +120,10 @@ impl Server {
             return Err(PsError::invalid(format!("listening at {}", settings.listen), reason));
         }
         let config = Config { token, ..settings.transport };
-        let instance = dial::random()?;
-        let (wire, address) = dial::listener(&config, settings.listen, (instance, settings.limits.clients))?;
-        Ok(Self::on(wire, address, Shard::new(settings.limits, instance), config.spin_turns))
+        let who = (shard.instance(), settings.limits.clients);
+        let (wire, address) = dial::listener(&config, settings.listen, who)?;
+        let keeper = settings.checkpoints.map(|kept| Keeper::start(&kept, wire.waker())).transpose()?;
+        Ok(Self { keeper, ..Self::on(wire, address, shard, config.spin_turns) })
     }
 
     /// Serves `shard` on `wire`, which accepts peers by itself.
@@ -123,6 +138,7 @@ impl Server {
             done: Vec::new(),
             stop: Arc::new(AtomicBool::new(false)),
             spin_turns,
+            keeper: None,
         }
     }
 
@@ -168,6 +184,10 @@ impl Server {
             self.complete(completion, now);
         }
         self.done = done;
+        if let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.under_way > 0) {
+            keeper.answers(&mut self.actions);
+            self.act();
+        }
         if !self.outbox.is_empty() {
             self.actions.extend(self.outbox.drain(..));
             self.act();
@@ -286,6 +306,13 @@ impl Server {
                     }
                 }
                 Action::Close { peer, reason } => self.close(peer, reason),
+                Action::Store { to, header, cut } => match &mut self.keeper {
+                    Some(keeper) => keeper.store(to, header, cut),
+                    None => {
+                        let why = "no folder is known: start the servers with --checkpoint-dir".to_owned();
+                        self.outbox.push_back(Shard::stored((to, header), Err(why)));
+                    }
+                },
                 Action::Status { to, mut header } => {
                     let body = self.status(usize::try_from(header.keys.start).unwrap_or(usize::MAX));
                     header.flags = FLAG_INLINE;

@@ -1,6 +1,12 @@
 //! Pure: one shard of the parameter server. A request and its payload go in, what is to be sent comes out.
 
 mod image;
+mod limits;
+mod snapshot;
+
+pub use limits::Limits;
+pub(crate) use snapshot::CLOCK;
+pub use snapshot::Cut;
 
 use crate::body::{Reader, Writer};
 use crate::dense::{Answer, Init, Table, Wait};
@@ -18,36 +24,6 @@ use std::time::{Duration, Instant};
 
 /// Evicted ids in one answer.
 pub(crate) const MOST_EVICTED: usize = 1 << 14;
-
-/// What one shard may hold.
-#[derive(Clone, Debug)]
-pub struct Limits {
-    /// Bytes in tables and waiting contributions. Default 8 GiB.
-    pub memory_bytes: u64,
-    /// Tables. Default 65,536.
-    pub tables: usize,
-    /// Clients known at once; those long gone make room. Default 4,096.
-    pub clients: usize,
-    /// Requests of all clients that may wait on one part of a table, so that nobody fills the memory by asking. Default 65,536.
-    pub waiting: usize,
-    /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
-    pub patience: Duration,
-    /// Copies of the shard that its cluster keeps beside the first. Default 0.
-    pub replicas: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            memory_bytes: 8 << 30,
-            tables: 1 << 16,
-            clients: 4096,
-            waiting: 1 << 16,
-            patience: Duration::from_secs(3600),
-            replicas: 0,
-        }
-    }
-}
 
 /// Something to be done by whoever drives the shard.
 #[derive(Debug)]
@@ -77,6 +53,15 @@ pub enum Action {
         /// Why.
         reason: String,
     },
+    /// Store this, and tell how many bytes it took.
+    Store {
+        /// Whom to tell.
+        to: PeerId,
+        /// The request.
+        header: Header,
+        /// What to store.
+        cut: Box<Cut>,
+    },
     /// Send what [`Shard::status`] tells, with the traffic of the connections.
     Status {
         /// To whom.
@@ -97,6 +82,8 @@ pub struct Shard {
     pub(crate) memory: Memory,
     shelf: Shelf,
     answers: Vec<Answer>,
+    awaited: Option<snapshot::Awaited>,
+    restored: bool,
 }
 
 impl Shard {
@@ -111,6 +98,8 @@ impl Shard {
             sparse: BTreeMap::new(),
             shelf: Shelf::default(),
             answers: Vec::new(),
+            awaited: None,
+            restored: false,
             limits,
         }
     }
@@ -124,6 +113,9 @@ impl Shard {
         let wait = Wait { to: from, header: *header, until: now + patience };
         if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, now, out)) {
             refuse(from, header, &refusal, out);
+        }
+        if self.awaited.is_some() {
+            self.finish_snapshot(now, out);
         }
         for answer in self.answers.drain(..) {
             match answer {
@@ -171,6 +163,7 @@ impl Shard {
             Kind::OpenSparse => self.open_sparse(wait, payload, now, out),
             Kind::SparsePush | Kind::SparsePull => self.sparse_data(wait, payload, now, out),
             Kind::Evicted => self.evicted(wait, out),
+            Kind::Snapshot => self.snapshot(wait, payload, now, out),
             Kind::SetRate => {
                 let rate = payload.try_into().map(f64::from_le_bytes);
                 let rate =
@@ -204,6 +197,7 @@ impl Shard {
         let mut reply = header.reply(Kind::Done);
         reply.epoch = self.epoch;
         reply.clock = self.instance;
+        reply.status = self.restored.into();
         reply.keys.end = reply.keys.start.saturating_add(MAX_PART_BYTES as u64);
         out.push(Action::Reply { to: wait.to, header: reply, body: Vec::new() });
         Ok(())
@@ -405,6 +399,7 @@ impl Shard {
 
     /// Refuses what has waited too long. Cheap while nothing waits; to be called some times a second.
     pub fn expire(&mut self, now: Instant, out: &mut Vec<Action>) {
+        self.expire_snapshot(now, out);
         let mut late = |wait: Wait, refusal: Refusal| refuse(wait.to, &wait.header, &refusal, out);
         self.members.expire(now, &mut late);
         let memory = &mut self.memory;

@@ -7,8 +7,8 @@ use gradwire_ps::shard::{Action, Limits, Shard};
 use gradwire_ps::shard_map::{MAX_PART_BYTES, parts};
 use gradwire_ps::state::{BadState, Builder, MAX_CHUNK_BYTES};
 use gradwire_ps::{
-    Adagrad, Adam, Combine, DType, Epoch, Eviction, Ftrl, Initializer, KeyRange, Mode, Sgd, ShardMap, SparseSpec,
-    TableSpec, UpdateRule, open_body, open_sparse_body, shard_of,
+    Adagrad, Adam, Combine, DType, Epoch, Eviction, Ftrl, Initializer, KeyRange, Mode, Recovery, Sgd, ShardMap,
+    SparseSpec, TableSpec, UpdateRule, open_body, open_sparse_body, shard_of,
 };
 use gradwire_transport::PeerId;
 use proptest::prelude::*;
@@ -53,6 +53,7 @@ fn dense(rule: UpdateRule, mode: Mode, dtype: DType) -> TableSpec {
         shards: 1,
         shard: 0,
         part_elements: 3,
+        recovery: Recovery::None,
     }
 }
 
@@ -71,6 +72,7 @@ fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>, admission: u
         admission,
         shards: 1,
         shard: 0,
+        recovery: Recovery::None,
     }
 }
 
@@ -102,7 +104,8 @@ impl Driven {
     fn step(&mut self, pick: &Pick, (dense, sparse): (&TableSpec, &SparseSpec)) -> Vec<String> {
         self.now += Duration::from_millis(pick.pause_ms);
         let client = pick.client;
-        let keys = if pick.number % 2 == 0 { KeyRange { start: 0, end: 3 } } else { KeyRange { start: 3, end: 5 } };
+        let keys =
+            if pick.number.is_multiple_of(2) { KeyRange { start: 0, end: 3 } } else { KeyRange { start: 3, end: 5 } };
         let call = header(Kind::Push, client, pick.clock);
         let on_dense = Header { table: dense.id(), keys, dtype: Some(dense.dtype), clock: pick.clock, ..call };
         match pick.what {
@@ -117,7 +120,7 @@ impl Driven {
             }
             3 | 4 => {
                 let ids = ids(pick.number);
-                let parts = 1 + u32::from(pick.number % 3 == 0);
+                let parts = 1 + u32::from(pick.number.is_multiple_of(3));
                 let part = u32::from(pick.number) / 3 % parts;
                 let mut payload: Vec<u8> = [part, parts].into_iter().flat_map(u32::to_le_bytes).collect();
                 payload.extend(ids.iter().flat_map(|id| id.to_le_bytes()));

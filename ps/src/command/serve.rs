@@ -1,13 +1,15 @@
 //! Does: `gradwire-ps serve`: starts the shards, says where they are, stops on a signal.
 
+use super::snapshot::Periodic;
 use super::wire::Wires;
-use super::{Token, parse_bytes, show_bytes};
+use super::{Token, parse_bytes, parse_duration, show_bytes};
 use clap::Args;
-use gradwire_ps::{Limits, LocalServers, ServerSettings};
+use gradwire_ps::{Checkpoints, Limits, LocalServers, ServerSettings};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::net::SocketAddr;
+use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
 
 /// Flags of `serve`.
@@ -33,6 +35,18 @@ pub(crate) struct Serve {
     /// Listen off loopback without a token: everybody who reaches the port may read and change every table
     #[arg(long)]
     insecure: bool,
+    /// Folder to keep checkpoints in, as a path or a file:// address. Servers of one map on several hosts need one that all see
+    #[arg(long, value_name = "FOLDER")]
+    checkpoint_dir: Option<String>,
+    /// Write a checkpoint so often, such as 30s, 10m or 1h; only where all shards are served here. Others: `snapshot --every`
+    #[arg(long, value_parser = parse_duration, value_name = "TIME", requires = "checkpoint_dir")]
+    checkpoint_every: Option<Duration>,
+    /// Whole checkpoints to keep
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    checkpoint_keep: u16,
+    /// Begin with a checkpoint, `latest` or its name, at any number of shards. `latest` begins empty where there is none yet
+    #[arg(long, value_name = "NAME", requires = "checkpoint_dir")]
+    restore: Option<String>,
     /// How much to log to standard error: off, error, warn, info, debug or trace
     #[arg(long, env = "GRADWIRE_LOG", default_value = "info", value_name = "LEVEL")]
     log: LevelFilter,
@@ -49,22 +63,42 @@ impl Serve {
         let memory = self.max_memory.unwrap_or_else(half_of_memory);
         let limits =
             Limits { memory_bytes: memory / u64::from(self.shards), clients: self.max_clients, ..Limits::default() };
+        let keep = usize::from(self.checkpoint_keep);
+        let checkpoints = self.checkpoint_dir.clone().map(|place| Checkpoints { place, keep });
         let settings = ServerSettings {
             listen: self.listen,
             token: self.token.read()?,
             insecure: self.insecure,
             limits,
+            checkpoints,
             transport: self.wires.config(ServerSettings::default().transport)?,
         };
         let secured = settings.token.is_some();
-        let servers = LocalServers::start(self.shards, settings).map_err(|error| error.to_string())?;
+        let token = settings.token.clone();
+        let servers = self.start(settings)?;
         self.announce(servers.addresses()).map_err(|error| format!("writing the addresses: {error}"))?;
         tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, "serving");
+        let periodic =
+            self.checkpoint_every.map(|every| Periodic::start(servers.addresses(), token, every)).transpose()?;
         let signal = signals.forever().next();
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");
+        drop(periodic);
         servers.stop();
         tracing::info!("stopped");
         Ok(())
+    }
+
+    fn start(&self, settings: ServerSettings) -> Result<LocalServers, String> {
+        let Some(which) = &self.restore else {
+            return LocalServers::start(self.shards, settings).map_err(|error| error.to_string());
+        };
+        let name = Some(which.as_str()).filter(|&which| which != "latest");
+        let restored = LocalServers::restore(self.shards, settings, name).map_err(|error| error.to_string())?;
+        match &restored.1 {
+            Some(name) => tracing::info!(name, "restored a checkpoint"),
+            None => tracing::info!("there is no whole checkpoint yet: beginning empty"),
+        }
+        Ok(restored.0)
     }
 
     /// One line a shard, at once, for whoever started us.

@@ -1,0 +1,33 @@
+//! Pure: what one shard may hold.
+
+use std::time::Duration;
+
+/// What one shard may hold.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bytes in tables and waiting contributions. Default 8 GiB.
+    pub memory_bytes: u64,
+    /// Tables. Default 65,536.
+    pub tables: usize,
+    /// Clients known at once; those long gone make room. Default 4,096.
+    pub clients: usize,
+    /// Requests of all clients that may wait on one part of a table, so that nobody fills the memory by asking. Default 65,536.
+    pub waiting: usize,
+    /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
+    pub patience: Duration,
+    /// Copies of the shard that its cluster keeps beside the first. Default 0.
+    pub replicas: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 8 << 30,
+            tables: 1 << 16,
+            clients: 4096,
+            waiting: 1 << 16,
+            patience: Duration::from_secs(3600),
+            replicas: 0,
+        }
+    }
+}
