@@ -76,6 +76,9 @@ pub(crate) struct Part {
     dtype: DType,
     /// The squares of the sum of the clock under way, where it is whole and waits for its scale.
     closed: Option<ExactSum>,
+    /// The clock at which an image is wanted, and the image once it is taken.
+    cut_at: Option<u64>,
+    cut: Option<Box<image::PartImage>>,
 }
 
 /// How a clock's sum is applied.
@@ -362,7 +365,6 @@ impl Part {
             Mode::Async => Order::Arrival { windows: HashMap::new(), applied: 0 },
         };
         let values = values::new(spec.dtype, &spec.rule, elements);
-        let encoded = Encoded::new(spec.compression.pull);
         Self {
             keys,
             values,
@@ -371,9 +373,11 @@ impl Part {
             waits: Vec::new(),
             parked: Vec::new(),
             init_claim: 0,
-            encoded,
+            encoded: Encoded::new(spec.compression.pull),
             dtype: spec.dtype,
             closed: None,
+            cut_at: None,
+            cut: None,
         }
     }
 
@@ -452,6 +456,7 @@ impl Part {
             let clock = ledger.completed() + 1;
             self.values.apply(&(apply.rule_at)(clock), clock, apply.divisor, source);
             ledger.advance();
+            self.image_at(clock);
             // Before the next clock can be applied: who waits for this one reads this one.
             self.answer_ready(out);
         } else if verdict == Verdict::Begin {

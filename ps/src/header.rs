@@ -66,6 +66,8 @@ pub enum Kind {
     Norm = 24,
     /// Says by what the gradient of a clock is multiplied before it is applied.
     Scale = 25,
+    /// Writes a checkpoint: which, and at which clocks, is in the body; answered with its bytes once it is written.
+    Snapshot = 40,
     /// Done, nothing to tell.
     Done = 64,
     /// Refused: the status says why, the body with what.
@@ -75,7 +77,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 20] = [
+    const ALL: [Self; 21] = [
         Self::Hello,
         Self::Open,
         Self::ClaimInit,
@@ -93,6 +95,7 @@ impl Kind {
         Self::Evicted,
         Self::Norm,
         Self::Scale,
+        Self::Snapshot,
         Self::Done,
         Self::Refused,
         Self::Later,

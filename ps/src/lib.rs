@@ -2,6 +2,7 @@
 
 mod body;
 mod bounded;
+mod checkpoint;
 mod client;
 mod codec;
 mod dense;
@@ -11,6 +12,7 @@ mod error;
 mod exact_sum;
 mod gauges;
 pub mod header;
+mod keeper;
 mod kernel;
 mod key;
 mod local;
@@ -31,17 +33,21 @@ mod spec;
 pub mod staleness;
 pub mod state;
 mod status;
+mod storage;
 mod unpacking;
 mod update_rule;
 mod values;
 
 pub use body::BadBody;
-pub use client::{Client, ClientSettings, DenseTable, Done, OnDone, Pending, SparseOptions, SparseTable, TableOptions};
+pub use client::{
+    Checkpoint, Client, ClientSettings, DenseTable, Done, OnDone, Pending, SparseOptions, SparseTable, TableOptions,
+};
 pub use codec::{Codec, Compression};
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;
 pub use gauges::{LATENCY_BOUNDS_US, Latencies, Report, TableBytes};
+pub use keeper::Checkpoints;
 pub use key::{KeyRange, MAX_NAME_BYTES, TableId};
 pub use local::LocalServers;
 pub use monitor::Monitor;

@@ -1,6 +1,8 @@
 //! Does: servers within this process, each on its own thread: for notebooks, tests, and a first try.
 
-use crate::{Monitor, PsError, Server, ServerSettings, Stopper};
+use crate::shard::Shard;
+use crate::storage::Storage;
+use crate::{Monitor, PsError, Server, ServerSettings, Stopper, dial};
 use gradwire_transport::TransportError;
 use std::net::SocketAddr;
 use std::thread::JoinHandle;
@@ -18,13 +20,47 @@ impl LocalServers {
     /// # Errors
     /// As [`Server::bind`]; `Invalid` for no shard, or more ports than there are.
     pub fn start(shards: u32, settings: ServerSettings) -> Result<Self, PsError> {
+        let fresh = |_| Ok(Shard::new(settings.limits.clone(), dial::random()?));
+        let made = (0..shards).map(fresh).collect::<Result<_, PsError>>()?;
+        Self::start_with(made, &settings)
+    }
+
+    /// Starts `shards` servers with what a checkpoint holds, whatever number of shards wrote it: the named one of those that
+    /// `settings.checkpoints` keep, or the latest whole one, which may be none yet. Tells its name.
+    ///
+    /// # Errors
+    /// As [`LocalServers::start`]; `Invalid` naming the object that is missing, cut or changed.
+    pub fn restore(
+        shards: u32,
+        settings: ServerSettings,
+        name: Option<&str>,
+    ) -> Result<(Self, Option<String>), PsError> {
+        let bad = |what: &str, why: String| PsError::invalid(format!("restoring {what}"), why);
+        let Some(kept) = &settings.checkpoints else {
+            return Err(bad("a checkpoint", "say where checkpoints are kept (--checkpoint-dir)".into()));
+        };
+        let storage = Storage::open(&kept.place).map_err(|error| bad(&kept.place, error.to_string()))?;
+        let whole = || storage.whole().map_err(|error| bad(&kept.place, error.to_string()));
+        let latest = if name.is_none() { whole()?.into_iter().next() } else { None };
+        let Some(name) = name.map(str::to_owned).or(latest) else {
+            return Ok((Self::start(shards, settings)?, None));
+        };
+        let instances = (0..shards).map(|_| dial::random()).collect::<Result<Vec<_>, _>>()?;
+        let made = storage.read(&name, shards, &settings.limits, &instances);
+        let mut made = made.map_err(|error| bad(&name, error.to_string()))?;
+        made.iter_mut().for_each(Shard::mark_restored);
+        Ok((Self::start_with(made, &settings)?, Some(name)))
+    }
+
+    fn start_with(made: Vec<Shard>, settings: &ServerSettings) -> Result<Self, PsError> {
+        let shards = u32::try_from(made.len()).unwrap_or(u32::MAX);
         if shards == 0 {
             return Err(PsError::invalid("starting servers", "0 shards hold nothing: ask for at least 1"));
         }
         let mut local = Self { addresses: Vec::new(), running: Vec::new(), monitors: Vec::new() };
-        for shard in 0..shards {
+        for (shard, made) in (0..).zip(made) {
             let listen = address_of(settings.listen, shard)?;
-            let mut server = Server::bind(ServerSettings { listen, ..settings.clone() })?;
+            let mut server = Server::bind_with(ServerSettings { listen, ..settings.clone() }, made)?;
             local.addresses.push(server.address().to_string());
             let stopper = server.stopper();
             if settings.watched {

@@ -26,6 +26,8 @@ enum Command {
     Status(command::status::Status),
     /// Checks a configuration file
     Config(command::config::Check),
+    /// Makes running servers write a checkpoint, once or again and again
+    Snapshot(command::snapshot::Snapshot),
 }
 
 const EXAMPLES: &str = "\
@@ -46,6 +48,10 @@ Examples:
   See what is there, for people and for programs:
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000 --json
+
+  Keep checkpoints, begin with the latest one, and write one now:
+      gradwire-ps serve --shards 2 --checkpoint-dir /data/run1 --checkpoint-every 10m --restore latest
+      gradwire-ps snapshot --servers 127.0.0.1:PORT,127.0.0.1:PORT
 
 `gradwire-ps serve --help` explains every flag. Stop a server with Ctrl-C or SIGTERM.";
 
@@ -73,6 +79,7 @@ fn main() -> ExitCode {
         Command::Config(check) => {
             with_file(check.file(), std::iter::empty()).and_then(|serve| serve.check()).map(|()| check.praise())
         }
+        Command::Snapshot(snapshot) => snapshot.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -16,6 +16,9 @@ struct Rate {
     sequence: u64,
 }
 
+/// Whose rates those of a checkpoint are: anybody may set them anew.
+const NOBODY: u64 = u64::MAX;
+
 /// A rule whose learning rate changes.
 #[derive(Clone, Debug)]
 pub(crate) struct Rates {
@@ -63,7 +66,7 @@ impl Rates {
         let new = Rate { clock: header.clock, origin, schedule, client, sequence };
         let known = self.rates.iter_mut().find(|known| known.clock == new.clock);
         match known {
-            Some(known) if known.client == new.client => {
+            Some(known) if known.client == new.client || known.client == NOBODY => {
                 if new.sequence > known.sequence {
                     *known = new;
                 }
@@ -88,6 +91,14 @@ impl Rates {
         }
         self.forget_old(completed + 1);
         Ok(())
+    }
+
+    /// As they hold after `clock`: what was set for later clocks than the next is set again by who goes on from there, and
+    /// whoever sets the next one's anew is right.
+    pub(crate) fn at_cut(&self, clock: u64) -> Self {
+        let kept = self.rates.iter().filter(|rate| rate.clock <= clock + 1);
+        let rates = kept.map(|rate| Rate { client: NOBODY, sequence: 0, ..rate.clone() }).collect();
+        Self { rule: self.rule, rates }
     }
 
     pub(crate) fn encode(&self, out: &mut Writer) {

@@ -2,6 +2,7 @@
 
 use crate::gauges::{Gauges, Report};
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
+use crate::keeper::{Checkpoints, Keeper};
 use crate::monitor::{Monitor, Questions};
 use crate::patience::{self, Patience};
 use crate::protocol::{
@@ -44,6 +45,8 @@ pub struct ServerSettings {
     /// The longest that it looks for more after something has come, before it sleeps: less where little comes soon.
     /// Default 200 µs.
     pub spin: Duration,
+    /// Where checkpoints are kept. Default: nowhere, and who asks for one is refused.
+    pub checkpoints: Option<Checkpoints>,
     /// Settings of the wire; its token is set from `token`.
     pub transport: Config,
 }
@@ -56,6 +59,7 @@ impl Default for ServerSettings {
             insecure: false,
             watched: false,
             limits: Limits::default(),
+            checkpoints: None,
             spin: patience::MOST,
             transport: Config { credit: Some(CreditSettings::default()), ..Config::default() },
         }
@@ -115,6 +119,7 @@ pub struct Server {
     questions: Arc<Questions>,
     gauges: Option<Gauges>,
     patience: Patience,
+    keeper: Option<Keeper>,
 }
 
 impl Server {
@@ -123,12 +128,22 @@ impl Server {
     /// # Errors
     /// `Invalid` off loopback without a token and without TLS; `Transport` when the address cannot be had.
     pub fn bind(settings: ServerSettings) -> Result<Self, PsError> {
+        let shard = Shard::new(settings.limits.clone(), dial::random()?);
+        Self::bind_with(settings, shard)
+    }
+
+    /// Listens, with what `shard` holds.
+    ///
+    /// # Errors
+    /// As [`Server::bind`].
+    pub fn bind_with(settings: ServerSettings, shard: Shard) -> Result<Self, PsError> {
         settings.check()?;
         let token = settings.token.filter(|token| !token.is_empty());
         let config = Config { token, ..settings.transport };
-        let instance = dial::random()?;
-        let (wire, address) = dial::listener(&config, settings.listen, (instance, settings.limits.clients))?;
-        Ok(Self::on(wire, address, Shard::new(settings.limits, instance), settings.spin))
+        let who = (shard.instance(), settings.limits.clients);
+        let (wire, address) = dial::listener(&config, settings.listen, who)?;
+        let keeper = settings.checkpoints.map(|kept| Keeper::start(&kept, wire.waker())).transpose()?;
+        Ok(Self { keeper, ..Self::on(wire, address, shard, settings.spin) })
     }
 
     /// Serves `shard` on `wire`, which accepts peers by itself; looks for more for `spin` at most before it sleeps.
@@ -145,6 +160,7 @@ impl Server {
             questions: Arc::default(),
             gauges: None,
             patience: Patience::new(spin),
+            keeper: None,
         }
     }
 
@@ -206,6 +222,10 @@ impl Server {
             self.complete(completion, now);
         }
         self.done = done;
+        if let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.under_way > 0) {
+            keeper.answers(&mut self.actions);
+            self.act();
+        }
         if !self.outbox.is_empty() {
             self.actions.extend(self.outbox.drain(..));
             self.act();
@@ -333,6 +353,13 @@ impl Server {
                     }
                 }
                 Action::Close { peer, reason } => self.close(peer, reason),
+                Action::Store { to, header, cut } => match &mut self.keeper {
+                    Some(keeper) => keeper.store(to, header, cut),
+                    None => {
+                        let why = "no folder is known: start the servers with --checkpoint-dir".to_owned();
+                        self.outbox.push_back(Shard::stored((to, header), Err(why)));
+                    }
+                },
                 Action::Status { to, mut header } => {
                     let body = self.status(usize::try_from(header.keys.start).unwrap_or(usize::MAX));
                     header.flags = FLAG_INLINE;

@@ -2,8 +2,12 @@
 
 mod image;
 mod limits;
+mod snapshot;
 
 pub use limits::Limits;
+use limits::check_waiting;
+pub(crate) use snapshot::CLOCK;
+pub use snapshot::Cut;
 
 use crate::body::{Reader, Writer};
 use crate::dense::{Answer, Init, Table, Wait};
@@ -51,6 +55,15 @@ pub enum Action {
         /// Why.
         reason: String,
     },
+    /// Store this, and tell how many bytes it took.
+    Store {
+        /// Whom to tell.
+        to: PeerId,
+        /// The request.
+        header: Header,
+        /// What to store.
+        cut: Box<Cut>,
+    },
     /// Send what [`Shard::status`] tells, with the traffic of the connections.
     Status {
         /// To whom.
@@ -72,6 +85,8 @@ pub struct Shard {
     shelf: Shelf,
     answers: Vec<Answer>,
     unpacking: Unpacking,
+    awaited: Option<snapshot::Awaited>,
+    restored: bool,
 }
 
 impl Shard {
@@ -87,6 +102,8 @@ impl Shard {
             shelf: Shelf::default(),
             answers: Vec::new(),
             unpacking: Unpacking::default(),
+            awaited: None,
+            restored: false,
             limits,
         }
     }
@@ -101,6 +118,9 @@ impl Shard {
         self.memory.client = header.client;
         if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, now, out)) {
             refuse(from, header, &refusal, out);
+        }
+        if self.awaited.is_some() {
+            self.finish_snapshot(now, out);
         }
         for answer in self.answers.drain(..) {
             match answer {
@@ -149,6 +169,7 @@ impl Shard {
             Kind::OpenSparse => self.open_sparse(wait, payload, now, out),
             Kind::SparsePush | Kind::SparsePull => self.sparse_data(wait, payload, now, out),
             Kind::Evicted => self.evicted(wait, out),
+            Kind::Snapshot => self.snapshot(wait, payload, now, out),
             Kind::SetRate => {
                 let mut from = Reader(payload);
                 let schedule = Schedule::decode(&mut from).and_then(|schedule| from.end().map(|()| schedule));
@@ -196,6 +217,7 @@ impl Shard {
         let mut reply = header.reply(Kind::Done);
         reply.epoch = self.epoch;
         reply.clock = self.instance;
+        reply.status = self.restored.into();
         reply.keys.end = reply.keys.start.saturating_add(MAX_PART_BYTES as u64);
         out.push(Action::Reply { to: wait.to, header: reply, body: Vec::new() });
         Ok(())
@@ -405,6 +427,7 @@ impl Shard {
 
     /// Refuses what has waited too long. Cheap while nothing waits; to be called some times a second.
     pub fn expire(&mut self, now: Instant, out: &mut Vec<Action>) {
+        self.expire_snapshot(now, out);
         let mut late = |wait: Wait, refusal: Refusal| refuse(wait.to, &wait.header, &refusal, out);
         self.members.expire(now, &mut late);
         let memory = &mut self.memory;
@@ -483,14 +506,6 @@ fn expect_elements(table: &Table, header: &Header, dtype_fits: bool) -> Result<(
         return Err(Refusal::new(Reason::Malformed, subject(), "payload", expected, got));
     }
     Ok(())
-}
-
-fn check_waiting(waiting: usize, subject: impl Fn() -> String, limits: &Limits) -> Result<(), Refusal> {
-    if waiting < limits.waiting {
-        return Ok(());
-    }
-    let expected = format!("at most {}", limits.waiting);
-    Err(Refusal::new(Reason::Limit, subject(), "requests that wait", expected, waiting + 1))
 }
 
 /// Checks that a push says by whom it is, and which one.

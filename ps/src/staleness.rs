@@ -125,6 +125,11 @@ impl ClockLedger {
         Self { completed, ..Self::new(workers) }
     }
 
+    /// The same, without what has come since the last complete clock.
+    pub(crate) fn restarted(&self) -> Self {
+        Self::at(self.workers, self.completed)
+    }
+
     /// Whether a sum is under way.
     pub(crate) fn has_sum(&self) -> bool {
         self.summed > 0 || self.one_before_zero

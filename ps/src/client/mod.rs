@@ -8,11 +8,13 @@ mod lane;
 mod pending;
 mod posting;
 mod reach;
+mod snapshot;
 mod sparse;
 mod squeeze;
 mod table;
 
 pub use pending::{Done, OnDone, Pending};
+pub use snapshot::Checkpoint;
 pub use sparse::{SparseOptions, SparseTable};
 pub use table::{DenseTable, TableOptions};
 
@@ -123,7 +125,7 @@ impl Core {
     fn request(&self, shard: u32, header: Header, body: Vec<u8>) -> NewRequest {
         let cargo = if body.is_empty() { Cargo::Nothing } else { Cargo::Body(body) };
         let header = Header { epoch: self.map.epoch, sequence: self.next_sequence(), ..header };
-        let keep_body = matches!(header.kind, Kind::Status | Kind::Evicted | Kind::Norm);
+        let keep_body = matches!(header.kind, Kind::Status | Kind::Evicted | Kind::Norm | Kind::Snapshot);
         NewRequest { shard, header, cargo, target: None, lane: None, keep_body }
     }
 }

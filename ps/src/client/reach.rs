@@ -205,6 +205,17 @@ impl Engine {
             self.wire.disconnect(peer, error);
             return;
         }
+        let shard = &self.shards[peer.index()];
+        if header.status != 0 && shard.instance.is_some_and(|instance| instance != header.clock) {
+            // Going on would leave out what was pushed after the checkpoint, and nobody would know.
+            let cause = "another server process answers there now, restored from a checkpoint: its tables' clocks say from \
+                         where to go on";
+            let error = PsError::ServerLost { shard: peer.0, address: shard.address.clone(), cause: cause.to_owned() };
+            self.fail_shard(peer.0, error);
+            let error = self.silence(peer, Duration::ZERO);
+            self.wire.disconnect(peer, error);
+            return;
+        }
         let shard = &mut self.shards[peer.index()];
         shard.restarted |= shard.instance.is_some_and(|instance| instance != header.clock);
         shard.instance.get_or_insert(header.clock);

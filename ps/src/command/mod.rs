@@ -4,6 +4,7 @@ mod admin;
 pub(crate) mod config;
 mod metrics;
 pub(crate) mod serve;
+pub(crate) mod snapshot;
 pub(crate) mod status;
 mod wire;
 
@@ -11,6 +12,7 @@ use clap::Args;
 use gradwire_transport::{Tls, TlsFiles};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where the secret comes from.
 #[derive(Args)]
@@ -90,6 +92,20 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     bytes.ok_or_else(|| "expected bytes, or a whole number with KiB, MiB, GiB, TiB, kB, MB, GB or TB".to_owned())
 }
 
+/// Reads `30s`, `10m`, `1h`, or a whole number of seconds.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let factor = match unit {
+        "" | "s" => Some(1),
+        "m" => Some(60),
+        "h" => Some(3600),
+        _ => None,
+    };
+    let seconds = number.parse::<u64>().ok().zip(factor).and_then(|(number, factor)| number.checked_mul(factor));
+    let seconds = seconds.filter(|&seconds| (1..=30 * 86_400).contains(&seconds));
+    seconds.map(Duration::from_secs).ok_or_else(|| "expected a whole number with s, m or h, up to 30 days".to_owned())
+}
+
 /// Bytes as people read them.
 pub(crate) fn show_bytes(bytes: u64) -> String {
     let unit = UNITS[..4].iter().rev().find(|(_, factor)| bytes >= *factor);
@@ -107,6 +123,10 @@ mod tests {
         assert_eq!(parse_bytes("3 MB"), Ok(3_000_000));
         for bad in ["", "GiB", "1.5GiB", "1gib", "99999999999999TiB", "-1"] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in ["", "s", "0s", "1d", "99999999h", "-1"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
         }
         assert_eq!(show_bytes(5), "5 B");
         assert_eq!(show_bytes(3 << 29), "1.5 GiB");

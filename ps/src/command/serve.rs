@@ -1,9 +1,10 @@
 //! Does: `gradwire-ps serve`: starts the shards, says where they are, stops on a signal.
 
+use super::snapshot::Periodic;
 use super::wire::Wires;
-use super::{Certificates, Token, admin, parse_bytes, show_bytes};
+use super::{Certificates, Token, admin, parse_bytes, parse_duration, show_bytes};
 use clap::{Args, ValueEnum};
-use gradwire_ps::{Limits, LocalServers, ServerSettings};
+use gradwire_ps::{Checkpoints, Limits, LocalServers, ServerSettings};
 use gradwire_transport::Config;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -12,6 +13,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
 
@@ -55,6 +57,18 @@ pub(crate) struct Serve {
     /// Listen off loopback without a token or TLS: everybody who reaches the port may read and change every table
     #[arg(long)]
     insecure: bool,
+    /// Folder to keep checkpoints in, as a path or a file:// address. Servers of one map on several hosts need one that all see
+    #[arg(long, value_name = "FOLDER")]
+    checkpoint_dir: Option<String>,
+    /// Write a checkpoint so often, such as 30s, 10m or 1h; only where all shards are served here. Others: `snapshot --every`
+    #[arg(long, value_parser = parse_duration, value_name = "TIME", requires = "checkpoint_dir")]
+    checkpoint_every: Option<Duration>,
+    /// Whole checkpoints to keep
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    checkpoint_keep: u16,
+    /// Begin with a checkpoint, `latest` or its name, at any number of shards. `latest` begins empty where there is none yet
+    #[arg(long, value_name = "NAME", requires = "checkpoint_dir")]
+    restore: Option<String>,
     /// Address that answers /metrics for Prometheus, /healthz and /readyz, to whoever reaches it [default: none]
     #[arg(long, value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
@@ -90,7 +104,8 @@ impl Serve {
         if tls == "yes" && !secured && !settings.listen.ip().is_loopback() {
             tracing::warn!("whoever reaches the port may use the tables: set a token, or --tls-client-ca");
         }
-        let servers = LocalServers::start(self.shards, settings).map_err(|error| error.to_string())?;
+        let caller = (settings.token.clone(), settings.transport.clone());
+        let servers = self.start(settings)?;
         let ready = Arc::new(AtomicBool::new(true));
         let admin = self.admin.map(|listen| {
             let started = admin::start(listen, servers.monitors().to_vec(), Arc::clone(&ready));
@@ -99,9 +114,12 @@ impl Serve {
         let admin = admin.transpose()?;
         self.announce(servers.addresses(), admin).map_err(|error| format!("writing the addresses: {error}"))?;
         tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, tls, "serving");
+        let periodic = self.checkpoint_every.map(|every| Periodic::start(servers.addresses(), caller, every));
+        let periodic = periodic.transpose()?;
         let signal = signals.forever().next();
         ready.store(false, Ordering::Release);
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");
+        drop(periodic);
         servers.stop();
         tracing::info!("stopped");
         Ok(())
@@ -110,12 +128,14 @@ impl Serve {
     fn settings(&self) -> Result<ServerSettings, String> {
         let memory_bytes = self.memory() / u64::from(self.shards);
         let client_bytes = self.max_client_memory.map_or(memory_bytes / 2, |bytes| bytes / u64::from(self.shards));
+        let keep = usize::from(self.checkpoint_keep);
         Ok(ServerSettings {
             listen: self.listen,
             token: self.token.read()?,
             insecure: self.insecure,
             watched: self.admin.is_some(),
             limits: Limits { memory_bytes, client_bytes, clients: self.max_clients, ..Limits::default() },
+            checkpoints: self.checkpoint_dir.clone().map(|place| Checkpoints { place, keep }),
             transport: Config {
                 tls: self.certificates.load()?,
                 ..self.wires.config(ServerSettings::default().transport)?
@@ -135,6 +155,19 @@ impl Serve {
             LogFormat::Text => registry.with(lines).init(),
             LogFormat::Json => registry.with(lines.json()).init(),
         }
+    }
+
+    fn start(&self, settings: ServerSettings) -> Result<LocalServers, String> {
+        let Some(which) = &self.restore else {
+            return LocalServers::start(self.shards, settings).map_err(|error| error.to_string());
+        };
+        let name = Some(which.as_str()).filter(|&which| which != "latest");
+        let restored = LocalServers::restore(self.shards, settings, name).map_err(|error| error.to_string())?;
+        match &restored.1 {
+            Some(name) => tracing::info!(name, "restored a checkpoint"),
+            None => tracing::info!("there is no whole checkpoint yet: beginning empty"),
+        }
+        Ok(restored.0)
     }
 
     /// One line a shard, at once, for whoever started us.

@@ -25,6 +25,11 @@ impl Clipping {
         Self { waits: Vec::new(), last: self.last.clone() }
     }
 
+    /// The same, where `clock` is the last one: a later one comes again.
+    pub(super) fn at_cut(&self, clock: u64) -> Self {
+        Self { waits: Vec::new(), last: self.last.clone().filter(|(last, ..)| *last == clock) }
+    }
+
     pub(super) fn encode(&self, out: &mut Writer) {
         out.byte(self.last.is_some().into());
         if let Some((clock, squares, scale)) = &self.last {
@@ -161,6 +166,7 @@ impl Part {
         let clock = ledger.completed() + 1;
         self.values.apply_closed(&(apply.rule_at)(clock), clock, scale);
         ledger.advance();
+        self.image_at(clock);
         self.answer_ready(out);
         self.place_held(apply, memory, out);
     }

@@ -48,9 +48,64 @@ impl Part {
             held: self.held.clone(),
         }
     }
+
+    /// `clock` is complete: takes the image if it is wanted now.
+    pub(super) fn image_at(&mut self, clock: u64) {
+        if self.cut_at == Some(clock) {
+            self.take_image();
+        }
+    }
+
+    /// Takes the image that is wanted. At a clock: what has come to later ones is not in it, and comes again.
+    pub(super) fn take_image(&mut self) {
+        let clean = match &self.order {
+            Order::Clocks(ledger) => Some(Order::Clocks(ledger.restarted())),
+            _ => None,
+        };
+        let image = match clean {
+            Some(order) => {
+                let (keys, init_claim, fields) = (self.keys, self.init_claim, self.values.image(false));
+                PartImage { keys, init_claim, order, closed: None, fields, held: Vec::new() }
+            }
+            None => self.image(),
+        };
+        (self.cut, self.cut_at) = (Some(Box::new(image)), None);
+    }
 }
 
 impl Table {
+    /// The clock that some part has passed, where an image at `clock` is wanted and cannot be had any more.
+    pub(crate) fn past(&self, clock: u64) -> Option<u64> {
+        let furthest = self.parts.iter().map(Part::completed).max().unwrap_or(0);
+        (matches!(self.spec.mode, Mode::Sync { .. }) && furthest > clock).then_some(furthest)
+    }
+
+    /// Wants an image at `clock`, where clocks are completed together; else at once. Or none any more.
+    pub(crate) fn arm(&mut self, clock: Option<u64>) {
+        let sync = matches!(self.spec.mode, Mode::Sync { .. });
+        for part in &mut self.parts {
+            (part.cut, part.cut_at) = (None, clock);
+            if clock.is_some_and(|clock| !sync || part.completed() == clock) {
+                part.take_image();
+            }
+        }
+    }
+
+    /// Whether the image that was wanted is taken.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.parts.iter().all(|part| part.cut.is_some())
+    }
+
+    /// The image that was wanted.
+    pub(crate) fn take_cut(&mut self) -> TableImage {
+        let parts: Vec<PartImage> = self.parts.iter_mut().filter_map(|part| part.cut.take()).map(|cut| *cut).collect();
+        let clock = parts.iter().map(|part| part.order.completed()).min().unwrap_or(0);
+        let rates = self.rates.at_cut(clock);
+        let init = (self.init.claim, self.init.done);
+        let clipping = self.clipping.at_cut(clock);
+        TableImage { spec: self.spec.clone(), rates, init, counts: self.counts, clipping, parts }
+    }
+
     /// The table as it is now. Numbers are shared with it until it writes them; contributions that wait are copied.
     pub(crate) fn image(&self) -> TableImage {
         TableImage {

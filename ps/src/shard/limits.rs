@@ -1,5 +1,6 @@
 //! Pure: what one shard may hold, and how long it lets others wait.
 
+use crate::refusal::{Reason, Refusal};
 use std::time::Duration;
 
 /// What one shard may hold.
@@ -34,4 +35,13 @@ impl Default for Limits {
             replicas: 0,
         }
     }
+}
+
+/// Checks that one more request may wait.
+pub(super) fn check_waiting(waiting: usize, subject: impl Fn() -> String, limits: &Limits) -> Result<(), Refusal> {
+    if waiting < limits.waiting {
+        return Ok(());
+    }
+    let expected = format!("at most {}", limits.waiting);
+    Err(Refusal::new(Reason::Limit, subject(), "requests that wait", expected, waiting + 1))
 }

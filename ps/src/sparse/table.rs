@@ -49,6 +49,9 @@ pub(crate) struct SparseTable {
     memory_bytes: u64,
     /// What is set aside in any case: all of it where there is a capacity.
     least_bytes: u64,
+    /// The clock at which an image is wanted, and the image once it is taken.
+    cut_at: Option<u64>,
+    cut: Option<Box<SparseImage>>,
 }
 
 /// What a shard lends to a call.
@@ -80,7 +83,20 @@ impl SparseTable {
         let rates = Rates::new(spec.rule);
         let (counts, readers) = (Counts::default(), Vec::new());
         let (memory_bytes, opened) = (least_bytes, now);
-        Ok(Self { spec, counts, rows, order, readers, rates, opened, opened_ms: 0, memory_bytes, least_bytes })
+        Ok(Self {
+            spec,
+            counts,
+            rows,
+            order,
+            readers,
+            rates,
+            opened,
+            opened_ms: 0,
+            memory_bytes,
+            least_bytes,
+            cut_at: None,
+            cut: None,
+        })
     }
 
     /// The clock that all workers have completed; in asynchronous mode, the pushes that were applied.
@@ -223,6 +239,9 @@ impl SparseTable {
                 means.memory.give_back(piece.payload);
             }
             self.rows.apply_sum(&self.rates.at(clock), clock, divisor, now_ms);
+            if self.cut_at == Some(clock) {
+                self.take_image(means.now);
+            }
             // Before the next clock can be applied: who waits for this one reads this one.
             self.answer_ready(means);
         }

@@ -56,6 +56,44 @@ impl SparseTable {
             rows: self.rows.image(),
         }
     }
+
+    /// Takes the image that is wanted. At a clock: what has come to later ones is not in it, and comes again.
+    pub(super) fn take_image(&mut self, now: Instant) {
+        let mut image = self.image(now);
+        if let (OrderImage::Clocks(_), Mode::Sync { workers }) = (&image.order, self.spec.mode) {
+            image.order = OrderImage::Clocks(Gathering::at(workers, image.completed));
+            image.rates = image.rates.at_cut(image.completed);
+        }
+        (self.cut, self.cut_at) = (Some(Box::new(image)), None);
+    }
+
+    /// The clock that is past, where an image at `clock` is wanted and cannot be had any more.
+    pub(crate) fn past(&self, clock: u64) -> Option<u64> {
+        (matches!(self.spec.mode, Mode::Sync { .. }) && self.completed() > clock).then(|| self.completed())
+    }
+
+    /// Wants an image at `clock`, where clocks are completed together; else at once.
+    pub(crate) fn arm(&mut self, clock: u64, now: Instant) {
+        (self.cut, self.cut_at) = (None, Some(clock));
+        if !matches!(self.spec.mode, Mode::Sync { .. }) || self.completed() == clock {
+            self.take_image(now);
+        }
+    }
+
+    /// No image is wanted any more.
+    pub(crate) fn disarm(&mut self) {
+        (self.cut, self.cut_at) = (None, None);
+    }
+
+    /// Whether the image that was wanted is taken.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.cut.is_some()
+    }
+
+    /// The image that was wanted.
+    pub(crate) fn take_cut(&mut self, now: Instant) -> SparseImage {
+        self.cut.take().map_or_else(|| self.image(now), |cut| *cut)
+    }
 }
 
 impl SparseImage {

@@ -1,0 +1,108 @@
+//! Does: `gradwire-ps snapshot`: makes servers write a checkpoint, once, or so often; the latter also within `serve`.
+
+use super::{Certificates, Token, parse_duration, show_bytes};
+use clap::Args;
+use gradwire_ps::{Checkpoint, Client, ClientSettings};
+use gradwire_transport::Config;
+use serde_json::json;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// The longest that one checkpoint may take, where nobody says another.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Flags of `snapshot`.
+#[derive(Args)]
+pub(crate) struct Snapshot {
+    /// Addresses of the servers, in the order that clients give them
+    #[arg(long, value_delimiter = ',', required = true, value_name = "HOST:PORT,...")]
+    servers: Vec<String>,
+    #[command(flatten)]
+    token: Token,
+    #[command(flatten)]
+    certificates: Certificates,
+    /// The longest that a checkpoint may take: its clock must come, and it must be written
+    #[arg(long, default_value = "10m", value_parser = parse_duration, value_name = "TIME")]
+    timeout: Duration,
+    /// Go on, and write one so often
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    every: Option<Duration>,
+    /// Print JSON: an object for each checkpoint
+    #[arg(long)]
+    json: bool,
+}
+
+impl Snapshot {
+    pub(crate) fn run(self) -> Result<(), String> {
+        let transport = Config { tls: self.certificates.load()?, ..ClientSettings::default().transport };
+        let caller = (self.token.read()?, transport);
+        loop {
+            let client = connect(&self.servers, caller.clone())?;
+            let checkpoint = client.snapshot(self.timeout).map_err(|error| error.to_string())?;
+            if self.json {
+                let (name, bytes, clocks) = (&checkpoint.name, checkpoint.bytes, &checkpoint.clocks);
+                let seconds = checkpoint.took.as_secs_f64();
+                println!("{}", json!({ "name": name, "bytes": bytes, "seconds": seconds, "clocks": clocks }));
+            } else {
+                println!("{}", told(&checkpoint));
+            }
+            let Some(every) = self.every else { return Ok(()) };
+            drop(client);
+            std::thread::sleep(every.saturating_sub(checkpoint.took));
+        }
+    }
+}
+
+fn connect(servers: &[String], (token, transport): (Option<String>, Config)) -> Result<Client, String> {
+    let settings = ClientSettings { token, transport, ..ClientSettings::default() };
+    Client::connect(servers, settings).map_err(|error| error.to_string())
+}
+
+fn told(checkpoint: &Checkpoint) -> String {
+    let (bytes, seconds) = (show_bytes(checkpoint.bytes), checkpoint.took.as_secs_f64());
+    let clocks = checkpoint.clocks.values();
+    let at = match (clocks.clone().min(), clocks.max()) {
+        (Some(first), Some(last)) if first == last => format!(" at clock {first}"),
+        (Some(first), Some(last)) => format!(" at clocks {first} to {last}"),
+        _ => String::new(),
+    };
+    format!("{}: {bytes} in {seconds:.2} s{at}", checkpoint.name)
+}
+
+/// A thread that asks for a checkpoint so often, until it is dropped.
+pub(crate) struct Periodic {
+    client: Arc<Client>,
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Periodic {
+    pub(crate) fn start(servers: &[String], caller: (Option<String>, Config), every: Duration) -> Result<Self, String> {
+        let client = Arc::new(connect(servers, caller)?);
+        let asking = Arc::clone(&client);
+        let (stop, stopped) = channel();
+        let thread = std::thread::Builder::new().name("gradwire-ps-every".to_owned()).spawn(move || {
+            while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                match asking.snapshot(every.min(PATIENCE)) {
+                    Ok(checkpoint) => tracing::info!("{}", told(&checkpoint)),
+                    Err(error) => tracing::error!(%error, "no checkpoint was written"),
+                }
+            }
+        });
+        let thread = thread.map_err(|error| format!("starting the thread for checkpoints: {error}"))?;
+        Ok(Self { client, stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for Periodic {
+    fn drop(&mut self) {
+        self.stop = None;
+        // Ends what it waits for.
+        self.client.close();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread for checkpoints panicked");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Pure: a snapshot that is being taken: each synchronous table at the clock that was asked for, the others at once.
+
+use super::{Action, Shard, Wait, refuse, unknown};
+use crate::TableId;
+use crate::body::{BadBody, Reader};
+use crate::checkpoint::is_name;
+use crate::header::{FLAG_INLINE, Header, Kind};
+use crate::refusal::{Reason, Refusal};
+use crate::state::{DenseState, Image, SparseState};
+use gradwire_transport::PeerId;
+use std::fmt;
+use std::time::Instant;
+
+/// What the refusal of a snapshot at a clock that is past says does not agree.
+pub(crate) const CLOCK: &str = "clock of a snapshot";
+
+/// What a shard gives to a checkpoint.
+pub struct Cut {
+    /// The checkpoint's name.
+    pub name: String,
+    /// Which shard this is, of how many.
+    pub place: (u32, u32),
+    /// The chunks that tell of its clients.
+    pub clients: Vec<Vec<u8>>,
+    /// Its tables.
+    pub tables: Vec<Image>,
+}
+
+impl fmt::Debug for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of shard {:?}, {} tables", self.name, self.place, self.tables.len())
+    }
+}
+
+/// A snapshot of which some tables have not come to their clocks.
+pub(super) struct Awaited {
+    wait: Wait,
+    name: String,
+    place: (u32, u32),
+    tables: Vec<(TableId, u64)>,
+}
+
+fn decode(payload: &[u8], wait: &Wait) -> Result<Awaited, BadBody> {
+    let mut from = Reader(payload);
+    let name = from.text()?.to_owned();
+    let place = (from.small()?, from.small()?);
+    if !is_name(&name) || place.0 >= place.1 {
+        return Err(BadBody("no such name or shard"));
+    }
+    let tables = (0..from.count(16)?).map(|_| Ok((TableId(from.number()?), from.number()?)));
+    let tables = tables.collect::<Result<_, BadBody>>()?;
+    from.end()?;
+    Ok(Awaited { wait: *wait, name, place, tables })
+}
+
+impl Shard {
+    /// Begins a snapshot, which takes the place of one that is awaited. Refused where a table is past its clock.
+    pub(super) fn snapshot(
+        &mut self,
+        wait: &Wait,
+        payload: &[u8],
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Refusal> {
+        let malformed = |bad| Refusal::new(Reason::Malformed, "snapshot", "body", "a name and clocks", bad);
+        let asked = decode(payload, wait).map_err(malformed)?;
+        if let Some(known) = self
+            .awaited
+            .as_mut()
+            .filter(|known| known.name == asked.name && known.wait.header.client == wait.header.client)
+        {
+            // Its connection was lost meanwhile: it goes on.
+            known.wait = *wait;
+            return Ok(());
+        }
+        if let Some(before) = self.disarm() {
+            let refusal = Refusal::new(Reason::Superseded, "snapshot", "name", &asked.name, &before.name);
+            refuse(before.wait.to, &before.wait.header, &refusal, out);
+        }
+        let header = wait.header;
+        for &(id, clock) in &asked.tables {
+            let (subject, past) = match (self.tables.get(&id), self.sparse.get(&id)) {
+                (Some(table), _) => (table.spec.subject(), table.past(clock)),
+                (None, Some(table)) => (table.spec.subject(), table.past(clock)),
+                (None, None) => return Err(unknown(&Header { table: id, ..header })),
+            };
+            if let Some(past) = past {
+                return Err(Refusal::new(Reason::Mismatch, subject, CLOCK, format!("at least {past}"), clock));
+            }
+        }
+        for &(id, clock) in &asked.tables {
+            if let Some(table) = self.tables.get_mut(&id) {
+                table.arm(Some(clock));
+            }
+        }
+        for &(id, clock) in &asked.tables {
+            if let Some(table) = self.sparse.get_mut(&id) {
+                table.arm(clock, now);
+            }
+        }
+        self.awaited = Some(asked);
+        Ok(())
+    }
+
+    /// Ends what is awaited: nothing is kept for it any more.
+    fn disarm(&mut self) -> Option<Awaited> {
+        let awaited = self.awaited.take()?;
+        self.tables.values_mut().for_each(|table| table.arm(None));
+        self.sparse.values_mut().for_each(|table| table.disarm());
+        Some(awaited)
+    }
+
+    /// Hands the snapshot over, once every table has come to its clock.
+    pub(super) fn finish_snapshot(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let Some(awaited) = &self.awaited else { return };
+        let ready = |id: &TableId| {
+            self.tables.get(id).is_none_or(|table| table.is_cut())
+                && self.sparse.get(id).is_none_or(|table| table.is_cut())
+        };
+        if !awaited.tables.iter().all(|(id, _)| ready(id)) {
+            return;
+        }
+        let Some(Awaited { wait, name, place, tables }) = self.awaited.take() else { return };
+        let mut images = Vec::with_capacity(tables.len());
+        for (id, _) in tables {
+            if let Some(table) = self.tables.get_mut(&id) {
+                images.push(Image::Dense(Box::new(DenseState(table.take_cut()))));
+            } else if let Some(table) = self.sparse.get_mut(&id) {
+                images.push(Image::Sparse(Box::new(SparseState(table.take_cut(now)))));
+            }
+        }
+        let cut = Cut { name, place, clients: self.members_chunks(), tables: images };
+        out.push(Action::Store { to: wait.to, header: wait.header, cut: Box::new(cut) });
+    }
+
+    /// Gives up a snapshot that has waited too long.
+    pub(super) fn expire_snapshot(&mut self, now: Instant, out: &mut Vec<Action>) {
+        if self.awaited.as_ref().is_some_and(|awaited| awaited.wait.until <= now)
+            && let Some(Awaited { wait, name, .. }) = self.disarm()
+        {
+            let got = "some that did not come so far (do all workers still push?)";
+            let refusal = Refusal::new(Reason::Waited, format!("snapshot {name}"), CLOCK, "all tables at theirs", got);
+            refuse(wait.to, &wait.header, &refusal, out);
+        }
+    }
+
+    /// Answers who asked for a snapshot that was stored in so many bytes, or why it was not.
+    pub(crate) fn stored(wait: (PeerId, Header), stored: Result<u64, String>) -> Action {
+        let (to, header) = wait;
+        let mut out = Vec::new();
+        match stored {
+            Ok(bytes) => {
+                let mut header = header.reply(Kind::Done);
+                (header.flags, header.payload_bytes) = (FLAG_INLINE, 8);
+                out.push(Action::Reply { to, header, body: bytes.to_le_bytes().to_vec() });
+            }
+            Err(why) => {
+                let refusal = Refusal::new(Reason::Limit, "snapshot", "checkpoint", "to be written", why);
+                refuse(to, &header, &refusal, &mut out);
+            }
+        }
+        out.remove(0)
+    }
+
+    /// The shard was made from a checkpoint: clients of the process before must notice, since what they pushed since is gone.
+    pub(crate) fn mark_restored(&mut self) {
+        self.restored = true;
+    }
+
+    /// What tells this process from others at the same address.
+    pub(crate) fn instance(&self) -> u64 {
+        self.instance
+    }
+}

@@ -1,0 +1,229 @@
+//! Does: writes checkpoints to a folder through `object_store`, and reads them; the one home of that crate and of tokio.
+
+use crate::checkpoint::{
+    BadCheckpoint, MAX_MANIFEST_BYTES, Manifest, Object, frame, is_name, manifest_file, place_of, stem, unframe,
+};
+use crate::shard::{Cut, Limits, Shard};
+use crate::state::Builder;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+
+/// Bytes that are read, or handed to the store, at once.
+const READ_BYTES: u64 = 8 << 20;
+/// Uploads of parts of one object under way.
+const UPLOADS: usize = 2;
+/// Of the time, this many parts are rest: servers and workers want the processor and the memory more.
+const REST: u32 = 3;
+
+/// Where checkpoints lie.
+pub(crate) struct Storage {
+    store: Box<dyn ObjectStore>,
+    runtime: Runtime,
+    place: String,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Storage {
+    /// Opens the folder `place`, a path or a `file://` address; makes it where it is not there.
+    pub(crate) fn open(place: &str) -> Result<Self, BadCheckpoint> {
+        let wrong = |what: String| BadCheckpoint::new(place, what);
+        let path = place.strip_prefix("file://").unwrap_or(place);
+        if path.contains("://") {
+            return Err(wrong("only folders can be written to, as a path or file:// address".into()));
+        }
+        std::fs::create_dir_all(path).map_err(|error| wrong(error.to_string()))?;
+        let store = LocalFileSystem::new_with_prefix(path).map_err(|error| wrong(error.to_string()))?;
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(UPLOADS).build();
+        let runtime = runtime.map_err(|error| wrong(error.to_string()))?;
+        Ok(Self { store: Box::new(store), runtime, place: place.to_owned(), cancelled: Arc::default() })
+    }
+
+    /// Once set, writing ends with an error.
+    pub(crate) fn canceller(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.cancelled)
+    }
+
+    /// Writes what a shard gives, the manifest last; how many bytes.
+    pub(crate) fn write(&self, snapshot: &Cut) -> Result<u64, BadCheckpoint> {
+        let (shard, shards) = snapshot.place;
+        let (folder, stem) = (Path::from(snapshot.name.as_str()), stem(shard, shards));
+        self.runtime.block_on(async {
+            let mut objects = Vec::new();
+            let mut clients = snapshot.clients.iter().cloned();
+            let file = format!("{stem}.clients");
+            objects.push(self.write_object(&folder, String::new(), file, 0, &mut clients).await?);
+            for table in &snapshot.tables {
+                let file = format!("{stem}.{:016x}", table.id().0);
+                let name = table.name().to_owned();
+                objects.push(self.write_object(&folder, name, file, table.clock(), &mut table.chunks()).await?);
+            }
+            let bytes = objects.iter().map(|object| object.bytes).sum();
+            let manifest = Manifest { name: snapshot.name.clone(), shard, shards, objects };
+            let path = folder.clone().join(manifest_file(shard, shards));
+            let put = self.store.put(&path, manifest.encode().into()).await;
+            put.map_err(|error| BadCheckpoint::new(path.to_string(), error))?;
+            Ok(bytes)
+        })
+    }
+
+    async fn write_object(
+        &self,
+        folder: &Path,
+        table: String,
+        file: String,
+        clock: u64,
+        chunks: &mut (dyn Iterator<Item = Vec<u8>> + '_),
+    ) -> Result<Object, BadCheckpoint> {
+        let path = folder.clone().join(file.as_str());
+        let wrong = |error: object_store::Error| BadCheckpoint::new(path.to_string(), error);
+        let mut upload = WriteMultipart::new(self.store.put_multipart(&path).await.map_err(wrong)?);
+        let (mut bytes, mut crc32c, mut buffer) = (0, 0, Vec::new());
+        let mut begun = Instant::now();
+        for chunk in chunks {
+            buffer.clear();
+            frame(&chunk, &mut buffer);
+            bytes += buffer.len() as u64;
+            crc32c = crc32c::crc32c_append(crc32c, &buffer);
+            upload.wait_for_capacity(UPLOADS).await.map_err(wrong)?;
+            upload.write(&buffer);
+            if self.cancelled.load(Ordering::Relaxed) {
+                return Err(BadCheckpoint::new(path.to_string(), "the server is being stopped"));
+            }
+            if begun.elapsed() > Duration::from_millis(2) {
+                std::thread::sleep(begun.elapsed() * REST);
+                begun = Instant::now();
+            }
+        }
+        upload.finish().await.map_err(wrong)?;
+        Ok(Object { table, file, clock, bytes, crc32c })
+    }
+
+    /// The names of all checkpoints of which all shards are there, the latest first.
+    pub(crate) fn whole(&self) -> Result<Vec<String>, BadCheckpoint> {
+        let wrong = |error: object_store::Error| BadCheckpoint::new(self.place.as_str(), error);
+        self.runtime.block_on(async {
+            let folders = self.store.list_with_delimiter(None).await.map_err(wrong)?.common_prefixes;
+            let mut names = Vec::new();
+            for folder in folders {
+                let name = folder.filename().unwrap_or_default().to_owned();
+                let places = self.places(&name).await?;
+                if is_name(&name) && places.values().any(|&(come, shards)| come == shards) {
+                    names.push(name);
+                }
+            }
+            names.sort_unstable_by(|one, other| other.cmp(one));
+            Ok(names)
+        })
+    }
+
+    /// For each number of shards, how many manifests of it there are.
+    async fn places(&self, name: &str) -> Result<BTreeMap<u32, (u32, u32)>, BadCheckpoint> {
+        let listed = self.store.list_with_delimiter(Some(&Path::from(name))).await;
+        let listed = listed.map_err(|error| BadCheckpoint::new(name, error))?.objects;
+        let mut places = BTreeMap::new();
+        for (_, shards) in listed.iter().filter_map(|object| place_of(object.location.filename()?)) {
+            places.entry(shards).or_insert((0, shards)).0 += 1;
+        }
+        Ok(places)
+    }
+
+    /// Removes what shard `place` has of checkpoints older than the `keep` latest whole ones.
+    pub(crate) fn prune(&self, place: (u32, u32), keep: usize) -> Result<(), BadCheckpoint> {
+        let names = self.whole()?;
+        let Some(oldest) = names.get(keep.max(1) - 1) else { return Ok(()) };
+        let wrong = |error: object_store::Error| BadCheckpoint::new(self.place.as_str(), error);
+        let (stem, manifest) = (format!("{}.", stem(place.0, place.1)), manifest_file(place.0, place.1));
+        self.runtime.block_on(async {
+            let folders = self.store.list_with_delimiter(None).await.map_err(wrong)?.common_prefixes;
+            for folder in folders.iter().filter(|folder| folder.filename().is_some_and(|name| name < oldest.as_str())) {
+                let listed = self.store.list_with_delimiter(Some(folder)).await.map_err(wrong)?.objects;
+                let of_ours = |path: &Path| path.filename().is_some_and(|file| file.starts_with(&stem));
+                let mut ours: Vec<Path> = listed.into_iter().map(|object| object.location).filter(of_ours).collect();
+                // The manifest first, so that what is left is never taken for whole.
+                ours.sort_by_key(|path| path.filename() != Some(manifest.as_str()));
+                for path in ours {
+                    self.store.delete(&path).await.map_err(wrong)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Reads checkpoint `name` into `shards` shards, whatever number wrote it.
+    pub(crate) fn read(
+        &self,
+        name: &str,
+        shards: u32,
+        limits: &Limits,
+        instances: &[u64],
+    ) -> Result<Vec<Shard>, BadCheckpoint> {
+        if !is_name(name) {
+            return Err(BadCheckpoint::new(name, "it is not the name of a checkpoint"));
+        }
+        let now = Instant::now();
+        self.runtime.block_on(async {
+            let places = self.places(name).await?;
+            let written = places.values().find(|(come, shards)| come == shards);
+            let &(_, written) = written.ok_or_else(|| {
+                let what = format!("it is not whole: manifests of shards are missing (there are {places:?})");
+                BadCheckpoint::new(name, what)
+            })?;
+            let builder = |shard: u32| Builder::new(limits.clone(), instances[shard as usize], (shard, shards), now);
+            let mut builders: Vec<Builder> = (0..shards).map(builder).collect();
+            for shard in 0..written {
+                let one = if written == shards { shard as usize..shard as usize + 1 } else { 0..builders.len() };
+                self.read_shard(name, (shard, written), &mut builders[one]).await?;
+            }
+            let finish = |builder: Builder| builder.finish().map_err(|error| BadCheckpoint::new(name, error));
+            builders.into_iter().map(finish).collect()
+        })
+    }
+
+    async fn read_shard(&self, name: &str, place: (u32, u32), into: &mut [Builder]) -> Result<(), BadCheckpoint> {
+        let path = Path::from(name).join(manifest_file(place.0, place.1));
+        let wrong = |error: object_store::Error| BadCheckpoint::new(path.to_string(), error);
+        let size = self.store.head(&path).await.map_err(wrong)?.size;
+        if size > MAX_MANIFEST_BYTES {
+            return Err(BadCheckpoint::new(path.to_string(), "it is too long"));
+        }
+        let bytes = self.store.get_range(&path, 0..size).await.map_err(wrong)?;
+        let manifest = Manifest::decode(&bytes, name, place)?;
+        for object in &manifest.objects {
+            self.read_object(name, object, into).await?;
+        }
+        Ok(())
+    }
+
+    async fn read_object(&self, name: &str, object: &Object, into: &mut [Builder]) -> Result<(), BadCheckpoint> {
+        let path = Path::from(name).join(object.file.as_str());
+        let wrong = |what: &dyn std::fmt::Display| BadCheckpoint::new(path.to_string(), what);
+        let size = self.store.head(&path).await.map_err(|error| wrong(&error))?.size;
+        if size != object.bytes {
+            return Err(wrong(&format!("it has {size} bytes of {}: it was cut or changed", object.bytes)));
+        }
+        let (mut at, mut crc, mut buffer) = (0, 0, Vec::new());
+        while at < size {
+            let range = at..size.min(at + READ_BYTES);
+            at = range.end;
+            let bytes = self.store.get_range(&path, range).await.map_err(|error| wrong(&error))?;
+            crc = crc32c::crc32c_append(crc, &bytes);
+            buffer.extend_from_slice(&bytes);
+            let mut start = 0;
+            while let Some((chunk, taken)) = unframe(&buffer[start..]).map_err(|what| wrong(&what))? {
+                into.iter_mut().try_for_each(|builder| builder.take(chunk)).map_err(|error| wrong(&error))?;
+                start += taken;
+            }
+            buffer.drain(..start);
+        }
+        if !buffer.is_empty() || crc != object.crc32c {
+            return Err(wrong(&"its checksum does not fit: it was changed"));
+        }
+        Ok(())
+    }
+}
