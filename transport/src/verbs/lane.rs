@@ -22,6 +22,8 @@ pub(super) enum Carried {
     Get { key: u64 },
     /// Nothing: it asks whether the peer's device is there.
     Probe,
+    /// Whether we watch for small frames.
+    Word,
 }
 
 impl Carried {
@@ -34,7 +36,7 @@ impl Carried {
     fn bytes(self) -> usize {
         match self {
             Self::Chunk { bytes } | Self::Part { bytes, .. } => bytes,
-            Self::Frame | Self::Put { .. } | Self::Get { .. } | Self::Probe => 0,
+            Self::Frame | Self::Put { .. } | Self::Get { .. } | Self::Probe | Self::Word => 0,
         }
     }
 }
@@ -103,6 +105,11 @@ impl Lane {
     /// Receives that the peer has posted and that nothing on its way will take.
     pub(super) fn credits(&self) -> u64 {
         (self.peer_depth + self.returned).saturating_sub(self.sent)
+    }
+
+    /// The number of the message that is sent next.
+    pub(super) fn next_message(&self) -> u64 {
+        self.sent
     }
 
     /// Receives that we have posted anew and not told the peer.
