@@ -175,21 +175,25 @@ impl Link {
         if told {
             self.ring.watcher.leave(now);
         }
-        told || (self.ring.watcher.is_watching() && matches!(self.phase, Phase::Up) && self.lost.is_none())
+        // Who has taken leave writes nothing more, and may not be there to be told.
+        let listens = matches!(self.phase, Phase::Up) && self.lost.is_none() && !self.heard_goodbye;
+        told || (self.ring.watcher.is_watching() && listens)
     }
 
     /// Tells the peer whether we watch; whether there was room for it. That we do not is told with a completion, which wakes us
     /// once it is known there.
     fn tell(&mut self, watches: bool, nic: &mut Nic) -> bool {
         let Some((remote, places)) = self.ring.there else { return false };
-        if !matches!(self.phase, Phase::Up) || self.fault.is_some() || !self.has_room() {
+        let gone = !matches!(self.phase, Phase::Up) || self.fault.is_some() || self.heard_goodbye;
+        if gone || !self.has_room() {
             return false;
         }
         let ours = self.ring.memory.address + self.ring.places * PLACE_BYTES + 8;
         let word = watch::word(watches, self.lanes[0].received);
         // SAFETY: it lies within our memory, aligned. A write under way that reads it meanwhile tells the newer word.
         unsafe { (ours as *mut u64).write_volatile(word.to_le()) };
-        let (number, signalled) = self.lanes[0].post(Carried::Word, !watches);
+        // Behind a goodbye nothing else would tell that it has ended.
+        let (number, signalled) = self.lanes[0].post(Carried::Word, !watches || self.said_goodbye);
         let span = Span { address: ours as u64, bytes: 8, key: self.ring.local };
         let there = Remote { address: remote.address.wrapping_add(places * PLACE_BYTES as u64), key: remote.key };
         self.post_work(0, number, span, Work::Write(there, None), signalled, nic);
