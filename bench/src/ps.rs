@@ -1,5 +1,7 @@
 //! Does: times push, pull and push_pull of a dense table, in turns with a plain TCP echo of messages as long.
 
+mod workers;
+
 use crate::echo::{self, Echo};
 use crate::family::Family;
 use crate::report::{Chart, Report, Section, Series};
@@ -35,6 +37,9 @@ pub(crate) struct Options {
     /// Calls of each kind and size; fewer of large ones, never under 10
     #[arg(long, default_value_t = 500)]
     rounds: usize,
+    /// Time push_pull by so many workers at once instead, in turns: 1,2,4,8
+    #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), conflicts_with_all = ["against", "report"])]
+    workers: Vec<u32>,
     /// What is timed in turns with it
     #[arg(long, value_enum)]
     against: Option<Against>,
@@ -119,6 +124,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let store = FileStore::new(folder.path())?;
     let read = |key| Ok::<_, Box<dyn Error>>(String::from_utf8(store.get(key, Instant::now() + PATIENCE)?)?);
     let addresses: Vec<String> = read("servers")?.split(' ').map(str::to_owned).collect();
+    if !options.workers.is_empty() {
+        return workers::run(&addresses, &options.workers, &options.bytes, options.rounds, options.json);
+    }
     let client = Client::connect(&addresses, ClientSettings { timeout: PATIENCE, ..ClientSettings::default() })?;
     let mut echo = match options.against {
         Some(Against::Echo) => Some(Echo::connect(read("echo")?.parse()?)?),

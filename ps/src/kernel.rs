@@ -20,6 +20,7 @@ pub(crate) const BLOCK: usize = 512;
 /// A type to compute in.
 pub(crate) trait Real:
     Copy
+    + bytemuck::Pod
     + Default
     + Debug
     + PartialEq
@@ -40,6 +41,11 @@ pub(crate) trait Real:
     fn abs(self) -> Self;
     /// Reads elements of type `dtype`.
     fn load(dtype: DType, from: &[u8], to: &mut [Self]);
+    /// The elements themselves, where `stored` of type `dtype` holds them as they are computed with.
+    fn in_place(dtype: DType, stored: &mut [u8]) -> Option<&mut [Self]> {
+        let same = dtype == Self::DTYPE && cfg!(target_endian = "little");
+        if same { bytemuck::try_cast_slice_mut(stored).ok() } else { None }
+    }
     /// Writes elements of type `dtype`, rounding to nearest, ties to even.
     fn store(dtype: DType, from: &[Self], to: &mut [u8]);
 }

@@ -13,6 +13,7 @@ mod key;
 mod local;
 mod members;
 mod memory;
+mod patience;
 mod protocol;
 mod rates;
 mod refusal;

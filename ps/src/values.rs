@@ -112,20 +112,26 @@ impl<C: Real> Values for Dense<C> {
         let [first, second] = &mut self.state;
         for start in (0..self.elements).step_by(BLOCK) {
             let end = self.elements.min(start + BLOCK);
-            let (value, gradient) = (&mut value[..end - start], &mut gradient[..end - start]);
+            let gradient = &mut gradient[..end - start];
             gather(&self.sum, source, start..end, gradient);
             if divisor != 1.0 {
                 let divisor = C::of(divisor);
                 gradient.iter_mut().for_each(|gradient| *gradient = *gradient / divisor);
             }
             let stored = &mut bytes[start * self.dtype.bytes()..end * self.dtype.bytes()];
+            let block = |state: &mut Vec<C>| if state.is_empty() { 0..0 } else { start..end };
+            let (of_first, of_second) = (block(first), block(second));
+            let (first, second) = (&mut first[of_first], &mut second[of_second]);
+            if let Some(value) = C::in_place(self.dtype, stored) {
+                step.run(value, gradient, first, second);
+                continue;
+            }
+            let value = &mut value[..end - start];
             match self.wide.get(start..end) {
                 Some(wide) => value.copy_from_slice(wide),
                 None => C::load(self.dtype, stored, value),
             }
-            let block = |state: &mut Vec<C>| if state.is_empty() { 0..0 } else { start..end };
-            let (of_first, of_second) = (block(first), block(second));
-            step.run(value, gradient, &mut first[of_first], &mut second[of_second]);
+            step.run(value, gradient, first, second);
             if let Some(wide) = self.wide.get_mut(start..end) {
                 wide.copy_from_slice(value);
             }

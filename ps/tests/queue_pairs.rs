@@ -36,7 +36,7 @@ fn serve(fabric: &Fabric) -> Running {
     let address = tcp.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let verbs = VerbsWire::new(&config, Box::new(fabric.adapter()));
     let mesh = Mesh::meeting(tcp, Box::new(verbs), WireChoice::Auto);
-    let mut server = Server::on(Box::new(mesh), address, Shard::new(Limits::default(), 77), 0);
+    let mut server = Server::on(Box::new(mesh), address, Shard::new(Limits::default(), 77), Duration::ZERO);
     let stopper = server.stopper();
     let thread = std::thread::spawn(move || server.run());
     Running { address: address.to_string(), stopper, thread: Some(thread) }

@@ -107,7 +107,7 @@ impl PsClient {
     ) -> PyResult<Self> {
         let (timeout, reconnect) = (seconds(timeout_s, "timeout_s")?, seconds(reconnect_s, "reconnect_s")?);
         let transport = options.wires(ClientSettings::default().transport)?;
-        let settings = ClientSettings { token, worker, timeout, reconnect, transport };
+        let settings = ClientSettings { token, worker, timeout, reconnect, transport, ..ClientSettings::default() };
         let inner = py.detach(|| gradwire_ps::Client::connect(&addresses, settings));
         Ok(Self { inner: inner.map_err(|error| errors::ps(py, &error))? })
     }

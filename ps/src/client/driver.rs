@@ -2,6 +2,7 @@
 
 use super::engine::{Engine, NewRequest};
 use super::pending::Call;
+use crate::patience::Patience;
 use gradwire_transport::Wake;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,7 +26,7 @@ pub(super) struct Driver {
     /// For our own thread.
     progress: Condvar,
     waker: Arc<dyn Wake>,
-    spin_turns: u32,
+    patience: Mutex<Patience>,
     /// What `state.closed` says, to be read without its lock.
     closed: AtomicBool,
 }
@@ -41,7 +42,7 @@ struct State {
 }
 
 impl Driver {
-    pub(super) fn new(engine: Engine, waker: Arc<dyn Wake>, spin_turns: u32) -> Self {
+    pub(super) fn new(engine: Engine, waker: Arc<dyn Wake>, spin: Duration) -> Self {
         Self {
             engine: Mutex::new(engine),
             inbox: Mutex::new(Vec::new()),
@@ -49,7 +50,7 @@ impl Driver {
             followers: Condvar::new(),
             progress: Condvar::new(),
             waker,
-            spin_turns,
+            patience: Mutex::new(Patience::new(spin)),
             closed: AtomicBool::new(false),
         }
     }
@@ -171,14 +172,27 @@ impl Driver {
 
     /// Drives until `enough` or the deadline. The caller has made itself the driver.
     fn drive(&self, deadline: Instant, enough: impl Fn() -> bool) {
-        let mut idle = 0;
+        // There is one driver at a time.
+        let mut patience = self.patience.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = Instant::now();
         loop {
-            idle = if self.turn() { 0 } else { idle + 1 };
+            let moved = self.turn();
+            let now = Instant::now();
+            let idle = now.saturating_duration_since(last);
+            if moved {
+                patience.learn(idle);
+                last = now;
+            }
             if enough() || self.closed.load(Ordering::Acquire) {
                 return;
             }
-            if idle > self.spin_turns {
-                let now = Instant::now();
+            if moved {
+                continue;
+            }
+            if patience.looks_on(idle) {
+                // Whoever is waited for may want this very core.
+                std::thread::yield_now();
+            } else {
                 if now >= deadline {
                     return;
                 }

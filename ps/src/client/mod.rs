@@ -17,6 +17,7 @@ pub use table::{DenseTable, TableOptions};
 use crate::dial::{self, Dialer};
 use crate::header::{Header, Kind};
 use crate::key::TableId;
+use crate::patience;
 use crate::shard_map::{Epoch, MAX_PART_BYTES, ShardMap};
 use crate::status::{PAGE, ShardStatus};
 use crate::{DType, KeyRange, Mode, PsError};
@@ -42,6 +43,8 @@ pub struct ClientSettings {
     pub timeout: Duration,
     /// How long a server is dialled, at first and after its connection was lost, before it counts as lost. Default 5 s.
     pub reconnect: Duration,
+    /// The longest that a waiting caller looks for an answer before it sleeps: less where answers take longer. Default 200 µs.
+    pub spin: Duration,
     /// Settings of the wire; its token is set from `token`.
     pub transport: Config,
 }
@@ -53,9 +56,9 @@ impl Default for ClientSettings {
             worker: None,
             timeout: Duration::from_secs(300),
             reconnect: Duration::from_secs(5),
-            // As for a server: who waits here leaves the core to whoever it waits for.
+            spin: patience::MOST,
             // Many servers answer a pull at once.
-            transport: Config { spin_turns: 0, credit: Some(CreditSettings::default()), ..Config::default() },
+            transport: Config { credit: Some(CreditSettings::default()), ..Config::default() },
         }
     }
 }
@@ -156,7 +159,7 @@ impl Client {
         engine.reach_all(Instant::now() + settings.reconnect)?;
         let most_bytes = engine.shards.iter().map(|shard| shard.most_bytes).min().unwrap_or(0);
         let most_bytes = usize::try_from(most_bytes).unwrap_or(usize::MAX).min(MAX_PART_BYTES);
-        let driver = Arc::new(Driver::new(engine, waker, settings.transport.spin_turns));
+        let driver = Arc::new(Driver::new(engine, waker, settings.spin));
         let thread = driver
             .start()
             .map_err(|error| gradwire_transport::TransportError::io("start the client's thread", error))?;

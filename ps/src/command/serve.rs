@@ -55,6 +55,7 @@ impl Serve {
             insecure: self.insecure,
             limits,
             transport: self.wires.config(ServerSettings::default().transport)?,
+            ..ServerSettings::default()
         };
         let secured = settings.token.is_some();
         let servers = LocalServers::start(self.shards, settings).map_err(|error| error.to_string())?;

@@ -1,0 +1,196 @@
+//! Does: times push_pull of one synchronous table by several workers at once, each with a connection of its own.
+
+use super::{PATIENCE, WARM_UP, element};
+use crate::machine;
+use crate::statistics::{percentile, sorted};
+use gradwire_ps::{Client, ClientSettings, DType, DenseTable, Mode, TableOptions};
+use gradwire_transport::Region;
+use serde::Serialize;
+use std::error::Error;
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+/// How often each number of workers has its turn.
+const TURNS: usize = 5;
+
+type Fault = Box<dyn Error + Send + Sync>;
+
+#[derive(Serialize)]
+struct Row {
+    host: String,
+    wire: &'static str,
+    shards: usize,
+    operation: &'static str,
+    dtype: &'static str,
+    bytes: usize,
+    workers: u32,
+    rounds: usize,
+    p50_us: f64,
+    p99_us: f64,
+    /// Payload of all workers, there and back, by the whole time: the median of the turns.
+    goodput_gb_per_s: f64,
+    /// Of the goodput of the first number of workers.
+    of_first: f64,
+}
+
+/// What one worker saw.
+struct Seen {
+    began: Instant,
+    ended: Instant,
+    calls: Vec<f64>,
+}
+
+/// Measures `counts` workers in turns, for each of `sizes`, and prints a line for each.
+pub(super) fn run(
+    addresses: &[String],
+    counts: &[u32],
+    sizes: &[usize],
+    rounds: usize,
+    json: bool,
+) -> Result<(), Box<dyn Error>> {
+    if !json {
+        println!(
+            "push_pull by several workers, synchronous float32 table, TCP over loopback; {}",
+            machine::described()
+        );
+        println!(
+            "{:>12} {:>7} {:>11} {:>11} {:>13} {:>8}",
+            "bytes", "workers", "p50 us", "p99 us", "goodput GB/s", "of first"
+        );
+    }
+    for &bytes in sizes {
+        let rounds = (rounds * (1 << 20) / bytes).clamp(10, rounds.max(10));
+        let mut turns = vec![(Vec::new(), Vec::new()); counts.len()];
+        for turn in 0..TURNS {
+            for (&workers, (goodputs, calls)) in counts.iter().zip(&mut turns) {
+                eprint!("\r{bytes} bytes, turn {} of {TURNS}, {workers} workers   ", turn + 1);
+                let name = format!("bench-{bytes}-{workers}-{turn}");
+                let seen = together(addresses, &name, workers, bytes, rounds)?;
+                goodputs.push(goodput(&seen, bytes, rounds).ok_or("no worker, no goodput")?);
+                calls.extend(seen.into_iter().flat_map(|seen| seen.calls));
+            }
+        }
+        eprintln!();
+        let first = percentile(&sorted(turns.first().map_or(Vec::new(), |turn| turn.0.clone())), 50);
+        for (&workers, (goodputs, calls)) in counts.iter().zip(turns) {
+            let (goodputs, calls) = (sorted(goodputs), sorted(calls));
+            let row = Row {
+                host: machine::host(),
+                wire: "tcp",
+                shards: addresses.len(),
+                operation: "push_pull",
+                dtype: "float32",
+                bytes,
+                workers,
+                rounds,
+                p50_us: percentile(&calls, 50),
+                p99_us: percentile(&calls, 99),
+                goodput_gb_per_s: percentile(&goodputs, 50),
+                of_first: percentile(&goodputs, 50) / first,
+            };
+            if json {
+                println!("{}", serde_json::to_string(&row)?);
+            } else {
+                let Row { p50_us, p99_us, goodput_gb_per_s, of_first, .. } = row;
+                println!(
+                    "{bytes:>12} {workers:>7} {p50_us:>11.1} {p99_us:>11.1} {goodput_gb_per_s:>13.3} {of_first:>8.3}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// GB/s from the first beginning to the last end.
+fn goodput(seen: &[Seen], bytes: usize, rounds: usize) -> Option<f64> {
+    let began = seen.iter().map(|seen| seen.began).min()?;
+    let ended = seen.iter().map(|seen| seen.ended).max()?;
+    Some((2 * bytes * rounds * seen.len()) as f64 / (ended - began).as_secs_f64() / 1e9)
+}
+
+fn together(
+    addresses: &[String],
+    name: &str,
+    workers: u32,
+    bytes: usize,
+    rounds: usize,
+) -> Result<Vec<Seen>, Box<dyn Error>> {
+    let start = Barrier::new(workers as usize);
+    let results: Vec<Result<Seen, Fault>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers)
+            .map(|worker| {
+                let start = &start;
+                scope.spawn(move || {
+                    let ready = Worker::open(addresses, name, worker, workers, bytes);
+                    // Also of one that failed: the others would wait for ever.
+                    start.wait();
+                    ready?.measure(rounds)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a worker panicked".into()))).collect()
+    });
+    results.into_iter().map(|result| result.map_err(|error| error.to_string().into())).collect()
+}
+
+struct Worker {
+    client: Client,
+    table: DenseTable,
+    gradient: Arc<Region>,
+    values: Arc<Region>,
+    workers: u32,
+    pushes: usize,
+}
+
+impl Worker {
+    fn open(addresses: &[String], name: &str, worker: u32, workers: u32, bytes: usize) -> Result<Self, Fault> {
+        let settings = ClientSettings { worker: Some(worker), timeout: PATIENCE, ..ClientSettings::default() };
+        let client = Client::connect(addresses, settings)?;
+        let options = TableOptions { mode: Mode::Sync { workers }, ..TableOptions::default() };
+        let table = client.dense(name, &[bytes / 4], DType::F32, options)?;
+        let gradient = (0..bytes / 4).flat_map(|i| element(i).to_le_bytes()).collect();
+        Ok(Self {
+            client,
+            table,
+            gradient: Region::from_vec(gradient),
+            values: Region::zeroed(bytes),
+            workers,
+            pushes: 0,
+        })
+    }
+
+    fn call(&mut self) -> Result<Duration, Fault> {
+        let bytes = self.gradient.len();
+        let (gradient, into) = (self.gradient.read(0..bytes)?, self.values.write(0..bytes)?);
+        let began = Instant::now();
+        self.table.push_pull(gradient, into)?.wait(None)?;
+        self.pushes += 1;
+        Ok(began.elapsed())
+    }
+
+    /// Every push of every worker counted once: checked before anything is timed, and after.
+    fn check(&self) -> Result<(), Fault> {
+        let values = self.values.read(0..self.values.len())?;
+        for (i, four) in values.as_chunks::<4>().0.iter().enumerate() {
+            let (got, pushes) = (f32::from_le_bytes(*four), self.pushes * self.workers as usize);
+            let expected = element(i) * pushes as f32;
+            if got != expected {
+                return Err(format!("element {i} is {got} after {pushes} pushes, not {expected}").into());
+            }
+        }
+        Ok(())
+    }
+
+    fn measure(mut self, rounds: usize) -> Result<Seen, Fault> {
+        for _ in 0..WARM_UP {
+            self.call()?;
+            self.check()?;
+        }
+        let began = Instant::now();
+        let calls = (0..rounds).map(|_| Ok(self.call()?.as_secs_f64() * 1e6)).collect::<Result<_, Fault>>()?;
+        let ended = Instant::now();
+        self.check()?;
+        self.client.close();
+        Ok(Seen { began, ended, calls })
+    }
+}
