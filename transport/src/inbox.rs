@@ -103,6 +103,12 @@ struct Queue {
     matched: usize,
 }
 
+impl Queue {
+    fn is_empty(&self) -> bool {
+        self.posted.is_empty() && self.messages.is_empty()
+    }
+}
+
 /// Everything that comes from one peer.
 pub(crate) struct Inbox {
     peer: PeerId,
@@ -110,6 +116,8 @@ pub(crate) struct Inbox {
     pool: Arc<Pool>,
     queues: TagMap<Queue>,
     spare: Vec<Queue>,
+    /// The tag whose queue was emptied last.
+    last: Option<Tag>,
     messages: Slab<Message>,
     posted: usize,
     unmatched: usize,
@@ -127,6 +135,7 @@ impl Inbox {
             pool,
             queues: TagMap::default(),
             spare: Vec::new(),
+            last: None,
             messages: Slab::default(),
             posted: 0,
             unmatched: 0,
@@ -154,6 +163,11 @@ impl Inbox {
         turn: u64,
         done: &mut Vec<Completion>,
     ) {
+        if let Payload::Bytes(bytes) = payload
+            && self.deliver_at_once(from, bytes, cost, done)
+        {
+            return;
+        }
         let (receive, alone) = self.meet(from.tag);
         let bytes = payload.bytes().len();
         let mut message =
@@ -164,6 +178,27 @@ impl Inbox {
         } else {
             self.enqueue(message);
         }
+    }
+
+    /// Copies a message straight into the slice that waits for it, if one does and nothing is before it; whether it did.
+    fn deliver_at_once(&mut self, from: Envelope, bytes: &[u8], cost: u64, done: &mut Vec<Completion>) -> bool {
+        let Some(queue) = self.queues.get_mut(&from.tag) else { return false };
+        let fits = |receive: &mut Receive| matches!(receive, Receive::Slice(slice) if slice.len() >= bytes.len());
+        if !queue.messages.is_empty() {
+            return false;
+        }
+        let Some(Receive::Slice(mut slice)) = queue.posted.pop_front_if(fits) else { return false };
+        let empty = queue.posted.is_empty();
+        slice[..bytes.len()].copy_from_slice(bytes);
+        self.posted -= 1;
+        self.taken += cost;
+        self.received.0 += bytes.len() as u64;
+        self.received.1 += 1;
+        done.push(Completion::Received { from, slice, bytes: bytes.len() });
+        if empty {
+            self.put_away(from.tag);
+        }
+        true
     }
 
     /// A message is offered; what to answer once it has met its receive, which may be now.
@@ -425,8 +460,19 @@ impl Inbox {
 
     /// Puts the queue of `tag` away where nothing is in it.
     fn tidy(&mut self, tag: Tag) {
-        if self.queues.get(&tag).is_some_and(|queue| queue.posted.is_empty() && queue.messages.is_empty())
-            && let Some(queue) = self.queues.remove(&tag)
+        if self.queues.get(&tag).is_some_and(Queue::is_empty) {
+            self.put_away(tag);
+        }
+    }
+
+    /// The queue of `tag` is empty. The last one that was is kept: a conversation often goes on in the same tag.
+    fn put_away(&mut self, tag: Tag) {
+        if self.last == Some(tag) {
+            return;
+        }
+        if let Some(before) = self.last.replace(tag)
+            && self.queues.get(&before).is_some_and(Queue::is_empty)
+            && let Some(queue) = self.queues.remove(&before)
             && self.spare.len() < SPARE
         {
             self.spare.push(queue);

@@ -65,7 +65,10 @@ fn index(key: u64) -> usize {
 }
 
 /// A table by tag that hashes in a few cycles, always in the same way.
-pub(crate) type TagMap<T> = HashMap<Tag, T, BuildHasherDefault<TagHasher>>;
+pub(crate) type TagMap<T> = NumberMap<Tag, T>;
+
+/// The same by any number that nobody else chooses.
+pub(crate) type NumberMap<K, T> = HashMap<K, T, BuildHasherDefault<TagHasher>>;
 
 /// Multiplies and folds: tags are counters and bit fields, and come from peers that are trusted with our data.
 #[derive(Default)]
@@ -80,6 +83,10 @@ impl Hasher for TagHasher {
         for &byte in bytes {
             self.write_u64(u64::from(byte));
         }
+    }
+
+    fn write_u32(&mut self, word: u32) {
+        self.write_u64(u64::from(word));
     }
 
     fn write_u64(&mut self, word: u64) {

@@ -14,10 +14,10 @@ use super::memory_region::MemoryRegion;
 use super::queue_pair::{MOST_READS, Path, QueuePair};
 use super::settings::VerbsConfig;
 use super::status::Status;
+use crate::slab::NumberMap;
 use crate::{RegisterError, TransportError};
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -33,8 +33,8 @@ const QUEUE_PAIRS_AT_FIRST: usize = 8;
 
 /// A device, opened. Its parts are freed in the order of the fields, and each holds what it hangs on.
 pub struct Device {
-    queue_pairs: HashMap<u32, Open>,
-    regions: HashMap<u64, MemoryRegion>,
+    queue_pairs: NumberMap<u32, Open>,
+    regions: NumberMap<u64, MemoryRegion>,
     sleep: OwnedFd,
     completions: Arc<CompletionQueue>,
     domain: Arc<ProtectionDomain>,
@@ -112,8 +112,8 @@ impl Device {
             epoll::add(&sleep, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         }
         Ok(Self {
-            queue_pairs: HashMap::new(),
-            regions: HashMap::new(),
+            queue_pairs: NumberMap::default(),
+            regions: NumberMap::default(),
             sleep,
             completions,
             domain,

@@ -114,8 +114,14 @@ impl VerbsWire {
                 break;
             }
         }
+        let mut looked = Ok(false);
         if let Some(Some(link)) = self.links.get_mut(at) {
             link.close(&mut self.nic);
+            // Nothing is written any more: what is there counts as received.
+            looked = link.look(&mut self.nic, done);
+        }
+        if let Err(broken) = looked {
+            self.end(at, LossCause::Protocol(broken.to_owned()), done);
         }
         self.routes.retain(|_, (other, _)| *other != at);
     }
@@ -231,9 +237,14 @@ impl Beside for VerbsWire {
     fn fall_asleep(&mut self) -> bool {
         let mut done = std::mem::take(&mut self.pending);
         let now = Instant::now();
+        self.polls = 0;
         self.flush(now, &mut done);
+        let mut any = false;
+        for link in self.links.iter_mut().flatten() {
+            any |= link.cease_to_watch(now, &mut self.nic);
+        }
         self.nic.adapter.arm();
-        let any = self.take_events(&mut done);
+        any |= self.take_events(&mut done);
         self.pending = done;
         !any && self.pending.is_empty() && self.words.is_empty()
     }
@@ -253,7 +264,9 @@ impl Beside for VerbsWire {
             Phase::Up if link.is_waiting() && !link.probing => Some(link.heard + PROBE),
             _ => None,
         };
-        self.links.iter().flatten().filter_map(|link| apart(link)).min()
+        let nap =
+            |link: &Link| link.ring.watcher.nap().filter(|_| matches!(link.phase, Phase::Up) && link.lost.is_none());
+        self.links.iter().flatten().flat_map(|link| [apart(link), nap(link)]).flatten().min()
     }
 
     fn one_sided(&mut self) -> Option<&mut dyn OneSided> {

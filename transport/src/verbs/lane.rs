@@ -22,6 +22,8 @@ pub(super) enum Carried {
     Get { key: u64 },
     /// Nothing: it asks whether the peer's device is there.
     Probe,
+    /// Whether we watch for small frames.
+    Word,
 }
 
 impl Carried {
@@ -34,7 +36,7 @@ impl Carried {
     fn bytes(self) -> usize {
         match self {
             Self::Chunk { bytes } | Self::Part { bytes, .. } => bytes,
-            Self::Frame | Self::Put { .. } | Self::Get { .. } | Self::Probe => 0,
+            Self::Frame | Self::Put { .. } | Self::Get { .. } | Self::Probe | Self::Word => 0,
         }
     }
 }
@@ -105,6 +107,11 @@ impl Lane {
         (self.peer_depth + self.returned).saturating_sub(self.sent)
     }
 
+    /// The number of the message that is sent next.
+    pub(super) fn next_message(&self) -> u64 {
+        self.sent
+    }
+
     /// Receives that we have posted anew and not told the peer.
     pub(super) fn due(&self) -> u64 {
         self.received - self.told
@@ -147,10 +154,11 @@ impl Lane {
 
     /// The peer has posted `returned` receives anew since the link began. `None`: more than we have sent.
     pub(super) fn on_credit(&mut self, returned: u64) -> Option<()> {
-        if returned > self.sent || returned < self.returned {
+        if returned > self.sent {
             return None;
         }
-        self.returned = returned;
+        // After a break, frames that go again tell what was so before it.
+        self.returned = self.returned.max(returned);
         Some(())
     }
 
@@ -199,7 +207,7 @@ mod tests {
         assert_eq!((lane.credits(), lane.room(), lane.writing_bytes), (6, 97, 15));
         assert_eq!(lane.on_credit(3), None, "more than were sent");
         assert_eq!(lane.on_credit(2), Some(()));
-        assert_eq!((lane.credits(), lane.on_credit(1)), (8, None));
+        assert_eq!((lane.on_credit(1), lane.credits()), (Some(()), 8), "an old word, told again");
         let mut ended = Vec::new();
         lane.complete(3, |carried| ended.push(carried));
         assert_eq!(ended.len(), 3);
@@ -229,5 +237,6 @@ mod tests {
         assert_eq!(delivered, [Carried::Frame, Carried::Chunk { bytes: 9 }, Carried::Part { key: 4, bytes: 1 }]);
         assert_eq!(left, [Carried::Put { key: 2 }, Carried::Frame]);
         assert_eq!((lane.credits(), lane.room(), lane.is_idle()), (8, 100, true));
+        assert_eq!((lane.on_credit(2), lane.credits()), (Some(()), 8), "a frame from before the break tells less");
     }
 }

@@ -12,6 +12,7 @@ use super::record::Record;
 use super::registered_pool::Lent;
 use super::registrations::Lease;
 use super::settings::VerbsConfig;
+use super::watching::Ring;
 use crate::flights::{Cargo, Flights};
 use crate::inbox::{Inbox, Payload, Receive, Reply};
 use crate::pool::Pool;
@@ -133,6 +134,7 @@ pub(super) struct Link {
     /// The slots: half of them to send from, half to receive in.
     memory: Lent,
     pub(super) slot_key: u32,
+    pub(super) ring: Ring,
     /// Where a piece is put together.
     pub(super) piece: Vec<u8>,
     /// Bytes of the frame that is being written; `None` where none is.
@@ -167,7 +169,7 @@ impl Link {
     ) -> Result<Self, RegisterError> {
         let slots = verbs.slots.clamp(4, 256).min(nic.limits.recv_depth);
         let lanes = verbs.queue_pairs.clamp(1, MAX_LANES);
-        let (memory, slot_key) = nic.slots(2 * slots * SLOT_BYTES)?;
+        let (memory, lease) = nic.slots(2 * slots * SLOT_BYTES)?;
         Ok(Self {
             peer,
             inbox: Inbox::new(peer, name.clone(), pool),
@@ -194,7 +196,8 @@ impl Link {
             grants: Grants::default(),
             slots,
             memory,
-            slot_key,
+            slot_key: lease.local,
+            ring: Ring::new(slots, nic)?,
             piece: Vec::new(),
             frame: None,
             lengths: vec![0; slots],
@@ -281,6 +284,7 @@ impl Link {
                 // it before it is posted anew, below.
                 let frame = unsafe { std::slice::from_raw_parts(self.recv_slot(slot) as *const u8, bytes) };
                 self.take_frame(frame, nic, done)?;
+                self.came_small(bytes, nic);
             }
             None => return Err("a frame where none may come"),
         }
@@ -294,7 +298,12 @@ impl Link {
         self.take_frame(frame, nic, done)
     }
 
-    fn take_frame(&mut self, mut frame: &[u8], nic: &mut Nic, done: &mut Vec<Completion>) -> Result<(), Broken> {
+    pub(super) fn take_frame(
+        &mut self,
+        mut frame: &[u8],
+        nic: &mut Nic,
+        done: &mut Vec<Completion>,
+    ) -> Result<(), Broken> {
         while let Some(record) = Record::decode(&mut frame)? {
             self.take(record, nic, done)?;
         }
@@ -462,7 +471,7 @@ impl Link {
     pub(super) fn ended(&mut self, at: usize, carried: Carried, nic: &mut Nic, done: &mut Vec<Completion>) {
         match carried {
             Carried::Frame => self.frames_freed += 1,
-            Carried::Chunk { .. } => {}
+            Carried::Chunk { .. } | Carried::Word => {}
             Carried::Probe => self.probing = false,
             Carried::Part { key, .. } => {
                 if let Some(large) = self.large.get_mut(key) {

@@ -32,6 +32,8 @@ mod sending;
 pub mod settings;
 pub mod status;
 mod waist;
+mod watch;
+mod watching;
 mod wire;
 
 pub use fault::Fault;

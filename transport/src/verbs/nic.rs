@@ -31,11 +31,11 @@ impl Nic {
         }
     }
 
-    /// Memory for a link's slots, with its local key.
+    /// Memory for a link's own use, with its registration.
     ///
     /// # Errors
     /// The device's; also where the pool is too small.
-    pub(super) fn slots(&mut self, bytes: usize) -> Result<(Lent, u32), RegisterError> {
+    pub(super) fn slots(&mut self, bytes: usize) -> Result<(Lent, Lease), RegisterError> {
         let lent = self.pool.take(bytes, &mut *self.adapter, &mut self.registrations)?;
         let known = lent.and_then(|lent| self.known(lent.address, bytes).map(|lease| (lent, lease)));
         let (lent, lease) = known.ok_or_else(|| RegisterError::Device {
@@ -44,7 +44,7 @@ impl Nic {
             source: Arc::new(std::io::Error::other("the wire's registered memory is used up: raise its pool_bytes")),
         })?;
         self.registrations.release(lease);
-        Ok((lent, lease.local))
+        Ok((lent, lease))
     }
 
     /// A buffer that the peer may write, with its remote key; `None` where there is none to be had.

@@ -1,19 +1,19 @@
 //! Pure: what two ends tell each other, over sockets, to connect their queue pairs, for the first time or again; and the one
 //! rule by which both come to the same answer.
 
-use super::adapter::Endpoint;
+use super::adapter::{Endpoint, Remote};
 
 /// Longest text of a refusal.
 const MAX_TEXT: usize = 300;
 /// Queue pairs of one link.
 pub(super) const MAX_LANES: usize = 8;
-const MARK: [u8; 4] = *b"GWV1";
+const MARK: [u8; 4] = *b"GWV2";
 
 /// How one end would go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Means {
-    /// By these queue pairs, each with as many receives.
-    QueuePairs { endpoints: Vec<Endpoint>, receives: u32 },
+    /// By these queue pairs, each with as many receives, and memory for as many small frames.
+    QueuePairs { endpoints: Vec<Endpoint>, receives: u32, ring: Remote },
     /// Over the sockets, for the reason given.
     Sockets(String),
 }
@@ -32,8 +32,8 @@ pub(super) struct Proposal {
 /// What both ends conclude from two proposals.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Conclusion {
-    /// Our queue pairs, in order, are connected to these.
-    Connect(Vec<Endpoint>, u32),
+    /// Our queue pairs, in order, are connected to these, which have so many receives and this memory.
+    Connect(Vec<Endpoint>, u32, Remote),
     /// Both go on over sockets, for this reason.
     Sockets(String),
 }
@@ -47,9 +47,9 @@ pub(super) fn conclude(ours: &Proposal, theirs: &Proposal) -> Conclusion {
         (Means::Sockets(own), Means::Sockets(other)) => {
             Conclusion::Sockets(format!("this end: {own}; the other end: {other}"))
         }
-        (Means::QueuePairs { endpoints: own, .. }, Means::QueuePairs { endpoints, receives }) => {
+        (Means::QueuePairs { endpoints: own, .. }, Means::QueuePairs { endpoints, receives, ring }) => {
             let both = own.len().min(endpoints.len());
-            Conclusion::Connect(endpoints[..both].to_vec(), *receives)
+            Conclusion::Connect(endpoints[..both].to_vec(), *receives, *ring)
         }
     }
 }
@@ -67,9 +67,11 @@ impl Proposal {
                 out.push(0);
                 out.extend(&text.as_bytes()[..end]);
             }
-            Means::QueuePairs { endpoints, receives } => {
+            Means::QueuePairs { endpoints, receives, ring } => {
                 out.push(endpoints.len().min(MAX_LANES) as u8);
                 out.extend(receives.to_le_bytes());
+                out.extend(ring.address.to_le_bytes());
+                out.extend(ring.key.to_le_bytes());
                 for end in endpoints.iter().take(MAX_LANES) {
                     out.extend(end.queue_pair.to_le_bytes());
                     out.extend(end.packet.to_le_bytes());
@@ -95,9 +97,11 @@ impl Proposal {
             Means::Sockets(String::from_utf8(rest.to_vec()).ok().filter(|text| text.len() <= MAX_TEXT)?)
         } else {
             let receives = u32::from_le_bytes(take(&mut rest)?);
+            let address = u64::from_le_bytes(take(&mut rest)?);
+            let ring = Remote { address, key: u32::from_le_bytes(take(&mut rest)?) };
             let endpoints = (0..pairs).map(|_| endpoint(&mut rest)).collect::<Option<Vec<_>>>()?;
             let sound = endpoints.len() <= MAX_LANES && receives > 1 && rest.is_empty();
-            sound.then_some(Means::QueuePairs { endpoints, receives })?
+            sound.then_some(Means::QueuePairs { endpoints, receives, ring })?
         };
         Some(Self { epoch, received, means })
     }
@@ -127,7 +131,8 @@ mod tests {
     fn pairs(count: u32) -> Proposal {
         let endpoint = |at| Endpoint { queue_pair: at, packet: 7, lid: 0, mtu_bytes: 4096, gid: [at as u8; 16] };
         let endpoints = (0..count).map(endpoint).collect();
-        Proposal { epoch: 3, received: vec![5, 1 << 40], means: Means::QueuePairs { endpoints, receives: 64 } }
+        let ring = Remote { address: 1 << 50, key: count };
+        Proposal { epoch: 3, received: vec![5, 1 << 40], means: Means::QueuePairs { endpoints, receives: 64, ring } }
     }
 
     fn sockets(reason: &str) -> Proposal {
@@ -150,7 +155,7 @@ mod tests {
         for a in &ends {
             for b in &ends {
                 match (conclude(a, b), conclude(b, a)) {
-                    (Conclusion::Connect(there, 64), Conclusion::Connect(here, 64)) => {
+                    (Conclusion::Connect(there, 64, _), Conclusion::Connect(here, 64, _)) => {
                         assert_eq!(there.len(), here.len())
                     }
                     (Conclusion::Sockets(there), Conclusion::Sockets(here)) => {
@@ -173,7 +178,7 @@ mod tests {
         }
 
         #[test]
-        fn a_cut_proposal_is_refused(at in 0usize..58) {
+        fn a_cut_proposal_is_refused(at in 0usize..70) {
             prop_assert!(Proposal::decode(&pairs(1).encode()[..at]).is_none());
         }
     }

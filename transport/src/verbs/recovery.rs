@@ -17,6 +17,7 @@ const FORGET: Duration = Duration::from_secs(60);
 impl Link {
     /// Makes queue pairs with their receives posted; what to tell the peer.
     pub(super) fn propose(&mut self, now: Instant, nic: &mut Nic) -> Proposal {
+        self.ring.reset();
         self.failures.retain(|failure| now.saturating_duration_since(*failure) < FORGET);
         let means = if self.failures.len() >= FAILURES {
             let why = self.last_fault.as_ref().map_or_else(String::new, ToString::to_string);
@@ -26,7 +27,7 @@ impl Link {
             ))
         } else {
             match self.open(nic) {
-                Ok(endpoints) => Means::QueuePairs { endpoints, receives: self.slots as u32 },
+                Ok(endpoints) => Means::QueuePairs { endpoints, receives: self.slots as u32, ring: self.ring.offer() },
                 Err(error) => Means::Sockets(error.to_string()),
             }
         };
@@ -69,8 +70,8 @@ impl Link {
         done: &mut Vec<Completion>,
     ) -> Result<bool, &'static str> {
         let Some(ours) = self.ours.take() else { return Err("a proposal that nobody waits for") };
-        let (endpoints, receives) = match conclude(&ours, theirs) {
-            Conclusion::Connect(endpoints, receives) => (endpoints, receives),
+        let (endpoints, receives, ring) = match conclude(&ours, theirs) {
+            Conclusion::Connect(endpoints, receives, ring) => (endpoints, receives, ring),
             Conclusion::Sockets(reason) => {
                 self.close(nic);
                 self.phase = Phase::Sockets(reason);
@@ -89,6 +90,7 @@ impl Link {
             }
         }
         self.phase = Phase::Up;
+        self.ring.join(ring, receives.into());
         self.rewind(theirs, receives.into(), nic, done)?;
         Ok(true)
     }

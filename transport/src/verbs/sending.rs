@@ -8,6 +8,7 @@ use super::link::{Access, Large, Link, MESSAGE_COST, Out, Part, Phase, Remotely,
 use super::nic::Nic;
 use super::proposal::MAX_LANES;
 use super::record::{HEAD_BYTES, Record};
+use super::watch::SEAL_BYTES;
 use crate::flights::Cargo;
 use crate::{Completion, Envelope};
 
@@ -43,6 +44,17 @@ impl Link {
         self.spent - self.taken + cost <= self.window_bytes
     }
 
+    /// Whether there is nothing to be written and nothing to be seen to.
+    pub(super) fn is_quiet(&self) -> bool {
+        matches!(self.phase, Phase::Up)
+            && self.fault.is_none()
+            && self.frame.is_none()
+            && self.queue.is_empty()
+            && self.writing.is_empty()
+            && !self.owes_credit()
+            && !self.owes_nudge()
+    }
+
     /// Writes what there is room for.
     pub(super) fn flush(&mut self, nic: &mut Nic, done: &mut Vec<Completion>) {
         if self.lost.is_some() || matches!(self.phase, Phase::Apart { .. }) {
@@ -57,6 +69,7 @@ impl Link {
         self.write_larges(nic, done);
         self.give_credit(nic);
         self.end_frame(nic);
+        self.nudge(nic);
     }
 
     /// Writes one thing; gives it back where there is no room.
@@ -140,11 +153,15 @@ impl Link {
         }
     }
 
+    /// Whether so much credit is due that it is worth a frame of its own.
+    fn owes_credit(&self) -> bool {
+        let half = self.slots as u64 / 2;
+        self.lanes.iter().any(|lane| lane.due() >= half) || self.inbox.taken - self.told >= self.window_bytes / 4
+    }
+
     /// Gives credit back, in a frame of its own if need be, once half of it is due.
     fn give_credit(&mut self, nic: &mut Nic) {
-        let half = self.slots as u64 / 2;
-        let due = self.lanes.iter().any(|lane| lane.due() >= half);
-        if !due && self.inbox.taken - self.told < self.window_bytes / 4 {
+        if !self.owes_credit() {
             return;
         }
         if self.frame.is_some_and(|used| used + MAX_LANES * HEAD_BYTES > SLOT_BYTES) {
@@ -176,7 +193,25 @@ impl Link {
 
     /// Sends the frame that is being written.
     pub(super) fn end_frame(&mut self, nic: &mut Nic) {
-        let Some(bytes) = self.frame.take().filter(|&bytes| bytes > 0) else { return };
+        if let Some(bytes) = self.frame.take().filter(|&bytes| bytes > 0) {
+            self.send_made(bytes, nic);
+        }
+    }
+
+    /// Sends a frame of no records, or of credits; whether there was room.
+    pub(super) fn send_empty(&mut self, nic: &mut Nic) -> bool {
+        self.end_frame(nic);
+        let free = self.has_slot(RESERVED);
+        if free {
+            self.frame = Some(0);
+            self.attach_credit(1);
+            let bytes = self.frame.take().unwrap_or(0);
+            self.send_made(bytes, nic);
+        }
+        free
+    }
+
+    fn send_made(&mut self, bytes: usize, nic: &mut Nic) {
         let at = self.frames_made;
         self.lengths[(at % self.slots as u64) as usize] = bytes;
         self.frames_made += 1;
@@ -189,6 +224,11 @@ impl Link {
         // With many slots in use, each frame asks for a completion, or they would not be known to be free again; and so does a
         // goodbye, since nothing follows it.
         let asks = self.said_goodbye || self.frames_made - self.frames_freed > self.slots as u64 / 2;
+        let place = self.place_there(bytes);
+        match place {
+            Some(_) => self.seal(at, bytes),
+            None => self.ring.woken(),
+        }
         let (number, signalled) = self.lanes[0].post(Carried::Frame, asks);
         let address = self.send_slot(at);
         if let Phase::Sockets(_) = self.phase {
@@ -197,11 +237,23 @@ impl Link {
             self.frames_freed += 1;
             return;
         }
+        let (bytes, work) = match place {
+            Some(there) => (bytes + SEAL_BYTES, Work::Write(there, None)),
+            None => (bytes, Work::Send),
+        };
         let span = Span { address: address as u64, bytes: bytes as u32, key: self.slot_key };
-        self.post_work(0, number, span, Work::Send, signalled, nic);
+        self.post_work(0, number, span, work, signalled, nic);
+        if place.is_some() {
+            self.nudge(nic);
+        }
     }
 
-    fn post_work(&mut self, at: usize, number: u64, span: Span, work: Work, signalled: bool, nic: &mut Nic) {
+    /// Whether the first lane takes one more work request that carries no frame.
+    pub(super) fn has_room(&self) -> bool {
+        self.lanes[0].room() > FRAME_ROOM
+    }
+
+    pub(super) fn post_work(&mut self, at: usize, number: u64, span: Span, work: Work, signalled: bool, nic: &mut Nic) {
         let Some(queue_pair) = self.lanes[at].queue_pair else { return };
         if let Err(error) = nic.adapter.post(queue_pair, number, span, work, signalled) {
             let what = format!("it takes no more work: {error}");

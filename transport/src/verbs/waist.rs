@@ -112,12 +112,13 @@ impl Wire for VerbsWire {
             self.look_around();
         }
         done.append(&mut self.pending);
-        self.take_events(done);
+        self.take_soon(done);
         self.flush(now, done);
     }
 
     fn park(&mut self, until: Instant) {
         if self.fall_asleep() {
+            let until = self.deadline().map_or(until, |deadline| until.min(deadline));
             let wait = until.saturating_duration_since(Instant::now());
             let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
             let mut fds = [PollFd::from_borrowed_fd(self.nic.adapter.sleep_on(), PollFlags::IN)];

@@ -13,10 +13,16 @@ use crate::beside::Words;
 use crate::flights::Cargo;
 use crate::inbox::Receive;
 use crate::pool::Pool;
+use crate::slab::NumberMap;
 use crate::{Completion, Config, Envelope, LossCause, PeerId, RegionSliceMut, Tag, TransportError};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
+
+/// While peers are watched, completions are taken once in so many polls.
+const EVENT_TURNS: u32 = 4;
+/// Whether a quiet link's peer is still there is asked once in so many polls, and before a sleep.
+const PROBE_TURNS: u32 = 64;
 
 /// What the wire has been through; nothing of it moves on a warm and healthy data path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,7 +45,7 @@ pub struct VerbsWire {
     pub(super) verbs: VerbsConfig,
     pub(super) links: Vec<Option<Box<Link>>>,
     /// Whose a queue pair is, and which of its lanes.
-    pub(super) routes: HashMap<u32, (usize, usize)>,
+    pub(super) routes: NumberMap<u32, (usize, usize)>,
     pub(super) nic: Nic,
     pub(super) pool: Arc<Pool>,
     pub(super) pending: Vec<Completion>,
@@ -61,7 +67,7 @@ impl VerbsWire {
         Self {
             config: config.clone(),
             links: Vec::new(),
-            routes: HashMap::new(),
+            routes: NumberMap::default(),
             nic: Nic::new(adapter, verbs.cache_bytes, verbs.pool_bytes),
             verbs,
             pool: Arc::new(Pool::default()),
@@ -149,6 +155,29 @@ impl VerbsWire {
             self.dispatch(event, done);
         }
         self.events = events;
+        self.look_at_rings(done) || any
+    }
+
+    /// Takes what has come, for a poll: while a peer is watched, which then sends little else, only seldom by completions.
+    pub(super) fn take_soon(&mut self, done: &mut Vec<Completion>) {
+        let watching = self.links.iter().flatten().any(|link| link.ring.watcher.is_watching());
+        if watching && !self.polls.is_multiple_of(EVENT_TURNS) {
+            self.look_at_rings(done);
+        } else {
+            self.take_events(done);
+        }
+    }
+
+    /// Takes what has been written into our rings.
+    fn look_at_rings(&mut self, done: &mut Vec<Completion>) -> bool {
+        let mut any = false;
+        for at in 0..self.links.len() {
+            let Some(link) = self.links[at].as_deref_mut().filter(|link| link.lost.is_none()) else { continue };
+            match link.look(&mut self.nic, done) {
+                Ok(came) => any |= came,
+                Err(broken) => self.end(at, LossCause::Protocol(broken.to_owned()), done),
+            }
+        }
         any
     }
 
@@ -166,7 +195,10 @@ impl VerbsWire {
             }
             What::Received(bytes, word) => {
                 let slot = (event.number & !RECEIVE) as usize;
-                let taken = link.received((lane, slot, bytes as usize), word, &mut self.nic, done);
+                // What was written into the ring before it lies there.
+                let before = if lane == 0 { link.look(&mut self.nic, done).map(drop) } else { Ok(()) };
+                let taken =
+                    before.and_then(|()| link.received((lane, slot, bytes as usize), word, &mut self.nic, done));
                 if let Err(broken) = taken {
                     self.end(at, LossCause::Protocol(broken.to_owned()), done);
                 }
@@ -215,8 +247,12 @@ impl VerbsWire {
 
     /// Writes what there is room for, on every link, and sees to what failed.
     pub(super) fn flush(&mut self, now: Instant, done: &mut Vec<Completion>) {
+        let due = self.polls.is_multiple_of(PROBE_TURNS);
         for at in 0..self.links.len() {
             let Some(link) = &mut self.links[at] else { continue };
+            if !due && link.is_quiet() {
+                continue;
+            }
             link.flush(&mut self.nic, done);
             let peer = link.peer;
             self.words.extend(link.carried.drain(..).map(|frame| (peer, Words::Frame(frame))));
