@@ -8,10 +8,10 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Recovery {
-    /// It is gone.
+    /// What no checkpoint holds is gone.
     #[default]
     None,
-    /// Another server has all of it and takes its place: what was acknowledged is there, and nothing counts twice.
+    /// Another server has all of it and takes its place. Known to the protocol; servers without backups refuse it.
     Replicate,
 }
 
@@ -19,7 +19,8 @@ impl Recovery {
     /// Refuses a choice that a shard of a cluster with `replicas` copies of each shard, beside the first, cannot keep.
     pub(crate) fn check(self, replicas: u32, subject: String) -> Result<(), Refusal> {
         if self == Self::Replicate && replicas == 0 {
-            let expected = "servers that have backups (start them with --coordinator)";
+            let expected =
+                "servers that have backups, which those of this version have not (keep checkpoints: --checkpoint-dir)";
             return Err(Refusal::new(Reason::Mismatch, subject, "recovery", expected, "replicate, and none has"));
         }
         Ok(())
@@ -58,7 +59,7 @@ mod tests {
     fn a_replicated_table_needs_servers_with_backups_and_others_need_nothing() {
         assert!(Recovery::None.check(0, String::new()).is_ok() && Recovery::Replicate.check(1, String::new()).is_ok());
         let refusal = Recovery::Replicate.check(0, "table \"w\"".into()).unwrap_err();
-        assert!(refusal.to_string().contains("--coordinator"), "{refusal}");
+        assert!(refusal.to_string().contains("--checkpoint-dir"), "{refusal}");
         assert!(Recovery::decode(&mut Reader(&[9])).is_err());
     }
 }

@@ -235,8 +235,8 @@ class Client:
                 of another: its pushes and pulls wait until the others are near enough.
             compression: None, "bf16", "fp16" or "int8" for both directions, `TopK(ratio)` for gradients, or `Compression(push, pull)`.
             clipped: with `workers`: each clock's gradient is applied only after `clip_grad_norm`, which every worker calls.
-            recovery: what becomes of it when a server dies: "none", it is gone; "replicate", another server has all of it and
-                takes its place. The latter needs servers that have backups (`gradwire-ps serve --coordinator`).
+            recovery: what becomes of it when a server dies: "none", what no checkpoint holds is gone. "replicate" is refused: this
+                version's servers have no backups.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.

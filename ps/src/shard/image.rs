@@ -11,7 +11,7 @@ impl Shard {
         self.tables.keys().chain(self.sparse.keys()).copied().collect()
     }
 
-    /// A table as it is now, with all that was counted. Takes microseconds for each MiB: numbers are shared with the shard,
+    /// A table as it is now, with all that was counted. Numbers are shared with the shard,
     /// which copies what it writes while the image is held.
     pub fn image(&mut self, table: TableId, now: Instant) -> Option<Image> {
         if let Some(table) = self.tables.get(&table) {
