@@ -34,7 +34,8 @@ pub(super) fn measure(group: &mut Group, deadline: Instant) -> Result<(), Transp
     let far = ranks().find(|&two| lowest(two) != lowest(Rank(0))).map(|two| (Rank(0), two));
     let mut costs = LinkCosts { measured: true, ..LinkCosts::default() };
     costs.cores = std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(1));
-    let mut meter = Meter { group, deadline, sends: Region::zeroed(LONG_BYTES), receives: Region::zeroed(LONG_BYTES) };
+    let (sends, receives) = (Region::zeroed(LONG_BYTES), Region::zeroed(LONG_BYTES));
+    let mut meter = Meter { group, deadline, sends, receives, open: 0 };
     for (pair, inside) in [(near, true), (far, false)] {
         let Some((asks, answers)) = pair else { continue };
         if me == asks {
@@ -59,6 +60,7 @@ pub(super) fn measure(group: &mut Group, deadline: Instant) -> Result<(), Transp
         let said = meter.hear(Rank(0), COSTS, link_cost::ENCODED_BYTES)?;
         costs = LinkCosts::decode(&said).unwrap_or_default();
     }
+    meter.settle()?;
     group.costs = costs;
     Ok(())
 }
@@ -69,6 +71,8 @@ struct Meter<'a> {
     deadline: Instant,
     sends: Arc<Region>,
     receives: Arc<Region>,
+    /// Sends that have not ended.
+    open: usize,
 }
 
 impl Meter<'_> {
@@ -117,13 +121,38 @@ impl Meter<'_> {
     }
 
     fn post(&mut self, to: Rank, tag: Tag, slice: RegionSlice) -> Result<(), TransportError> {
-        self.group.wire.post_send(Envelope { peer: to.into(), tag, note: 0 }, slice).map_err(|refused| refused.error)
+        self.group
+            .wire
+            .post_send(Envelope { peer: to.into(), tag, note: 0 }, slice)
+            .map_err(|refused| refused.error)?;
+        self.open += 1;
+        Ok(())
+    }
+
+    /// Waits until every send has ended: whoever uses the wire next would take the end for one of its own.
+    fn settle(&mut self) -> Result<(), TransportError> {
+        let (mut done, began) = (Vec::new(), Instant::now());
+        while self.open > 0 {
+            self.group.wire.poll(Instant::now(), &mut done);
+            done.drain(..)
+                .for_each(|completion| self.open = self.open.saturating_sub(usize::from(ends_a_send(&completion))));
+            let now = Instant::now();
+            if self.open > 0 && now >= self.deadline {
+                let what = "ranks to take what was sent while links were measured".to_owned();
+                return Err(TransportError::Timeout { what, waited: began.elapsed() });
+            }
+            if self.open > 0 {
+                self.group.wire.park(self.deadline.min(now + Duration::from_millis(1)));
+            }
+        }
+        Ok(())
     }
 
     fn hear(&mut self, from: Rank, tag: Tag, most: usize) -> Result<Vec<u8>, TransportError> {
         let (began, peer) = (Instant::now(), PeerId::from(from));
         let slice = self.receives.write(0..most).expect("one receive at a time has this memory");
         let wire = &mut self.group.wire;
+        let mut heard = None;
         wire.post_recv(peer, tag, slice).map_err(|refused| refused.error)?;
         let (mut done, mut idle) = (Vec::new(), 0);
         loop {
@@ -131,11 +160,14 @@ impl Meter<'_> {
             for completion in done.drain(..) {
                 match completion {
                     Completion::Received { from, slice, bytes } if (from.peer, from.tag) == (peer, tag) => {
-                        return Ok(slice[..bytes].to_vec());
+                        heard = Some(slice[..bytes].to_vec());
                     }
                     Completion::RecvFailed { peer: lost, error, .. } if lost == peer => return Err(error),
-                    _ => {}
+                    other => self.open = self.open.saturating_sub(usize::from(ends_a_send(&other))),
                 }
+            }
+            if let Some(heard) = heard.take() {
+                return Ok(heard);
             }
             let now = Instant::now();
             if now >= self.deadline {
@@ -150,4 +182,8 @@ impl Meter<'_> {
             }
         }
     }
+}
+
+fn ends_a_send(completion: &Completion) -> bool {
+    matches!(completion, Completion::Sent { .. } | Completion::SendFailed { .. })
 }
