@@ -3,6 +3,8 @@
 mod body;
 mod bounded;
 mod client;
+mod clustered;
+mod control;
 mod dense;
 mod dial;
 mod dtype;
@@ -17,6 +19,7 @@ mod protocol;
 mod rates;
 mod recovery;
 mod refusal;
+pub mod replica;
 mod server;
 pub mod shard;
 pub mod shard_map;
@@ -30,6 +33,8 @@ mod values;
 
 pub use body::BadBody;
 pub use client::{Client, ClientSettings, DenseTable, Done, OnDone, Pending, SparseOptions, SparseTable, TableOptions};
+pub use clustered::ClusterServers;
+pub use control::{Cluster, ClusterMap, Coordinator, CoordinatorSettings, Join, Report, Seating, ShardSeats};
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;

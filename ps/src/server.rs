@@ -1,16 +1,19 @@
-//! Does: serves one shard over a wire, on the thread that runs it. Sleeps while nobody asks.
+//! Does: serves one seat over a wire, on the thread that runs it. Sleeps while nobody asks.
 
+mod copying;
+
+use crate::control::Line;
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use crate::protocol::{
-    INLINE_BYTES, PAYLOAD, PAYLOAD_BYTES, POSTED_PAYLOADS, POSTED_REQUESTS, POSTED_SENDS, REPLY, REQUEST,
+    INLINE_BYTES, LOG, PAYLOAD, PAYLOAD_BYTES, POSTED_PAYLOADS, POSTED_REQUESTS, POSTED_SENDS, REPLY, REQUEST,
     REQUEST_BYTES, check_lengths, value,
 };
+use crate::replica::Seat;
 use crate::shard::{Action, Limits, Shard};
 use crate::status::{ClientStatus, PAGE};
-use crate::{PsError, dial};
+use crate::{Dialer, PsError, dial};
 use gradwire_transport::{
     Completion, Config, CreditSettings, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TransportError, Wake,
-    Wire,
 };
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -64,6 +67,10 @@ pub struct Stopper {
 }
 
 impl Stopper {
+    pub(crate) fn new(flag: Arc<AtomicBool>, waker: Arc<dyn Wake>) -> Self {
+        Self { flag, waker }
+    }
+
     /// Makes [`Server::run`] say goodbye and return.
     pub fn stop(&self) {
         self.flag.store(true, Ordering::Release);
@@ -78,13 +85,18 @@ struct Connection {
     payloads: VecDeque<RecvLoan>,
     values: VecDeque<(Header, RegionSlice)>,
     sending: usize,
+    /// Entries of our log that have not gone.
+    log: VecDeque<Vec<u8>>,
 }
 
-/// A server of one shard.
+/// A server of one shard, or of a copy of one.
 pub struct Server {
-    wire: Box<dyn Wire>,
+    wire: Box<dyn Dialer>,
     address: SocketAddr,
-    shard: Shard,
+    seat: Seat,
+    /// To the coordinator, where there is one.
+    line: Option<Arc<Line>>,
+    copying: copying::Copying,
     connections: HashMap<PeerId, Connection>,
     outbox: VecDeque<Action>,
     actions: Vec<Action>,
@@ -99,24 +111,32 @@ impl Server {
     /// # Errors
     /// `Invalid` off loopback without a token; `Transport` when the address cannot be had.
     pub fn bind(settings: ServerSettings) -> Result<Self, PsError> {
-        let token = settings.token.filter(|token| !token.is_empty());
-        if !settings.listen.ip().is_loopback() && token.is_none() && !settings.insecure {
-            let reason = "off loopback everybody who reaches the port could read and change the tables: \
-                          set a token (GRADWIRE_TOKEN), or say that you want it insecure";
-            return Err(PsError::invalid(format!("listening at {}", settings.listen), reason));
-        }
-        let config = Config { token, ..settings.transport };
         let instance = dial::random()?;
+        let shard = Shard::new(settings.limits.clone(), instance);
+        Self::bind_seat(settings, instance, Seat::alone(shard))
+    }
+
+    /// Listens for a seat.
+    pub(crate) fn bind_seat(settings: ServerSettings, instance: u64, seat: Seat) -> Result<Self, PsError> {
+        let token = settings.token.filter(|token| !token.is_empty());
+        dial::check_secret(settings.listen, token.as_deref(), settings.insecure)?;
+        let config = Config { token, ..settings.transport };
         let (wire, address) = dial::listener(&config, settings.listen, (instance, settings.limits.clients))?;
-        Ok(Self::on(wire, address, Shard::new(settings.limits, instance), config.spin_turns))
+        Ok(Self::seated(wire, address, seat, config.spin_turns))
     }
 
     /// Serves `shard` on `wire`, which accepts peers by itself.
-    pub fn on(wire: Box<dyn Wire>, address: SocketAddr, shard: Shard, spin_turns: u32) -> Self {
+    pub fn on(wire: Box<dyn Dialer>, address: SocketAddr, shard: Shard, spin_turns: u32) -> Self {
+        Self::seated(wire, address, Seat::alone(shard), spin_turns)
+    }
+
+    fn seated(wire: Box<dyn Dialer>, address: SocketAddr, seat: Seat, spin_turns: u32) -> Self {
         Self {
             wire,
             address,
-            shard,
+            seat,
+            line: None,
+            copying: copying::Copying::default(),
             connections: HashMap::new(),
             outbox: VecDeque::new(),
             actions: Vec::new(),
@@ -133,24 +153,27 @@ impl Server {
 
     /// A handle to stop it with.
     pub fn stopper(&self) -> Stopper {
-        Stopper { flag: Arc::clone(&self.stop), waker: self.wire.waker() }
+        Stopper::new(Arc::clone(&self.stop), self.wire.waker())
     }
 
-    /// Serves until it is stopped.
+    /// Serves until it is stopped, or its seat has ended.
     pub fn run(&mut self) {
         let mut idle = 0;
         let mut tick = Instant::now() + TICK;
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.load(Ordering::Acquire) && self.seat.over().is_none() {
             let now = Instant::now();
             let moved = self.turn(now);
-            if now >= tick && !self.connections.is_empty() {
-                tick = now + TICK;
-                self.shard.expire(now, &mut self.actions);
+            let quiet = self.connections.is_empty() && self.line.is_none();
+            if now >= tick && !quiet {
+                tick = now + self.pause();
+                self.seat.tick(now, &mut self.actions);
                 self.act();
+            }
+            if self.line.is_some() {
+                self.mind_the_line(now);
             }
             idle = if moved { 0 } else { idle + 1 };
             if idle > self.spin_turns {
-                let quiet = self.connections.is_empty();
                 self.wire.park(if quiet { now + NAP } else { tick.max(now) });
                 // After a rest one look is enough: spinning is for the middle of a conversation.
                 idle = self.spin_turns;
@@ -172,6 +195,9 @@ impl Server {
             self.actions.extend(self.outbox.drain(..));
             self.act();
         }
+        if self.line.is_some() {
+            self.copy(now);
+        }
         moved
     }
 
@@ -188,6 +214,7 @@ impl Server {
                     self.serve(arrival.from.peer, now);
                 }
             }
+            Completion::Arrived(arrival) if arrival.from.tag == LOG => self.take_entry(arrival, now),
             Completion::Sent { to, slice } => {
                 drop(slice);
                 self.sent(to.peer);
@@ -200,7 +227,7 @@ impl Server {
             Completion::RecvFailed { peer, error: TransportError::MessageTooLong { bytes, capacity, .. }, .. } => {
                 self.close(peer, format!("a request of {bytes} bytes, of which {capacity} are taken"));
             }
-            Completion::PeerDown { peer, error } => self.farewell(peer, &error),
+            Completion::PeerDown { peer, error } => self.farewell(peer, &error, now),
             _ => {}
         }
     }
@@ -217,12 +244,13 @@ impl Server {
         tracing::info!(host = name.host, pid = name.pid, address = name.address, %wire, "a client has connected");
     }
 
-    fn farewell(&mut self, peer: PeerId, error: &TransportError) {
-        if self.connections.remove(&peer).is_some() {
+    fn farewell(&mut self, peer: PeerId, error: &TransportError, now: Instant) {
+        if let Some(connection) = self.connections.remove(&peer) {
+            self.copying.forget(&connection);
             let name = self.wire.name(peer);
-            tracing::info!(host = name.host, pid = name.pid, address = name.address, why = %error, "a client has left");
+            tracing::info!(host = name.host, pid = name.pid, address = name.address, why = %error, "a connection has ended");
         }
-        self.shard.gone(peer, &mut self.actions);
+        self.seat.gone(peer, now, &mut self.actions);
         self.act();
     }
 
@@ -252,6 +280,11 @@ impl Server {
         loop {
             let Some(connection) = self.connections.get_mut(&peer) else { return };
             let Some((header, _)) = connection.requests.front() else { return };
+            if !header.kind.is_control() && (self.copying.is_full() || self.seat.is_full()) {
+                // What the backup has not taken yet is bounded; clients wait meanwhile.
+                self.copying.stalled = true;
+                return;
+            }
             let apart = !header.is_inline() && header.payload_bytes > 0;
             if apart && connection.payloads.is_empty() {
                 return;
@@ -263,7 +296,7 @@ impl Server {
                 (None, Some(loan)) => loan,
                 (None, None) => &[],
             };
-            self.shard.handle(peer, &header, bytes, now, &mut self.actions);
+            self.seat.handle(peer, &header, bytes, now, &mut self.actions);
             drop((inline, payload));
             self.receive(peer, REQUEST, REQUEST_BYTES);
             if apart {
@@ -285,7 +318,13 @@ impl Server {
                         self.send_values(to);
                     }
                 }
-                Action::Close { peer, reason } => self.close(peer, reason),
+                Action::Close { peer, reason } => {
+                    if self.connections.contains_key(&peer) {
+                        self.close(peer, reason);
+                    }
+                }
+                Action::Ship { to, bytes } => self.ship(to, bytes),
+                Action::Tell { to, header } => self.tell(to, header),
                 Action::Status { to, mut header } => {
                     let body = self.status(usize::try_from(header.keys.start).unwrap_or(usize::MAX));
                     header.flags = FLAG_INLINE;
@@ -346,13 +385,17 @@ impl Server {
         let name = self.wire.name(peer);
         tracing::warn!(host = name.host, pid = name.pid, address = name.address, reason, "closing a connection");
         let cause = LossCause::Aborted(reason);
-        self.connections.remove(&peer);
+        if let Some(connection) = self.connections.remove(&peer) {
+            self.copying.forget(&connection);
+        }
         self.wire.disconnect(peer, TransportError::PeerLost { peer: Box::new(name), cause });
     }
 
     fn status(&self, first: usize) -> Vec<u8> {
-        let mut status = self.shard.status(first);
-        for (client, peer) in self.shard.clients().skip(first).take(PAGE) {
+        let shard = self.seat.shard();
+        let mut status = shard.status(first);
+        status.lag = self.seat.standing().3;
+        for (client, peer) in shard.clients().skip(first).take(PAGE) {
             let (name, traffic) = (self.wire.name(peer), self.wire.traffic(peer));
             status.clients.push(ClientStatus {
                 client,

@@ -10,6 +10,8 @@ pub struct ShardStatus {
     pub memory_bytes: u64,
     /// The most that may be taken.
     pub memory_limit_bytes: u64,
+    /// Entries of its log that its backup does not have yet; none without a backup.
+    pub lag: Option<u64>,
     /// The tables it holds a share of, by name.
     pub tables: Vec<TableStatus>,
     /// The sparse tables it holds a share of, by name.
@@ -113,6 +115,7 @@ impl ShardStatus {
         let mut out = Writer::default();
         out.number(self.memory_bytes);
         out.number(self.memory_limit_bytes);
+        out.number(self.lag.unwrap_or(u64::MAX));
         out.number(self.tables.len() as u64);
         for table in &self.tables {
             table.spec.encode(&mut out);
@@ -138,6 +141,7 @@ impl ShardStatus {
     pub(crate) fn decode(body: &[u8]) -> Result<Self, BadBody> {
         let mut from = Reader(body);
         let (memory_bytes, memory_limit_bytes) = (from.number()?, from.number()?);
+        let lag = Some(from.number()?).filter(|&lag| lag != u64::MAX);
         let tables = (0..from.count(64)?)
             .map(|_| {
                 Ok(TableStatus {
@@ -166,7 +170,7 @@ impl ShardStatus {
             })
             .collect::<Result<_, BadBody>>()?;
         from.end()?;
-        Ok(Self { memory_bytes, memory_limit_bytes, tables, sparse, clients })
+        Ok(Self { memory_bytes, memory_limit_bytes, lag, tables, sparse, clients })
     }
 }
 
@@ -230,6 +234,7 @@ mod tests {
         let status = ShardStatus {
             memory_bytes: 1,
             memory_limit_bytes: 2,
+            lag: Some(7),
             tables: vec![table; 2],
             sparse: vec![sparse; 2],
             clients: vec![client; 3],

@@ -50,6 +50,7 @@ fn dense(rule: UpdateRule, mode: Mode, dtype: DType) -> TableSpec {
         rule,
         mode,
         combine: Combine::Mean,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
         part_elements: 3,
@@ -69,6 +70,7 @@ fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>, admission: u
         capacity: eviction.map(|_| 6),
         eviction,
         admission,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
     }

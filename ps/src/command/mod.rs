@@ -1,5 +1,6 @@
 //! Does: what the commands have in common: the token, and sizes as people write them.
 
+pub(crate) mod coordinate;
 pub(crate) mod serve;
 pub(crate) mod status;
 mod wire;

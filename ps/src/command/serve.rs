@@ -3,7 +3,7 @@
 use super::wire::Wires;
 use super::{Token, parse_bytes, show_bytes};
 use clap::Args;
-use gradwire_ps::{Limits, LocalServers, ServerSettings};
+use gradwire_ps::{ClusterServers, Limits, LocalServers, PsError, ServerSettings};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
@@ -19,6 +19,13 @@ pub(crate) struct Serve {
     /// Shards to serve, each with a thread and an address of its own. One for each core that may be busy is a good number
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     shards: u32,
+    /// Coordinators of the cluster to join, such as 10.0.0.1:7000: it says which shards are served here, and which are
+    /// copied here for the case that their server dies; --shards is how many there is room for
+    #[arg(long, value_delimiter = ',', value_name = "HOST:PORT,...")]
+    coordinator: Vec<String>,
+    /// Host name or address by which others call this machine, where it is not the one listened at
+    #[arg(long, value_name = "HOST", requires = "coordinator")]
+    advertise: Option<String>,
     #[command(flatten)]
     token: Token,
     #[command(flatten)]
@@ -57,27 +64,51 @@ impl Serve {
             transport: self.wires.config(ServerSettings::default().transport)?,
         };
         let secured = settings.token.is_some();
-        let servers = LocalServers::start(self.shards, settings).map_err(|error| error.to_string())?;
+        let servers = self.start(settings).map_err(|error| error.to_string())?;
         self.announce(servers.addresses()).map_err(|error| format!("writing the addresses: {error}"))?;
         tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, "serving");
         let signal = signals.forever().next();
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");
-        servers.stop();
+        drop(servers);
         tracing::info!("stopped");
         Ok(())
     }
 
-    /// One line a shard, at once, for whoever started us.
+    fn start(&self, settings: ServerSettings) -> Result<Servers, PsError> {
+        if self.coordinator.is_empty() {
+            return LocalServers::start(self.shards, settings).map(Servers::Alone);
+        }
+        let (coordinators, advertise) = (self.coordinator.clone(), self.advertise.as_deref());
+        ClusterServers::join(self.shards, &settings, coordinators, advertise).map(Servers::Clustered)
+    }
+
+    /// One line a shard, or seat, at once, for whoever started us.
     fn announce(&self, addresses: &[String]) -> std::io::Result<()> {
         let mut out = std::io::stdout().lock();
-        for (shard, address) in addresses.iter().enumerate() {
+        let what = if self.coordinator.is_empty() { "shard" } else { "seat" };
+        for (number, address) in addresses.iter().enumerate() {
             if self.json {
-                writeln!(out, "{}", serde_json::json!({ "shard": shard, "address": address }))?;
+                writeln!(out, "{}", serde_json::json!({ what: number, "address": address }))?;
             } else {
-                writeln!(out, "shard {shard} listens at {address}")?;
+                writeln!(out, "{what} {number} listens at {address}")?;
             }
         }
         out.flush()
+    }
+}
+
+/// What runs: servers by themselves, or seats of a cluster.
+enum Servers {
+    Alone(LocalServers),
+    Clustered(ClusterServers),
+}
+
+impl Servers {
+    fn addresses(&self) -> &[String] {
+        match self {
+            Self::Alone(servers) => servers.addresses(),
+            Self::Clustered(servers) => servers.addresses(),
+        }
     }
 }
 

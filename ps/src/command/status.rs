@@ -2,7 +2,7 @@
 
 use super::{Token, show_bytes};
 use clap::Args;
-use gradwire_ps::{Client, ClientSettings, ShardStatus, SparseStatus, TableStatus};
+use gradwire_ps::{Client, ClientSettings, PsError, Seating, ShardStatus, SparseStatus, TableStatus};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -11,8 +11,11 @@ use std::time::Duration;
 #[derive(Args)]
 pub(crate) struct Status {
     /// Addresses of the servers, in the order that clients give them
-    #[arg(long, value_delimiter = ',', required = true, value_name = "HOST:PORT,...")]
+    #[arg(long, value_delimiter = ',', required_unless_present = "coordinator", value_name = "HOST:PORT,...")]
     servers: Vec<String>,
+    /// Coordinators of a cluster: it says where the servers are
+    #[arg(long, value_delimiter = ',', conflicts_with = "servers", value_name = "HOST:PORT,...")]
+    coordinator: Vec<String>,
     #[command(flatten)]
     token: Token,
     /// Seconds to wait for the servers
@@ -28,17 +31,57 @@ impl Status {
         let timeout = Duration::from_secs(self.timeout);
         let settings =
             ClientSettings { token: self.token.read()?, timeout, reconnect: timeout, ..ClientSettings::default() };
+        if !self.coordinator.is_empty() {
+            return self.of_cluster(settings).map_err(|error| error.to_string());
+        }
         let client = Client::connect(&self.servers, settings).map_err(|error| error.to_string())?;
         let status = client.status().map_err(|error| error.to_string())?;
-        let mut out = std::io::stdout().lock();
         let written = if self.json {
             let shards: Vec<Value> =
                 status.iter().zip(&self.servers).map(|(shard, address)| to_json(shard, address)).collect();
-            writeln!(out, "{}", Value::from(shards))
+            writeln!(std::io::stdout(), "{}", Value::from(shards))
         } else {
-            write!(out, "{}", to_text(&status, &self.servers))
+            write!(std::io::stdout(), "{}", to_text(&status, &self.servers))
         };
         written.map_err(|error| format!("writing the status: {error}"))
+    }
+
+    /// The map, and what the servers hold once clients may come to all of them.
+    fn of_cluster(&self, settings: ClientSettings) -> Result<(), PsError> {
+        let map = Client::map_of(&self.coordinator, settings.token.clone(), settings.timeout)?;
+        let addresses = map.addresses();
+        let status = match &addresses {
+            Some(_) => Client::through(&self.coordinator, settings)?.status()?,
+            None => Vec::new(),
+        };
+        let addresses = addresses.unwrap_or_default();
+        if self.json {
+            let shards = map.shards.iter().enumerate().map(|(shard, seats)| {
+                let of = |who: &Option<Seating>| who.as_ref().map(|who| who.address.clone());
+                let lag = status.get(shard).and_then(|status| status.lag);
+                let mut all = json!({
+                    "shard": shard, "epoch": map.epoch.0, "primary": of(&seats.primary), "backup": of(&seats.backup),
+                    "candidate": of(&seats.candidate), "lag": lag,
+                });
+                if let (Some(status), Some(address)) = (status.get(shard), addresses.get(shard)) {
+                    all["holds"] = to_json(status, address);
+                }
+                all
+            });
+            println!("{}", Value::from(shards.collect::<Vec<_>>()));
+            return Ok(());
+        }
+        let mut rows = vec![row(["SHARD", "PRIMARY", "BACKUP", "LAG", "SINCE EPOCH"])];
+        for (shard, seats) in map.shards.iter().enumerate() {
+            let of = |who: &Option<Seating>| who.as_ref().map_or("none", |who| &*who.address).to_owned();
+            let candidate = seats.candidate.as_ref().map(|who| format!("{} (on its way)", who.address));
+            let lag = status.get(shard).and_then(|status| status.lag).map_or("-".to_owned(), |lag| lag.to_string());
+            let backup = candidate.unwrap_or_else(|| of(&seats.backup));
+            rows.push(row([&shard.to_string(), &of(&seats.primary), &backup, &lag, &seats.term.0.to_string()]));
+        }
+        println!("epoch {}, missing: {}\n\n{}", map.epoch.0, map.missing(), aligned(&rows));
+        print!("{}", to_text(&status, &addresses));
+        Ok(())
     }
 }
 
