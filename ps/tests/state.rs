@@ -104,7 +104,8 @@ impl Driven {
     fn step(&mut self, pick: &Pick, (dense, sparse): (&TableSpec, &SparseSpec)) -> Vec<String> {
         self.now += Duration::from_millis(pick.pause_ms);
         let client = pick.client;
-        let keys = if pick.number % 2 == 0 { KeyRange { start: 0, end: 3 } } else { KeyRange { start: 3, end: 5 } };
+        let keys =
+            if pick.number.is_multiple_of(2) { KeyRange { start: 0, end: 3 } } else { KeyRange { start: 3, end: 5 } };
         let call = header(Kind::Push, client, pick.clock);
         let on_dense = Header { table: dense.id(), keys, dtype: Some(dense.dtype), clock: pick.clock, ..call };
         match pick.what {
@@ -119,7 +120,7 @@ impl Driven {
             }
             3 | 4 => {
                 let ids = ids(pick.number);
-                let parts = 1 + u32::from(pick.number % 3 == 0);
+                let parts = 1 + u32::from(pick.number.is_multiple_of(3));
                 let part = u32::from(pick.number) / 3 % parts;
                 let mut payload: Vec<u8> = [part, parts].into_iter().flat_map(u32::to_le_bytes).collect();
                 payload.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
