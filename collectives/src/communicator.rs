@@ -71,7 +71,7 @@ impl Communicator {
     /// # Errors
     /// `Invalid` for a setting that cannot be used.
     pub fn new(group: Group, name: &str, settings: Settings) -> Result<Self, CollectiveError> {
-        let Group { wire, rank, world_size, members, links, segment, hosts, costs } = group;
+        let Group { wire, rank, world_size, members, links, segment, hosts, costs, news } = group;
         let local = segment.filter(|_| settings.same_host).map(|segment| Local::new(segment, rank, world_size));
         let spin_turns = settings.spin_turns(&members, rank);
         let chooser = settings.chooser()?.on(Hosts::new(settings.hosts.as_ref().unwrap_or(&hosts)), costs);
@@ -79,7 +79,7 @@ impl Communicator {
         let waker = wire.waker();
         let trace = Arc::new(Trace::new(name.to_owned(), rank, members.clone(), settings.trace.clone()));
         let who = (name.to_owned(), members.clone());
-        let engine = Engine::new(wire, (rank, world_size), who, plans, local, Arc::clone(&trace));
+        let engine = Engine::new((wire, news), (rank, world_size), who, plans, local, Arc::clone(&trace));
         let shared = Arc::new(Shared::new(engine, waker, spin_turns, settings.timeout));
         let (thread, group, memory) = (Mutex::new(None), name.to_owned(), MemoryPool::default());
         Ok(Self { shared, thread, rank, world_size, group, members, links, chooser, trace, memory })

@@ -69,6 +69,8 @@ pub struct Group {
     pub hosts: Vec<u32>,
     /// What messages cost; all ranks have the same.
     pub costs: LinkCosts,
+    /// What befell peers while the group formed: whoever uses the wire hears of it first.
+    pub news: Vec<Completion>,
 }
 
 /// Forms the group; returns once every rank is connected to every other.
@@ -328,12 +330,22 @@ impl Forming {
         let early =
             self.done.into_iter().filter(|completion| matches!(completion, Completion::PeerDown { .. })).collect();
         let others = self.spec.world_size.ranks().filter(|&rank| rank != self.spec.rank).map(PeerId::from);
-        let wire: Box<dyn Wire> = match pairs.better {
-            better if better.is_empty() => Box::new(self.wire),
-            better => Box::new(Mesh::new(self.wire, better, others, early)),
+        let (wire, news): (Box<dyn Wire>, _) = match pairs.better {
+            better if better.is_empty() => (Box::new(self.wire), early),
+            better => (Box::new(Mesh::new(self.wire, better, others, early)), Vec::new()),
         };
         let costs = LinkCosts::default();
-        Group { wire, rank: self.spec.rank, world_size: self.spec.world_size, members, links, segment, hosts, costs }
+        Group {
+            wire,
+            rank: self.spec.rank,
+            world_size: self.spec.world_size,
+            members,
+            links,
+            segment,
+            hosts,
+            costs,
+            news,
+        }
     }
 }
 

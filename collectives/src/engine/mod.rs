@@ -84,7 +84,7 @@ pub(crate) struct Engine {
 impl Engine {
     /// An engine over `wire`, on which peer i is rank i.
     pub(crate) fn new(
-        wire: Box<dyn Wire>,
+        (wire, news): (Box<dyn Wire>, Vec<Completion>),
         (rank, world_size): (Rank, WorldSize),
         (group, members): (String, Vec<PeerName>),
         plans: Plans,
@@ -119,7 +119,7 @@ impl Engine {
             hearing: false,
             over: None,
             scratch: Vec::new(),
-            done: Vec::new(),
+            done: news,
         };
         for peer in engine.others() {
             engine.listen(peer);

@@ -89,6 +89,16 @@ pub fn over_verbs(tcp: TcpWire, own: u32, fabric: &Fabric, settings: Settings) -
     let wire = Box::new(Mesh::new(tcp, vec![Box::new(verbs)], [peer], Vec::new()));
     let world_size = WorldSize::new(2).unwrap();
     let (hosts, costs) = (vec![0, 1], LinkCosts::default());
-    let group = Group { wire, rank: Rank(own), world_size, members, links: vec![link], segment: None, hosts, costs };
+    let group = Group {
+        wire,
+        rank: Rank(own),
+        world_size,
+        members,
+        links: vec![link],
+        segment: None,
+        hosts,
+        costs,
+        news: Vec::new(),
+    };
     Communicator::new(group, "test", settings).unwrap()
 }

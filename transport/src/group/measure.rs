@@ -134,8 +134,9 @@ impl Meter<'_> {
         let (mut done, began) = (Vec::new(), Instant::now());
         while self.open > 0 {
             self.group.wire.poll(Instant::now(), &mut done);
-            done.drain(..)
-                .for_each(|completion| self.open = self.open.saturating_sub(usize::from(ends_a_send(&completion))));
+            for completion in done.drain(..) {
+                self.open -= note(completion, &mut self.group.news);
+            }
             let now = Instant::now();
             if self.open > 0 && now >= self.deadline {
                 let what = "ranks to take what was sent while links were measured".to_owned();
@@ -163,7 +164,7 @@ impl Meter<'_> {
                         heard = Some(slice[..bytes].to_vec());
                     }
                     Completion::RecvFailed { peer: lost, error, .. } if lost == peer => return Err(error),
-                    other => self.open = self.open.saturating_sub(usize::from(ends_a_send(&other))),
+                    other => self.open -= note(other, &mut self.group.news),
                 }
             }
             if let Some(heard) = heard.take() {
@@ -184,6 +185,32 @@ impl Meter<'_> {
     }
 }
 
-fn ends_a_send(completion: &Completion) -> bool {
-    matches!(completion, Completion::Sent { .. } | Completion::SendFailed { .. })
+/// How many of our sends `completion` ends. What befell a peer is kept for whoever uses the wire next.
+fn note(completion: Completion, news: &mut Vec<Completion>) -> usize {
+    match completion {
+        Completion::Sent { .. } | Completion::SendFailed { .. } => 1,
+        down @ Completion::PeerDown { .. } => {
+            news.push(down);
+            0
+        }
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{LossCause, PeerName};
+
+    #[test]
+    fn who_is_lost_meanwhile_is_told_to_whoever_comes_next() {
+        let name = PeerName { rank: Some(Rank(2)), host: "h".into(), pid: 3, address: "a".into() };
+        let error = TransportError::PeerLost { peer: Box::new(name), cause: LossCause::Closed };
+        let mut news = Vec::new();
+        let slice = Region::zeroed(1).read(0..1).unwrap();
+        let to = Envelope { peer: PeerId(2), tag: PROBE, note: 0 };
+        assert_eq!(note(Completion::Sent { to, slice }, &mut news), 1);
+        assert_eq!(note(Completion::PeerDown { peer: PeerId(2), error }, &mut news), 0);
+        assert!(matches!(news[..], [Completion::PeerDown { peer: PeerId(2), .. }]));
+    }
 }
