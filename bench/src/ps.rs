@@ -305,14 +305,7 @@ fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<
             series.push(line(format!("echo for {name}"), |row| row.echo_p50_us));
         }
     }
-    let chart = Chart {
-        title: "Median time of a call".to_owned(),
-        x: "bytes".to_owned(),
-        y: "µs".to_owned(),
-        x_log: true,
-        y_log: true,
-        series,
-    };
+    let chart = Chart::by_bytes("Median time of a call", "µs", series);
     Ok(Section {
         id: format!("ps-{}-shards", options.shards),
         title: title.to_owned(),

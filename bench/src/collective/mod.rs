@@ -267,22 +267,14 @@ fn section(operation: Operation, options: &Options, title: String, rows: &[Row])
         name: name.to_owned(),
         points: rows.iter().map(|row| (row.bytes as f64, value(row))).collect(),
     };
-    let by_bytes = |title: &str, y: &str, series| Chart {
-        title: title.to_owned(),
-        x: "bytes".to_owned(),
-        y: y.to_owned(),
-        x_log: true,
-        y_log: true,
-        series,
-    };
     let dtype = if options.dtype == Element::Float32 { String::new() } else { format!("{}-", given(&options.dtype)) };
     Ok(Section {
         id: format!("{}-{dtype}{}-{}", given(&operation), options.wire.name(), options.ranks),
         title,
         measured_on: machine::described(),
         charts: vec![
-            by_bytes("Bus bandwidth", "GB/s", vec![line("busbw", |row| row.busbw_gb_per_s)]),
-            by_bytes("Time of a call", "µs", vec![line("p50", |row| row.p50_us), line("p99", |row| row.p99_us)]),
+            Chart::by_bytes("Bus bandwidth", "GB/s", vec![line("busbw", |row| row.busbw_gb_per_s)]),
+            Chart::by_bytes("Time of a call", "µs", vec![line("p50", |row| row.p50_us), line("p99", |row| row.p99_us)]),
         ],
         rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
     })

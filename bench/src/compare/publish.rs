@@ -61,14 +61,6 @@ pub(super) fn report(folder: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> 
             };
             first.figures.keys().map(of).filter(|series| !series.points.is_empty()).collect()
         };
-        let chart = |title: &str, y: &str, series| Chart {
-            title: title.to_owned(),
-            x: "bytes".to_owned(),
-            y: y.to_owned(),
-            x_log: true,
-            y_log: true,
-            series,
-        };
         let (layer, wire, ranks, operation, dtype) = kind;
         report.add(Section {
             id: format!("compare-{}-{}-{layer:?}-{}-{ranks}", operation.name(), dtype.dtype().name(), wire.name())
@@ -76,8 +68,8 @@ pub(super) fn report(folder: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> 
             title: format!("Beside peers: {}", first.title()),
             measured_on: format!("{}; {}", first.measured_on, libraries(&alike)),
             charts: vec![
-                chart("Time of a call", "median, µs", series(false)),
-                chart("Bus bandwidth", "GB/s", series(true)),
+                Chart::by_bytes("Time of a call", "median, µs", series(false)),
+                Chart::by_bytes("Bus bandwidth", "GB/s", series(true)),
             ],
             rows: alike.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
         })?;

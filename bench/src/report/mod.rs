@@ -25,6 +25,14 @@ pub(crate) struct Chart {
     pub(crate) series: Vec<Series>,
 }
 
+impl Chart {
+    /// Curves over sizes: both axes logarithmic.
+    pub(crate) fn by_bytes(title: &str, y: &str, series: Vec<Series>) -> Self {
+        let (title, x, y) = (title.to_owned(), "bytes".to_owned(), y.to_owned());
+        Self { title, x, y, x_log: true, y_log: true, series }
+    }
+}
+
 /// One measurement. A later one of the same `id` takes its place.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Section {
