@@ -4,6 +4,7 @@ mod admin;
 pub(crate) mod config;
 mod metrics;
 pub(crate) mod serve;
+mod servers;
 pub(crate) mod snapshot;
 pub(crate) mod status;
 mod wire;

@@ -1,6 +1,7 @@
 //! Does: `gradwire-ps snapshot`: makes servers write a checkpoint, once, or so often; the latter also within `serve`.
 
-use super::{Certificates, Token, parse_duration, show_bytes};
+use super::servers::Servers;
+use super::{parse_duration, show_bytes};
 use clap::Args;
 use gradwire_ps::{Checkpoint, Client, ClientSettings};
 use gradwire_transport::Config;
@@ -16,13 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Flags of `snapshot`.
 #[derive(Args)]
 pub(crate) struct Snapshot {
-    /// Addresses of the servers, in the order that clients give them
-    #[arg(long, value_delimiter = ',', required = true, value_name = "HOST:PORT,...")]
-    servers: Vec<String>,
     #[command(flatten)]
-    token: Token,
-    #[command(flatten)]
-    certificates: Certificates,
+    servers: Servers,
     /// The longest that a checkpoint may take: its clock must come, and it must be written
     #[arg(long, default_value = "10m", value_parser = parse_duration, value_name = "TIME")]
     timeout: Duration,
@@ -36,10 +32,8 @@ pub(crate) struct Snapshot {
 
 impl Snapshot {
     pub(crate) fn run(self) -> Result<(), String> {
-        let transport = Config { tls: self.certificates.load()?, ..ClientSettings::default().transport };
-        let caller = (self.token.read()?, transport);
         loop {
-            let client = connect(&self.servers, caller.clone())?;
+            let client = self.servers.connect(ClientSettings::default())?;
             let checkpoint = client.snapshot(self.timeout).map_err(|error| error.to_string())?;
             if self.json {
                 let (name, bytes, clocks) = (&checkpoint.name, checkpoint.bytes, &checkpoint.clocks);
@@ -53,11 +47,6 @@ impl Snapshot {
             std::thread::sleep(every.saturating_sub(checkpoint.took));
         }
     }
-}
-
-fn connect(servers: &[String], (token, transport): (Option<String>, Config)) -> Result<Client, String> {
-    let settings = ClientSettings { token, transport, ..ClientSettings::default() };
-    Client::connect(servers, settings).map_err(|error| error.to_string())
 }
 
 fn told(checkpoint: &Checkpoint) -> String {
@@ -79,8 +68,13 @@ pub(crate) struct Periodic {
 }
 
 impl Periodic {
-    pub(crate) fn start(servers: &[String], caller: (Option<String>, Config), every: Duration) -> Result<Self, String> {
-        let client = Arc::new(connect(servers, caller)?);
+    pub(crate) fn start(
+        servers: &[String],
+        (token, transport): (Option<String>, Config),
+        every: Duration,
+    ) -> Result<Self, String> {
+        let settings = ClientSettings { token, transport, ..ClientSettings::default() };
+        let client = Arc::new(Client::connect(servers, settings).map_err(|error| error.to_string())?);
         let asking = Arc::clone(&client);
         let (stop, stopped) = channel();
         let thread = std::thread::Builder::new().name("gradwire-ps-every".to_owned()).spawn(move || {

@@ -1,9 +1,9 @@
 //! Does: `gradwire-ps status`: prints what running servers hold, as tables or as JSON.
 
-use super::{Certificates, Token, show_bytes};
+use super::servers::Servers;
+use super::show_bytes;
 use clap::Args;
-use gradwire_ps::{Client, ClientSettings, ShardStatus, SparseStatus, TableStatus};
-use gradwire_transport::Config;
+use gradwire_ps::{ClientSettings, ShardStatus, SparseStatus, TableStatus};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -11,13 +11,8 @@ use std::time::Duration;
 /// Flags of `status`.
 #[derive(Args)]
 pub(crate) struct Status {
-    /// Addresses of the servers, in the order that clients give them
-    #[arg(long, value_delimiter = ',', required = true, value_name = "HOST:PORT,...")]
-    servers: Vec<String>,
     #[command(flatten)]
-    token: Token,
-    #[command(flatten)]
-    certificates: Certificates,
+    servers: Servers,
     /// Seconds to wait for the servers
     #[arg(long, default_value_t = 5, value_name = "SECONDS")]
     timeout: u64,
@@ -29,18 +24,17 @@ pub(crate) struct Status {
 impl Status {
     pub(crate) fn run(self) -> Result<(), String> {
         let timeout = Duration::from_secs(self.timeout);
-        let default = ClientSettings::default();
-        let transport = Config { tls: self.certificates.load()?, ..default.transport };
-        let settings = ClientSettings { token: self.token.read()?, timeout, reconnect: timeout, transport, ..default };
-        let client = Client::connect(&self.servers, settings).map_err(|error| error.to_string())?;
+        let settings = ClientSettings { timeout, reconnect: timeout, ..ClientSettings::default() };
+        let client = self.servers.connect(settings)?;
+        let addresses = &self.servers.addresses;
         let status = client.status().map_err(|error| error.to_string())?;
         let mut out = std::io::stdout().lock();
         let written = if self.json {
             let shards: Vec<Value> =
-                status.iter().zip(&self.servers).map(|(shard, address)| to_json(shard, address)).collect();
+                status.iter().zip(addresses).map(|(shard, address)| to_json(shard, address)).collect();
             writeln!(out, "{}", Value::from(shards))
         } else {
-            write!(out, "{}", to_text(&status, &self.servers))
+            write!(out, "{}", to_text(&status, addresses))
         };
         written.map_err(|error| format!("writing the status: {error}"))
     }
