@@ -12,7 +12,7 @@ const ELEMENTS: usize = 700_001;
 fn granting() -> Config {
     // Loopback has no queue to protect, and is granted credit only where it is asked for.
     let credit = CreditSettings { loopback: true, ..CreditSettings::default() };
-    Config { spin_turns: 0, credit: Some(credit), ..Config::default() }
+    Config { credit: Some(credit), ..Config::default() }
 }
 
 fn gradient() -> impl Iterator<Item = f32> {

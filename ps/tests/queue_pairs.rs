@@ -31,7 +31,7 @@ impl Drop for Running {
 }
 
 fn serve(fabric: &Fabric) -> Running {
-    let config = Config { spin_turns: 0, ..Config::default() };
+    let config = Config::default();
     let mut tcp = TcpWire::new(&config, identity(77, true), Acceptance::Anyone { max_peers: 8 }).unwrap();
     let address = tcp.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let verbs = VerbsWire::new(&config, Box::new(fabric.adapter()));
@@ -47,7 +47,7 @@ fn settings(worker: Option<u32>) -> ClientSettings {
 }
 
 fn dialer(fabric: Option<&Fabric>, choice: WireChoice) -> Box<dyn Dialer> {
-    let config = Config { spin_turns: 0, wire: choice, ..Config::default() };
+    let config = Config { wire: choice, ..Config::default() };
     let tcp = TcpWire::new(&config, identity(5, fabric.is_some()), Acceptance::Nobody).unwrap();
     match fabric {
         Some(fabric) => {

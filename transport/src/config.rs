@@ -49,8 +49,6 @@ pub struct Config {
     pub credit: Option<CreditSettings>,
     /// Operations queued per peer and direction. Default 65,536.
     pub queue_depth: usize,
-    /// Turns of polling before a driver sleeps. Default 2,000 with a core each, 100 when peers outnumber cores.
-    pub spin_turns: u32,
     /// Settings of the verbs wire.
     pub verbs: VerbsConfig,
 }
@@ -70,7 +68,6 @@ impl Default for Config {
             window_bytes: 1 << 20,
             credit: None,
             queue_depth: 1 << 16,
-            spin_turns: 2000,
             verbs: VerbsConfig::default(),
         }
     }

@@ -69,7 +69,7 @@ impl MemberOptions {
     fn config(&self) -> Config {
         // More processes than cores: who waits sleeps.
         let credit = CreditSettings { loopback: true, ..CreditSettings::default() };
-        Config { spin_turns: 0, credit: (self.cc == Cc::Credit).then_some(credit), ..Config::default() }
+        Config { credit: (self.cc == Cc::Credit).then_some(credit), ..Config::default() }
     }
 
     fn tcp(&self) -> Result<TcpWire, Box<dyn Error>> {
