@@ -8,9 +8,10 @@ mod nearness;
 pub(crate) use image::{DenseBuilder, TableImage, decode_windows, encode_windows, merge_windows};
 
 use crate::bounded::Progress;
+use crate::counts::Counts;
 use crate::exact_sum::ExactSum;
 use crate::header::{Header, Kind};
-use crate::memory::Memory;
+use crate::memory::{Copied, Memory};
 use crate::rates::Rates;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, ShardMap, parts};
@@ -52,7 +53,7 @@ struct Held {
     clock: u64,
     rank: u32,
     dtype: DType,
-    bytes: Vec<u8>,
+    bytes: Copied,
 }
 
 #[derive(Clone)]
@@ -95,17 +96,6 @@ pub(crate) struct Init {
     pub(crate) holder: Option<(u64, u64, PeerId)>,
     pub(crate) done: bool,
     pub(crate) waits: Vec<Wait>,
-}
-
-/// Counters of a table on one shard.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    pub(crate) pushes: u64,
-    pub(crate) pulls: u64,
-    pub(crate) duplicates: u64,
-    /// Bytes of gradients and values: as they travelled, and in the table's type.
-    pub(crate) pushed: [u64; 2],
-    pub(crate) pulled: [u64; 2],
 }
 
 /// A table's share of a shard.
@@ -425,7 +415,8 @@ impl Part {
             self.wait_or_answer(*from, out);
             return Some(true);
         }
-        let kept = if ledger.would_hold(clock, rank) { Some(memory.copy(gradient.1)?) } else { None };
+        let kept =
+            if ledger.would_hold(clock, rank) { Some(memory.copy(from.header.client, gradient.1)?) } else { None };
         match (ledger.admit(clock, rank), kept) {
             (Verdict::Hold, Some(bytes)) => self.held.push(Held { clock, rank, dtype: gradient.0, bytes }),
             (_, Some(bytes)) => {

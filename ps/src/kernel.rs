@@ -7,14 +7,12 @@
 
 mod adaptive;
 
-use crate::values::Numbers;
 use crate::{Adam, DType, Sgd, UpdateRule};
 use adaptive::{AdagradStep, FtrlStep};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use half::{bf16, f16};
 use std::fmt::Debug;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Sub};
-use std::sync::Arc;
 
 /// Elements computed at a time: value, gradient and state of a block fit the first cache.
 pub(crate) const BLOCK: usize = 512;
@@ -41,7 +39,6 @@ pub(crate) trait Real:
     /// The stored type that needs no conversion.
     const DTYPE: DType;
     fn of(value: f64) -> Self;
-    fn share(numbers: &Arc<[Self]>) -> Numbers;
     fn sqrt(self) -> Self;
     fn abs(self) -> Self;
     /// Reads elements of type `dtype`.
@@ -60,10 +57,6 @@ impl Real for f32 {
 
     fn of(value: f64) -> Self {
         value as f32
-    }
-
-    fn share(numbers: &Arc<[Self]>) -> Numbers {
-        Numbers::F32(Arc::clone(numbers))
     }
 
     fn sqrt(self) -> Self {
@@ -124,10 +117,6 @@ impl Real for f64 {
 
     fn of(value: f64) -> Self {
         value
-    }
-
-    fn share(numbers: &Arc<[Self]>) -> Numbers {
-        Numbers::F64(Arc::clone(numbers))
     }
 
     fn sqrt(self) -> Self {

@@ -2,6 +2,7 @@
 
 use gradwire_transport::Region;
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::Arc;
 
 /// Bytes that are kept in buffers for answers nobody is reading any more.
@@ -15,18 +16,29 @@ pub(crate) struct Memory {
     /// The most there may be.
     pub(crate) limit: u64,
     free: Vec<Vec<u8>>,
-    /// Whose request is being served: what is copied is on its account.
-    pub(crate) client: u64,
     client_limit: u64,
-    /// Copies that are not given back: whose they are, by where they lie.
-    owners: HashMap<usize, u64>,
+    /// Bytes of copies that are not given back, by client.
     held: HashMap<u64, u64>,
+}
+
+/// A copy, on the account of a client until it is given back.
+#[derive(Clone, Debug)]
+pub(crate) struct Copied {
+    bytes: Vec<u8>,
+    client: u64,
+}
+
+impl Deref for Copied {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 impl Memory {
     pub(crate) fn new(limit: u64) -> Self {
-        let (owners, held) = (HashMap::new(), HashMap::new());
-        Self { used: 0, limit, free: Vec::new(), client: 0, client_limit: u64::MAX, owners, held }
+        Self { used: 0, limit, free: Vec::new(), client_limit: u64::MAX, held: HashMap::new() }
     }
 
     /// The same, of which copies for one client take at most `bytes`.
@@ -48,9 +60,9 @@ impl Memory {
         fits
     }
 
-    /// A copy of `bytes`, on the account of the client that is served; `None` when there is no room, or not for that client.
-    pub(crate) fn copy(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
-        let held = self.held_for(self.client).checked_add(bytes.len() as u64)?;
+    /// A copy of `bytes`, on the account of `client`; `None` when there is no room, or not for that client.
+    pub(crate) fn copy(&mut self, client: u64, bytes: &[u8]) -> Option<Copied> {
+        let held = self.held_for(client).checked_add(bytes.len() as u64)?;
         if held > self.client_limit {
             return None;
         }
@@ -68,23 +80,18 @@ impl Memory {
         buffer.clear();
         buffer.extend_from_slice(bytes);
         if !bytes.is_empty() {
-            self.owners.insert(buffer.as_ptr() as usize, self.client);
-            self.held.insert(self.client, held);
+            self.held.insert(client, held);
         }
-        Some(buffer)
+        Some(Copied { bytes: buffer, client })
     }
 
     /// Takes back what [`Memory::copy`] gave.
-    pub(crate) fn give_back(&mut self, buffer: Vec<u8>) {
-        if let Some(client) = self.owners.remove(&(buffer.as_ptr() as usize)) {
-            let left = self.held_for(client).saturating_sub(buffer.len() as u64);
-            if left > 0 {
-                self.held.insert(client, left)
-            } else {
-                self.held.remove(&client)
-            };
-        }
-        self.free.push(buffer);
+    pub(crate) fn give_back(&mut self, Copied { bytes, client }: Copied) {
+        match self.held_for(client).saturating_sub(bytes.len() as u64) {
+            0 => self.held.remove(&client),
+            left => self.held.insert(client, left),
+        };
+        self.free.push(bytes);
     }
 }
 
@@ -130,29 +137,25 @@ mod tests {
     #[test]
     fn one_client_cannot_take_what_others_need() {
         let mut memory = Memory::new(1000).with_client_limit(100);
-        memory.client = 1;
-        let copies: Vec<_> = [60, 40, 0].map(|bytes| memory.copy(&vec![1; bytes]).unwrap()).into();
-        assert!(memory.copy(&[1]).is_none());
+        let copies: Vec<_> = [60, 40, 0].map(|bytes| memory.copy(1, &vec![1; bytes]).unwrap()).into();
+        assert!(memory.copy(1, &[1]).is_none());
         assert_eq!((memory.held_for(1), memory.held_for(2)), (100, 0));
-        memory.client = 2;
-        let other = memory.copy(&[2; 100]).unwrap();
-        // Given back while another is served.
+        let other = memory.copy(2, &[2; 100]).unwrap();
         copies.into_iter().for_each(|copy| memory.give_back(copy));
         assert_eq!((memory.held_for(1), memory.held_for(2)), (0, 100));
-        memory.client = 1;
-        let again = memory.copy(&[1; 50]).unwrap();
+        let again = memory.copy(1, &[1; 50]).unwrap();
         [other, again].into_iter().for_each(|copy| memory.give_back(copy));
-        assert!(memory.held.is_empty() && memory.owners.is_empty());
+        assert!(memory.held.is_empty());
     }
 
     #[test]
     fn memory_is_counted_and_buffers_are_used_again() {
         let mut memory = Memory::new(100);
         assert!(memory.take(60) && !memory.take(41));
-        let copy = memory.copy(&[1; 30]).unwrap();
-        assert!(memory.copy(&[1; 30]).is_none());
+        let copy = memory.copy(0, &[1; 30]).unwrap();
+        assert!(memory.copy(0, &[1; 30]).is_none());
         memory.give_back(copy);
-        assert_eq!(memory.copy(&[2; 20]).unwrap(), [2; 20]);
+        assert_eq!(memory.copy(0, &[2; 20]).unwrap()[..], [2; 20]);
         assert_eq!(memory.used, 90);
     }
 }

@@ -38,7 +38,7 @@ pub struct ServerSettings {
     pub token: Option<String>,
     /// Listen off loopback without a token or TLS: anybody who reaches the port may read and change every table. Default false.
     pub insecure: bool,
-    /// Whether it counts for [`Server::monitor`]. Default false: that costs about 0.1 us a request.
+    /// Whether it counts for [`Server::monitor`]. Default false.
     pub watched: bool,
     /// What it may hold.
     pub limits: Limits,

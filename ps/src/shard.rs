@@ -115,7 +115,6 @@ impl Shard {
             ms => self.limits.patience.min(Duration::from_millis(ms.into())),
         };
         let wait = Wait { to: from, header: *header, until: now + patience };
-        self.memory.client = header.client;
         if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, now, out)) {
             refuse(from, header, &refusal, out);
         }
@@ -246,7 +245,6 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
-            spec.recovery.check(self.limits.replicas, spec.subject())?;
             self.tables.insert(header.table, Table::new(spec, &mut self.memory)?);
         }
         let pushed = self.table(header)?.pushed_by(header.client);
@@ -368,7 +366,6 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
-            spec.recovery.check(self.limits.replicas, spec.subject())?;
             let table = SparseTable::new(spec, self.instance, now, &mut self.memory)?;
             self.sparse.insert(header.table, table);
         }

@@ -202,7 +202,6 @@ mod tests {
             mode: Mode::Async,
             combine: Combine::Sum,
             clipped: false,
-            recovery: crate::Recovery::None,
             compression: Compression::default(),
             shards: 1,
             shard: 0,
@@ -242,7 +241,6 @@ mod tests {
             capacity: None,
             eviction: None,
             admission: 1,
-            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
         };

@@ -1,7 +1,6 @@
 //! Pure: gradients that came compressed, as elements again: checked first, since they come from anywhere.
 
 use crate::header::Header;
-use crate::kernel::Real;
 use crate::refusal::{Reason, Refusal};
 use crate::{DType, TableSpec};
 
@@ -9,7 +8,6 @@ use crate::{DType, TableSpec};
 #[derive(Default)]
 pub(crate) struct Unpacking {
     numbers: Vec<f32>,
-    bytes: Vec<u8>,
 }
 
 impl Unpacking {
@@ -30,10 +28,11 @@ impl Unpacking {
             Refusal::new(Reason::Malformed, spec.subject(), "payload", expected, bad)
         })?;
         self.numbers.resize(elements, 0.0);
-        self.bytes.resize(4 * elements, 0);
         codec.decode(payload, &mut self.numbers);
-        f32::store(DType::F32, &self.numbers, &mut self.bytes);
-        Ok(&self.bytes)
+        if cfg!(target_endian = "big") {
+            self.numbers.iter_mut().for_each(|number| *number = f32::from_bits(number.to_bits().to_le()));
+        }
+        Ok(bytemuck::cast_slice(&self.numbers))
     }
 }
 
@@ -62,7 +61,6 @@ mod tests {
             mode: Mode::Async,
             combine: Combine::Sum,
             clipped: false,
-            recovery: crate::Recovery::None,
             compression: Compression { push, pull: Codec::Bf16 },
             shards: 1,
             shard: 0,

@@ -46,6 +46,23 @@ pub(crate) enum Numbers {
     F64(Arc<[f64]>),
 }
 
+/// A type to compute in whose numbers can be shared.
+trait Shared: Real {
+    fn share(numbers: &Arc<[Self]>) -> Numbers;
+}
+
+impl Shared for f32 {
+    fn share(numbers: &Arc<[Self]>) -> Numbers {
+        Numbers::F32(Arc::clone(numbers))
+    }
+}
+
+impl Shared for f64 {
+    fn share(numbers: &Arc<[Self]>) -> Numbers {
+        Numbers::F64(Arc::clone(numbers))
+    }
+}
+
 impl Numbers {
     /// Appends bytes `range`, little-endian.
     pub(crate) fn append(&self, range: std::ops::Range<usize>, out: &mut Vec<u8>) {
@@ -174,7 +191,7 @@ impl<C: Real> Dense<C> {
     }
 }
 
-impl<C: Real> Values for Dense<C> {
+impl<C: Shared> Values for Dense<C> {
     fn image(&self, with_sum: bool) -> Vec<(Field, Numbers)> {
         let [first, second] = &self.state;
         let mut image = vec![(Field::Value, Numbers::Bytes(self.read()))];

@@ -1,9 +1,10 @@
 //! Pure: a dense table as it was at one moment, as chunks, and a table made again from them, cut as it was or anew.
 
 use super::clipping::Clipping;
-use super::{Counts, Held, Order, Part, Table};
+use super::{Held, Order, Part, Table};
 use crate::body::{BadBody, Reader, Writer};
 use crate::bounded::Progress;
+use crate::counts::Counts;
 use crate::exact_sum::ExactSum;
 use crate::memory::Memory;
 use crate::rates::Rates;
@@ -443,7 +444,9 @@ impl DenseBuilder {
         if !counted || again || !fits {
             return Err(self.wrong("a contribution that nobody counted"));
         }
-        let Some(bytes) = memory.copy(bytes) else { return Err(self.wrong("no memory for a contribution that waits")) };
+        let Some(bytes) = memory.copy(rank.into(), bytes) else {
+            return Err(self.wrong("no memory for a contribution that waits"));
+        };
         self.table.parts[at].held.push(Held { clock, rank, dtype, bytes });
         if let Some(current) = &mut self.current {
             current.held -= 1;
@@ -465,33 +468,6 @@ impl DenseBuilder {
             part.order = order.expect("elements of each part have come");
         }
         Ok(self.table)
-    }
-}
-
-impl Counts {
-    pub(crate) fn encode(&self, out: &mut Writer) {
-        let Self { pushes, pulls, duplicates, pushed, pulled } = *self;
-        [pushes, pulls, duplicates].into_iter().chain(pushed).chain(pulled).for_each(|n| out.number(n));
-    }
-
-    pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
-        Ok(Self {
-            pushes: from.number()?,
-            pulls: from.number()?,
-            duplicates: from.number()?,
-            pushed: [from.number()?, from.number()?],
-            pulled: [from.number()?, from.number()?],
-        })
-    }
-
-    /// Counts what another shard has counted as well.
-    pub(crate) fn merge(&mut self, other: &Self) {
-        let Self { pushes, pulls, duplicates, pushed: [sent, meant], pulled: [got, held] } = self;
-        let mine = [pushes, pulls, duplicates, sent, meant, got, held];
-        let [more_sent, more_meant] = other.pushed;
-        let [more_got, more_held] = other.pulled;
-        let theirs = [other.pushes, other.pulls, other.duplicates, more_sent, more_meant, more_got, more_held];
-        mine.into_iter().zip(theirs).for_each(|(mine, theirs)| *mine = mine.saturating_add(theirs));
     }
 }
 

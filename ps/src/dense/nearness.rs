@@ -2,7 +2,7 @@
 
 use super::{Answer, Order, Part, Wait};
 use crate::bounded::Turn;
-use crate::memory::Memory;
+use crate::memory::{Copied, Memory};
 use crate::rates::Rates;
 use crate::values::{Gradient, Source};
 use crate::{DType, header::Kind};
@@ -13,7 +13,7 @@ use std::time::Instant;
 pub(super) struct Parked {
     from: Wait,
     dtype: DType,
-    bytes: Vec<u8>,
+    bytes: Copied,
 }
 
 impl Part {
@@ -30,7 +30,7 @@ impl Part {
         match progress.turn(from.header.clock, rank(from)) {
             Turn::TooEarly => return None,
             Turn::Wait => {
-                let bytes = memory.copy(gradient.1)?;
+                let bytes = memory.copy(from.header.client, gradient.1)?;
                 self.parked.push(Parked { from: *from, dtype: gradient.0, bytes });
                 return Some(false);
             }

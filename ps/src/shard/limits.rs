@@ -19,8 +19,6 @@ pub struct Limits {
     pub waiting: usize,
     /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
     pub patience: Duration,
-    /// Copies of the shard that its cluster keeps beside the first. Default 0.
-    pub replicas: u32,
 }
 
 impl Default for Limits {
@@ -32,7 +30,6 @@ impl Default for Limits {
             clients: 4096,
             waiting: 1 << 16,
             patience: Duration::from_secs(3600),
-            replicas: 0,
         }
     }
 }

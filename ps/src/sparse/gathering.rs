@@ -3,6 +3,7 @@
 use super::MAX_PARTS;
 use crate::DType;
 use crate::body::{BadBody, Reader, Writer};
+use crate::memory::Copied;
 use crate::staleness::CLOCKS_AHEAD;
 use std::collections::BTreeMap;
 
@@ -68,7 +69,7 @@ impl Parts {
 pub(crate) struct Piece {
     pub(crate) dtype: DType,
     pub(crate) count: usize,
-    pub(crate) payload: Vec<u8>,
+    pub(crate) payload: Copied,
 }
 
 /// What one worker gives to one clock.
@@ -193,10 +194,11 @@ impl Gathering {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Memory;
     use proptest::prelude::*;
 
     fn piece(tag: u64) -> Piece {
-        Piece { dtype: DType::F32, count: 0, payload: tag.to_le_bytes().to_vec() }
+        Piece { dtype: DType::F32, count: 0, payload: Memory::new(8).copy(0, &tag.to_le_bytes()).unwrap() }
     }
 
     fn give(gathering: &mut Gathering, clock: u64, rank: u32, part: [u32; 2], life: u64) -> Verdict {
@@ -236,7 +238,7 @@ mod tests {
                 while let Some(pieces) = gathering.take() {
                     clocks += 1;
                     let mut tags: Vec<u64> = pieces.iter()
-                        .map(|piece| u64::from_le_bytes(piece.payload.as_slice().try_into().unwrap())).collect();
+                        .map(|piece| u64::from_le_bytes(piece.payload[..].try_into().unwrap())).collect();
                     prop_assert!(tags.iter().is_sorted_by_key(|tag| *tag / 100));
                     tags.sort_unstable();
                     let expected: Vec<u64> = (0..workers)

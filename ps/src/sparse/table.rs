@@ -9,9 +9,10 @@ use super::rows::{self, Rows};
 use super::{Batch, Ids, SparseSpec};
 use crate::DType;
 use crate::bounded::{Progress, Turn};
-use crate::dense::{Answer, Counts, Wait, admit, divisor, superseded, waited};
+use crate::counts::Counts;
+use crate::dense::{Answer, Wait, admit, divisor, superseded, waited};
 use crate::header::{Header, Kind};
-use crate::memory::{Memory, Shelf};
+use crate::memory::{Copied, Memory, Shelf};
 use crate::rates::Rates;
 use crate::refusal::{Reason, Refusal};
 use crate::schedule::Schedule;
@@ -25,7 +26,7 @@ use std::time::Instant;
 struct Kept {
     from: Wait,
     count: usize,
-    payload: Vec<u8>,
+    payload: Copied,
 }
 
 enum Order {
@@ -210,7 +211,7 @@ impl SparseTable {
             Verdict::Keep => {}
         }
         self.check_room(batch.ids, means.memory)?;
-        let Some(copy) = means.memory.copy(payload) else {
+        let Some(copy) = means.memory.copy(from.header.client, payload) else {
             let current = clock == self.completed() + 1;
             // What is further ahead may come again when there is room; this clock could never be completed without it.
             return if current { Err(no_room(&self.spec, means.memory, payload.len() as u64)) } else { Ok(None) };
@@ -268,7 +269,7 @@ impl SparseTable {
                 return Ok(Some(true));
             }
             Turn::Wait => {
-                let Some(payload) = means.memory.copy(payload) else { return Ok(None) };
+                let Some(payload) = means.memory.copy(from.header.client, payload) else { return Ok(None) };
                 parked.push(Kept { from: *from, count: batch.ids.len(), payload });
                 return Ok(Some(false));
             }
@@ -332,7 +333,7 @@ impl SparseTable {
             self.answer(from, ids, means);
             return Ok(true);
         }
-        let Some(copy) = means.memory.copy(payload) else { return Ok(false) };
+        let Some(copy) = means.memory.copy(from.header.client, payload) else { return Ok(false) };
         self.counts.pulls += 1;
         self.readers.push(Kept { from: *from, count: ids.len(), payload: copy });
         Ok(true)

@@ -5,7 +5,8 @@ use super::super::rows::RowsImage;
 use super::{Order, Parts, SparseTable};
 use crate::body::{BadBody, Reader, Writer};
 use crate::bounded::Progress;
-use crate::dense::{Counts, decode_windows, encode_windows, merge_windows};
+use crate::counts::Counts;
+use crate::dense::{decode_windows, encode_windows, merge_windows};
 use crate::header::{Header, Kind};
 use crate::memory::Memory;
 use crate::rates::Rates;
@@ -312,7 +313,7 @@ impl SparseBuilder {
         };
         let fits = rank < workers
             && matches!(gathering.judge(clock, rank, part, life), (Verdict::Keep, stale) if stale.is_empty());
-        let copy = if fits { memory.copy(payload) } else { None };
+        let copy = if fits { memory.copy(rank.into(), payload) } else { None };
         let Some(payload) = copy else { return Err(self.wrong("a contribution that cannot be kept")) };
         gathering.keep(clock, rank, part, life, Piece { dtype, count: batch.ids.len(), payload });
         Ok(())
