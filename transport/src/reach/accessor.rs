@@ -236,10 +236,12 @@ fn run(mut calling: Calling, inbox: &Mutex<Inbox>) {
             }
             inbox.closing
         };
+        calling.tell();
         if let Some(until) = closing
             && (calling.under_way() == 0 || Instant::now() >= until)
         {
             calling.give_up("the accessor was closed");
+            calling.tell();
             return calling.mesh.shutdown(until.max(Instant::now() + Duration::from_millis(100)));
         }
         if calling.turn() {

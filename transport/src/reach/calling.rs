@@ -50,6 +50,8 @@ pub(super) struct Calling {
     slots: [Option<(u64, bool)>; OPEN],
     next: u64,
     lost: Option<TransportError>,
+    /// Accesses that have ended, and of which nobody knows yet.
+    ended: Vec<(Access, Result<(), TransportError>)>,
     done: Vec<Completion>,
 }
 
@@ -59,15 +61,15 @@ impl Calling {
         // Who is gone is told of by its own completion.
         let _ = mesh.post_recv_loan(PEER, ANSWER, 0);
         let (running, waiting, slots) = (BTreeMap::new(), VecDeque::new(), [None; OPEN]);
-        Self { mesh, running, waiting, slots, next: 0, lost: None, done: Vec::new() }
+        Self { mesh, running, waiting, slots, next: 0, lost: None, ended: Vec::new(), done: Vec::new() }
     }
 
     pub(super) fn begin(&mut self, order: Order) {
         if let Some(lost) = &self.lost {
-            return order.access.end(Err(lost.clone()));
+            return self.ended.push((order.access, Err(lost.clone())));
         }
         if order.range.is_empty() {
-            return order.access.end(Ok(()));
+            return self.ended.push((order.access, Ok(())));
         }
         self.running.insert(self.next, Running { order, next: 0, open: 0, error: None });
         self.waiting.push_back(self.next);
@@ -83,12 +85,17 @@ impl Calling {
         self.lost.as_ref()
     }
 
+    /// Tells whoever waits of what has ended. Whoever hears that a peer is lost, and asks, must find it lost: so that is told first.
+    pub(super) fn tell(&mut self) {
+        self.ended.drain(..).for_each(|(access, outcome)| access.end(outcome));
+    }
+
     /// Ends everything with `error`.
     pub(super) fn fail(&mut self, error: &TransportError) {
         self.waiting.clear();
         self.slots = [None; OPEN];
         let running = std::mem::take(&mut self.running);
-        running.into_values().for_each(|running| running.order.access.end(Err(error.clone())));
+        self.ended.extend(running.into_values().map(|running| (running.order.access, Err(error.clone()))));
     }
 
     /// Moves what can be moved; whether anything did.
@@ -157,7 +164,7 @@ impl Calling {
         }
         if let Some(ended) = self.running.remove(&number) {
             self.waiting.retain(|other| *other != number);
-            ended.order.access.end(ended.error.map_or(Ok(()), Err));
+            self.ended.push((ended.order.access, ended.error.map_or(Ok(()), Err)));
         }
     }
 

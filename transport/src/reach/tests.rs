@@ -231,6 +231,7 @@ fn what_a_broken_device_has_not_done_is_done_by_messages() {
             assert!(Instant::now() < until, "{access:?}");
             serving.turn();
             calling.turn();
+            calling.tell();
         }
         (access.wait(Duration::ZERO).unwrap(), calling.mesh.kind(PEER))
     };
@@ -240,4 +241,22 @@ fn what_a_broken_device_has_not_done_is_done_by_messages() {
     let back = Region::zeroed(1 << 20);
     assert!(matches!(finish(false, &back), (Ok(()), WireKind::Tcp)));
     assert_eq!(bytes(&back), pattern(1, 1 << 20));
+}
+
+#[test]
+fn who_hears_of_a_failed_access_finds_the_peer_lost() {
+    let (a, b) = tcp::pair(&Config::default(), &Config::default()).unwrap();
+    let mut calling = Calling::new(Mesh::new(b, Vec::new(), [PEER], Vec::new()));
+    let (region, access) = (Region::zeroed(100), Access::default());
+    let remote = RemoteMemory { owner: 7, key: 1, device: 0, offset: 0, bytes: 100 };
+    calling.begin(Order { is_put: false, region, range: 0..100, remote, access: access.clone() });
+    drop(a);
+    let until = Instant::now() + LONG;
+    while calling.under_way() > 0 {
+        assert!(Instant::now() < until, "{access:?}");
+        calling.turn();
+    }
+    assert!(!access.is_done() && calling.lost().is_some(), "its end is not told before its cause can be seen");
+    calling.tell();
+    assert!(access.wait(Duration::ZERO).unwrap().is_err());
 }
