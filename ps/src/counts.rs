@@ -14,6 +14,18 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
+    /// A part of a push: its payload, and the same gradient in the table's type.
+    pub(crate) fn push(&mut self, duplicate: bool, bytes: [u64; 2]) {
+        self.pushes += u64::from(!duplicate);
+        self.duplicates += u64::from(duplicate);
+        add(&mut self.pushed, bytes);
+    }
+
+    /// Values that were asked for: as they leave, and in the table's type.
+    pub(crate) fn values(&mut self, bytes: [u64; 2]) {
+        add(&mut self.pulled, bytes);
+    }
+
     pub(crate) fn encode(&self, out: &mut Writer) {
         let Self { pushes, pulls, duplicates, pushed, pulled } = *self;
         [pushes, pulls, duplicates].into_iter().chain(pushed).chain(pulled).for_each(|n| out.number(n));
@@ -38,4 +50,8 @@ impl Counts {
         let theirs = [other.pushes, other.pulls, other.duplicates, more_sent, more_meant, more_got, more_held];
         mine.into_iter().zip(theirs).for_each(|(mine, theirs)| *mine = mine.saturating_add(theirs));
     }
+}
+
+fn add(sums: &mut [u64; 2], numbers: [u64; 2]) {
+    sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
 }

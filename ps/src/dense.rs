@@ -242,12 +242,10 @@ impl Table {
                 }
             }
         };
-        counts.pushes += u64::from(!duplicate);
-        counts.duplicates += u64::from(duplicate);
         let whole = header.keys.len() * self.spec.dtype.bytes() as u64;
-        add(&mut counts.pushed, [header.payload_bytes, whole]);
+        counts.push(duplicate, [header.payload_bytes, whole]);
         if header.kind.pulls() {
-            add(&mut counts.pulled, answered(header, &self.spec));
+            counts.values(answered(header, &self.spec));
         }
         self.tell_squares(out);
         Ok(true)
@@ -256,7 +254,7 @@ impl Table {
     /// Answers a pull, now or when its clock is complete.
     pub(crate) fn pull(&mut self, at: usize, from: Wait, out: &mut Vec<Answer>) {
         self.counts.pulls += 1;
-        add(&mut self.counts.pulled, answered(&from.header, &self.spec));
+        self.counts.values(answered(&from.header, &self.spec));
         self.parts[at].wait_or_answer(from, out);
     }
 
@@ -296,10 +294,6 @@ fn answered(header: &Header, spec: &TableSpec) -> [u64; 2] {
     let elements = usize::try_from(header.keys.len()).expect("a part is small");
     let encoded = spec.compression.pull.bytes(elements).filter(|_| header.answer_codec() != 0);
     [encoded.map_or(whole, |bytes| bytes as u64), whole]
-}
-
-fn add(sums: &mut [u64; 2], numbers: [u64; 2]) {
-    sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
 }
 
 /// What the gradient of a clock, or of a push, is divided by.

@@ -1,7 +1,7 @@
-//! Pure: what a server counts for those who watch it: requests by their kind, bytes by table, time from arrival to answer.
+//! Pure: what a server counts for those who watch it: requests by their kind, time from arrival to answer.
 
 use crate::header::{Header, Kind};
-use crate::{Reason, ShardStatus, TableId};
+use crate::{Reason, ShardStatus};
 use gradwire_transport::PeerId;
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
@@ -28,22 +28,11 @@ impl Latencies {
     }
 }
 
-/// Elements that travelled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TableBytes {
-    /// Payload of pushes that were answered.
-    pub pushed: u64,
-    /// Values in answers.
-    pub pulled: u64,
-}
-
 /// What a server tells whoever watches it.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// Tables, memory and clients.
     pub status: ShardStatus,
-    /// Bytes by table, in the order of [`Report::status`]: dense tables, then sparse ones.
-    pub bytes: Vec<TableBytes>,
     /// From the arrival of a push to its answer; for a fused push and pull too.
     pub push: Latencies,
     /// From the arrival of a pull to its answer.
@@ -60,7 +49,6 @@ pub struct Report {
 #[derive(Debug)]
 struct Asked {
     kind: Kind,
-    payload_bytes: u64,
     since: Instant,
 }
 
@@ -70,7 +58,6 @@ const MOST_ASKED: usize = 1 << 20;
 /// Counters of one shard.
 #[derive(Debug, Default)]
 pub(crate) struct Gauges {
-    bytes: HashMap<TableId, TableBytes>,
     push: Latencies,
     pull: Latencies,
     refused: BTreeMap<u16, u64>,
@@ -84,35 +71,21 @@ impl Gauges {
     pub(crate) fn ask(&mut self, from: PeerId, header: &Header, now: Instant) {
         self.seen.insert(from, now);
         if self.asked.len() < MOST_ASKED {
-            let asked = Asked { kind: header.kind, payload_bytes: header.payload_bytes, since: now };
-            self.asked.insert((from, header.slot), asked);
+            self.asked.insert((from, header.slot), Asked { kind: header.kind, since: now });
         }
     }
 
-    /// It is answered: with a reply, or `value_bytes` of elements.
-    pub(crate) fn answer(&mut self, to: PeerId, header: &Header, value_bytes: u64, now: Instant) {
-        let Some(Asked { kind, payload_bytes, since }) = self.asked.remove(&(to, header.slot)) else { return };
-        match header.kind {
-            Kind::Refused => return *self.refused.entry(header.status).or_default() += 1,
-            Kind::Later => return,
+    /// It is answered.
+    pub(crate) fn answer(&mut self, to: PeerId, header: &Header, now: Instant) {
+        let Some(Asked { kind, since }) = self.asked.remove(&(to, header.slot)) else { return };
+        let took = now.saturating_duration_since(since);
+        match (header.kind, kind) {
+            (Kind::Refused, _) => *self.refused.entry(header.status).or_default() += 1,
+            (Kind::Later, _) => {}
+            (_, Kind::Push | Kind::PushPull | Kind::SparsePush) => self.push.add(took),
+            (_, Kind::Pull | Kind::SparsePull) => self.pull.add(took),
             _ => {}
         }
-        let took = now.saturating_duration_since(since);
-        let pushed = match kind {
-            Kind::Push | Kind::PushPull | Kind::SparsePush => {
-                self.push.add(took);
-                payload_bytes
-            }
-            Kind::Pull | Kind::SparsePull => {
-                self.pull.add(took);
-                0
-            }
-            _ => return,
-        };
-        // The table exists, or the request would have been refused.
-        let bytes = self.bytes.entry(header.table).or_default();
-        bytes.pushed += pushed;
-        bytes.pulled += value_bytes;
     }
 
     /// A connection is closed.
@@ -123,12 +96,9 @@ impl Gauges {
 
     /// All of it, with `status`, whose clients are reached by `peers`.
     pub(crate) fn report(&self, status: ShardStatus, peers: &[PeerId], now: Instant) -> Report {
-        let dense = status.tables.iter().map(|table| table.spec.id());
-        let tables = dense.chain(status.sparse.iter().map(|table| table.spec.id()));
         let idle =
             peers.iter().map(|peer| self.seen.get(peer).map_or(Duration::ZERO, |seen| now.duration_since(*seen)));
         Report {
-            bytes: tables.map(|table| self.bytes.get(&table).copied().unwrap_or_default()).collect(),
             push: self.push.clone(),
             pull: self.pull.clone(),
             refused: self.refused.iter().map(|(status, count)| (Reason::of_status(*status), *count)).collect(),
@@ -147,23 +117,22 @@ mod tests {
     fn a_request_is_counted_when_it_is_answered_and_refusals_apart() {
         let (mut gauges, start) = (Gauges::default(), Instant::now());
         let later = |us| start + Duration::from_micros(us);
-        let header = |kind, slot| Header { slot, table: TableId(5), payload_bytes: 100, ..Header::new(kind) };
+        let header = |kind, slot| Header { slot, ..Header::new(kind) };
         let asked = [header(Kind::Push, 1), header(Kind::Pull, 2), header(Kind::PushPull, 3), header(Kind::Pull, 4)];
         for header in &asked {
             gauges.ask(PeerId(0), header, start);
         }
-        gauges.answer(PeerId(0), &asked[0].reply(Kind::Done), 0, later(10));
-        gauges.answer(PeerId(0), &asked[1].reply(Kind::Done), 70, later(31));
+        gauges.answer(PeerId(0), &asked[0].reply(Kind::Done), later(10));
+        gauges.answer(PeerId(0), &asked[1].reply(Kind::Done), later(31));
         let refused = Header { status: Reason::Waited as u16, ..asked[2].reply(Kind::Refused) };
-        gauges.answer(PeerId(0), &refused, 0, later(99));
+        gauges.answer(PeerId(0), &refused, later(99));
         // Another connection's slot of that number.
-        gauges.answer(PeerId(1), &asked[3].reply(Kind::Done), 900, later(99));
+        gauges.answer(PeerId(1), &asked[3].reply(Kind::Done), later(99));
         let report = gauges.report(ShardStatus::default(), &[PeerId(0), PeerId(1)], later(50));
         assert_eq!((report.push.counts[0], report.push.counts.iter().sum::<u64>()), (1, 1));
         assert_eq!((report.pull.counts[2], report.pull.counts.iter().sum::<u64>()), (1, 1));
         assert_eq!(report.pull.total, Duration::from_micros(31));
         assert_eq!(report.refused, [(Reason::Waited, 1)]);
-        assert_eq!(gauges.bytes[&TableId(5)], TableBytes { pushed: 100, pulled: 70 });
         assert_eq!(report.idle, [Duration::from_micros(50), Duration::ZERO]);
         gauges.gone(PeerId(0));
         assert!(gauges.asked.is_empty() && gauges.seen.is_empty());

@@ -46,7 +46,7 @@ pub use codec::{Codec, Compression};
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;
-pub use gauges::{LATENCY_BOUNDS_US, Latencies, Report, TableBytes};
+pub use gauges::{LATENCY_BOUNDS_US, Latencies, Report};
 pub use keeper::Checkpoints;
 pub use key::{KeyRange, MAX_NAME_BYTES, TableId};
 pub use local::LocalServers;

@@ -345,7 +345,7 @@ impl Server {
                 Action::Reply { to, header, body } => self.reply(to, header, body),
                 Action::Value { to, header, slice } => {
                     if let Some(gauges) = &mut self.gauges {
-                        gauges.answer(to, &header, slice.len() as u64, Instant::now());
+                        gauges.answer(to, &header, Instant::now());
                     }
                     if let Some(connection) = self.connections.get_mut(&to) {
                         connection.values.push_back((header, slice));
@@ -373,7 +373,7 @@ impl Server {
 
     fn reply(&mut self, to: PeerId, header: Header, body: Vec<u8>) {
         if let Some(gauges) = &mut self.gauges {
-            gauges.answer(to, &header, 0, Instant::now());
+            gauges.answer(to, &header, Instant::now());
         }
         if !self.connections.contains_key(&to) {
             return;

@@ -98,6 +98,10 @@ pub struct SparseStatus {
     pub evicted: u64,
     /// Gradients that were dropped since their ids had no row yet.
     pub unadmitted: u64,
+    /// Bytes of the pushes as they came, ids and duplicates too.
+    pub pushed_bytes: u64,
+    /// Bytes of the values that were asked for.
+    pub pulled_bytes: u64,
 }
 
 impl SparseStatus {
@@ -105,7 +109,7 @@ impl SparseStatus {
         self.spec.encode(out);
         let Self { rows, bytes, clock, pushes, pulls, duplicates, waiting, evicted, unadmitted, .. } = *self;
         let numbers = [rows, bytes, clock, pushes, pulls, duplicates, waiting, evicted, unadmitted];
-        numbers.into_iter().for_each(|number| out.number(number));
+        numbers.into_iter().chain([self.pushed_bytes, self.pulled_bytes]).for_each(|number| out.number(number));
     }
 
     fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
@@ -120,6 +124,8 @@ impl SparseStatus {
             waiting: from.number()?,
             evicted: from.number()?,
             unadmitted: from.number()?,
+            pushed_bytes: from.number()?,
+            pulled_bytes: from.number()?,
         })
     }
 }
@@ -255,6 +261,8 @@ mod tests {
             waiting: 7,
             evicted: 8,
             unadmitted: 9,
+            pushed_bytes: 10,
+            pulled_bytes: 11,
         };
         ShardStatus {
             memory_bytes: 1,

@@ -1,4 +1,4 @@
-//! Does: writes checkpoints to a folder through `object_store`, and reads them; the one home of that crate and of tokio.
+//! Does: writes checkpoints to a folder through `object_store`, and reads them; the one home of that crate, on a runtime of its own.
 
 use crate::checkpoint::{
     BadCheckpoint, MAX_MANIFEST_BYTES, Manifest, Object, frame, is_name, manifest_file, place_of, stem, unframe,

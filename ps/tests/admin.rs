@@ -83,6 +83,8 @@ fn metrics_tell_what_clients_have_done() {
         ("gradwire_pushed_bytes_total", &table, 12_000.0),
         ("gradwire_pulled_bytes_total", &table, 4000.0),
         ("gradwire_duplicates_total", &table, 0.0),
+        ("gradwire_pushed_bytes_total", &[("table", "rows")], 2.0 * 8.0 + 10.0 * 8.0 + 160.0),
+        ("gradwire_pulled_bytes_total", &[("table", "rows")], 0.0),
         ("gradwire_table_elements", &[("table", "rows")], 10.0),
         ("gradwire_waiting", &[("table", "both")], 2.0),
         ("gradwire_push_seconds", &[], 8.0),

@@ -259,6 +259,8 @@ fn sparse_tables<'py>(py: Python<'py>, all: &[SparseStatus]) -> PyResult<Bound<'
         each.set_item("waiting", table.waiting)?;
         each.set_item("evicted", table.evicted)?;
         each.set_item("unadmitted", table.unadmitted)?;
+        each.set_item("pushed_bytes", table.pushed_bytes)?;
+        each.set_item("pulled_bytes", table.pulled_bytes)?;
         tables.append(each)?;
     }
     Ok(tables)

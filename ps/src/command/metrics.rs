@@ -79,27 +79,33 @@ fn of_tables(shards: &[(usize, &Report)]) -> Vec<Family> {
         counter("gradwire_pushes_total", "Parts of pushes that were counted."),
         counter("gradwire_pulls_total", "Parts of pulls that were asked for."),
         counter("gradwire_duplicates_total", "Parts of pushes that came again and were not counted."),
-        counter("gradwire_pushed_bytes_total", "Payload bytes of pushes."),
-        counter("gradwire_pulled_bytes_total", "Bytes of values that were sent."),
+        counter("gradwire_pushed_bytes_total", "Payload bytes of pushes, duplicates too."),
+        counter("gradwire_pulled_bytes_total", "Bytes of values that were asked for."),
         gauge("gradwire_clock", "The last clock that is complete; asynchronous: pushes applied."),
         gauge("gradwire_waiting", "Requests that wait for other workers."),
         gauge("gradwire_table_bytes", "Memory of the table."),
         gauge("gradwire_table_elements", "Elements, of a sparse table rows, that are here."),
     ];
     for (n, report) in shards {
-        let dense = report
-            .status
-            .tables
-            .iter()
-            .map(|t| (&t.spec.name, [t.pushes, t.pulls, t.duplicates], [t.clock, t.waiting, t.bytes, t.elements]));
-        let sparse = report
-            .status
-            .sparse
-            .iter()
-            .map(|t| (&t.spec.name, [t.pushes, t.pulls, t.duplicates], [t.clock, t.waiting, t.bytes, t.rows]));
-        for ((name, counts, levels), bytes) in dense.chain(sparse).zip(&report.bytes) {
+        let dense = report.status.tables.iter().map(|t| {
+            (
+                &t.spec.name,
+                [t.pushed_bytes, t.pulled_bytes],
+                [t.pushes, t.pulls, t.duplicates],
+                [t.clock, t.waiting, t.bytes, t.elements],
+            )
+        });
+        let sparse = report.status.sparse.iter().map(|t| {
+            (
+                &t.spec.name,
+                [t.pushed_bytes, t.pulled_bytes],
+                [t.pushes, t.pulls, t.duplicates],
+                [t.clock, t.waiting, t.bytes, t.rows],
+            )
+        });
+        for (name, bytes, counts, levels) in dense.chain(sparse) {
             let labels = format!("{},table=\"{}\"", shard_label(*n), escaped(name));
-            let values = counts.into_iter().chain([bytes.pushed, bytes.pulled]).chain(levels);
+            let values = counts.into_iter().chain(bytes).chain(levels);
             families.iter_mut().zip(values).for_each(|(family, value)| family.add(&labels, value));
         }
     }

@@ -40,6 +40,28 @@ impl Status {
     }
 }
 
+fn sparse_to_json(table: &SparseStatus) -> Value {
+    json!({
+        "name": table.spec.name,
+        "dim": table.spec.dim,
+        "dtype": table.spec.dtype.name(),
+        "rule": table.spec.rule.to_string(),
+        "mode": table.spec.mode.to_string(),
+        "rows": table.rows,
+        "capacity": table.spec.share(),
+        "bytes": table.bytes,
+        "clock": table.clock,
+        "pushes": table.pushes,
+        "pulls": table.pulls,
+        "duplicates": table.duplicates,
+        "waiting": table.waiting,
+        "pushed_bytes": table.pushed_bytes,
+        "pulled_bytes": table.pulled_bytes,
+        "evicted": table.evicted,
+        "unadmitted": table.unadmitted,
+    })
+}
+
 fn to_json(shard: &ShardStatus, address: &str) -> Value {
     let tables = shard.tables.iter().map(|table| {
         json!({
@@ -62,25 +84,7 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
             "pulled_whole_bytes": table.pulled_whole_bytes,
         })
     });
-    let sparse = shard.sparse.iter().map(|table| {
-        json!({
-            "name": table.spec.name,
-            "dim": table.spec.dim,
-            "dtype": table.spec.dtype.name(),
-            "rule": table.spec.rule.to_string(),
-            "mode": table.spec.mode.to_string(),
-            "rows": table.rows,
-            "capacity": table.spec.share(),
-            "bytes": table.bytes,
-            "clock": table.clock,
-            "pushes": table.pushes,
-            "pulls": table.pulls,
-            "duplicates": table.duplicates,
-            "waiting": table.waiting,
-            "evicted": table.evicted,
-            "unadmitted": table.unadmitted,
-        })
-    });
+    let sparse = shard.sparse.iter().map(sparse_to_json);
     let clients = shard.clients.iter().map(|client| {
         json!({
             "client": client.client,

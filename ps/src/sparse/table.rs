@@ -154,8 +154,7 @@ impl SparseTable {
         };
         self.account(means.memory);
         let Some(duplicate) = taken? else { return Ok(false) };
-        self.counts.pushes += u64::from(!duplicate);
-        self.counts.duplicates += u64::from(duplicate);
+        self.counts.push(duplicate, [from.header.payload_bytes; 2]);
         Ok(true)
     }
 
@@ -328,13 +327,16 @@ impl SparseTable {
             return Err(Refusal::new(Reason::Mismatch, self.spec.subject(), "dtype", self.spec.dtype, got));
         }
         let ids = Ids::of_pull(payload, &from.header, &self.spec)?;
+        let bytes = (ids.len() * self.spec.dim as usize * self.spec.dtype.bytes()) as u64;
         if self.is_ready(&from.header) {
             self.counts.pulls += 1;
+            self.counts.values([bytes; 2]);
             self.answer(from, ids, means);
             return Ok(true);
         }
         let Some(copy) = means.memory.copy(from.header.client, payload) else { return Ok(false) };
         self.counts.pulls += 1;
+        self.counts.values([bytes; 2]);
         self.readers.push(Kept { from: *from, count: ids.len(), payload: copy });
         Ok(true)
     }
@@ -470,6 +472,8 @@ impl SparseTable {
             waiting: self.waiting() as u64,
             evicted: evicted.count(),
             unadmitted,
+            pushed_bytes: self.counts.pushed[0],
+            pulled_bytes: self.counts.pulled[0],
         }
     }
 
