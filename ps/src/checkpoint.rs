@@ -3,7 +3,7 @@
 //! A checkpoint is a folder. Each shard writes an object for its clients and one for each table, frames of chunks, and last of
 //! all its manifest, which tells the length and checksum of each. It is whole when the manifests of all shards are there.
 
-use crate::state::MAX_CHUNK_BYTES;
+use crate::chunk::MAX_CHUNK_BYTES;
 use serde_json::{Value, json};
 
 /// The first words of a manifest.

@@ -3,6 +3,7 @@
 mod body;
 mod bounded;
 mod checkpoint;
+mod chunk;
 mod client;
 mod codec;
 mod counts;

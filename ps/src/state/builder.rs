@@ -1,8 +1,8 @@
 //! Pure: a shard that is being made from chunks, its own or those of all shards of a map that is cut anew.
 
-use super::{BadState, ChunkKind, open};
 use crate::TableId;
 use crate::body::BadBody;
+use crate::chunk::{BadState, ChunkKind, open};
 use crate::dense::DenseBuilder;
 use crate::members::Members;
 use crate::memory::Memory;

@@ -3,8 +3,8 @@
 use super::{Evicted, Rows, Sketch, Store};
 use crate::TableId;
 use crate::body::{BadBody, Reader};
+use crate::chunk::{ChunkKind, PIECE_BYTES, chunk};
 use crate::kernel::Real;
-use crate::state::{ChunkKind, PIECE_BYTES, chunk};
 
 /// Rows as they were at one moment.
 pub(crate) trait RowsImage: Send {
