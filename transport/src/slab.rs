@@ -60,6 +60,57 @@ impl<T> Slab<T> {
     }
 }
 
+/// A table by number, in which the entry that was found last is found again at once.
+pub(crate) struct Recent<T> {
+    /// By number, upwards.
+    entries: Vec<(u32, T)>,
+    last: usize,
+}
+
+impl<T> Default for Recent<T> {
+    fn default() -> Self {
+        Self { entries: Vec::new(), last: 0 }
+    }
+}
+
+impl<T> Recent<T> {
+    /// Keeps `value` as `number`, in place of what was kept so before.
+    pub(crate) fn insert(&mut self, number: u32, value: T) {
+        match self.find(number) {
+            Ok(at) => self.entries[at].1 = value,
+            Err(at) => self.entries.insert(at, (number, value)),
+        }
+    }
+
+    /// The entry of `number`.
+    #[inline]
+    pub(crate) fn get(&mut self, number: u32) -> Option<&mut T> {
+        if self.entries.get(self.last).is_none_or(|(known, _)| *known != number) {
+            self.last = self.find(number).ok()?;
+        }
+        self.entries.get_mut(self.last).map(|(_, value)| value)
+    }
+
+    /// Whether there is an entry of `number`.
+    pub(crate) fn has(&self, number: u32) -> bool {
+        self.find(number).is_ok()
+    }
+
+    /// Takes the entry of `number` out.
+    pub(crate) fn remove(&mut self, number: u32) -> Option<T> {
+        self.find(number).ok().map(|at| self.entries.remove(at).1)
+    }
+
+    /// Number of entries.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn find(&self, number: u32) -> Result<usize, usize> {
+        self.entries.binary_search_by_key(&number, |(known, _)| *known)
+    }
+}
+
 fn index(key: u64) -> usize {
     (key & u64::from(u32::MAX)) as usize
 }
@@ -98,6 +149,23 @@ impl Hasher for TagHasher {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_found_last_is_not_taken_for_another() {
+        let mut table = Recent::default();
+        [5, 3, 9].into_iter().for_each(|number| table.insert(number, number * 10));
+        for number in [3, 3, 9, 5, 5, 9] {
+            assert_eq!(table.get(number), Some(&mut (number * 10)));
+        }
+        assert_eq!(table.get(4), None);
+        assert_eq!((table.has(3), table.has(4), table.len()), (true, false, 3));
+        assert_eq!((table.remove(3), table.remove(3)), (Some(30), None));
+        assert_eq!(table.get(9), Some(&mut 90));
+        table.insert(9, 1);
+        assert_eq!(table.get(3), None);
+        assert_eq!(table.len(), 2);
+        assert_eq!(table.get(9), Some(&mut 1));
+    }
 
     #[test]
     fn a_key_is_valid_until_its_entry_is_taken_out() {

@@ -14,7 +14,7 @@ use super::memory_region::MemoryRegion;
 use super::queue_pair::{MOST_READS, Path, QueuePair};
 use super::settings::VerbsConfig;
 use super::status::Status;
-use crate::slab::NumberMap;
+use crate::slab::Recent;
 use crate::{RegisterError, TransportError};
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -33,8 +33,9 @@ const QUEUE_PAIRS_AT_FIRST: usize = 8;
 
 /// A device, opened. Its parts are freed in the order of the fields, and each holds what it hangs on.
 pub struct Device {
-    queue_pairs: NumberMap<u32, Open>,
-    regions: NumberMap<u64, MemoryRegion>,
+    queue_pairs: Recent<Open>,
+    /// By their local keys.
+    regions: Recent<MemoryRegion>,
     sleep: OwnedFd,
     completions: Arc<CompletionQueue>,
     domain: Arc<ProtectionDomain>,
@@ -112,8 +113,8 @@ impl Device {
             epoll::add(&sleep, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         }
         Ok(Self {
-            queue_pairs: NumberMap::default(),
-            regions: NumberMap::default(),
+            queue_pairs: Recent::default(),
+            regions: Recent::default(),
             sleep,
             completions,
             domain,
@@ -157,7 +158,7 @@ impl Device {
                 Ok(found) => found,
                 Err(error) => return self.broke(&error),
             };
-            let known = |event: &Event| self.queue_pairs.contains_key(&event.queue_pair);
+            let known = |event: &Event| self.queue_pairs.has(event.queue_pair);
             events.extend(self.batch[..found].iter().map(event).filter(known));
             if found < BATCH {
                 return;
@@ -174,15 +175,16 @@ impl Device {
     }
 
     /// Whether the processor may copy the span into the work request.
-    fn may_go_inline(&self, span: &Span, work: Work) -> bool {
-        let region = || self.regions.get(&span.key.into());
+    fn may_go_inline(&mut self, span: &Span, work: Work) -> bool {
         let small = span.bytes > 0 && span.bytes as usize <= self.limits.inline_bytes;
-        small && !matches!(work, Work::Read(_)) && region().is_some_and(|region| region.is_readable(span))
+        small
+            && !matches!(work, Work::Read(_))
+            && self.regions.get(span.key).is_some_and(|region| region.is_readable(span))
     }
 
-    fn known(&self, number: u32) -> io::Result<&Open> {
+    fn known(&mut self, number: u32) -> io::Result<&Open> {
         let gone = || io::Error::new(io::ErrorKind::NotConnected, format!("queue pair {number} is closed"));
-        self.queue_pairs.get(&number).ok_or_else(gone)
+        self.queue_pairs.get(number).map(|open| &*open).ok_or_else(gone)
     }
 }
 
@@ -199,12 +201,12 @@ impl Adapter for Device {
         // SAFETY: the caller keeps the memory mapped until it is deregistered.
         let region = unsafe { MemoryRegion::register(&self.domain, start, bytes, access) }?;
         let key = region.key();
-        self.regions.insert(key.handle, region);
+        self.regions.insert(key.local, region);
         Ok(key)
     }
 
     fn deregister(&mut self, handle: u64) {
-        let known = self.regions.remove(&handle);
+        let known = u32::try_from(handle).ok().and_then(|key| self.regions.remove(key));
         assert!(known.is_some(), "memory is deregistered once, by the handle of its registration");
     }
 
@@ -246,7 +248,7 @@ impl Adapter for Device {
     }
 
     fn close(&mut self, queue_pair: u32) {
-        let Some(open) = self.queue_pairs.remove(&queue_pair) else { return };
+        let Some(open) = self.queue_pairs.remove(queue_pair) else { return };
         drop(open);
         // The number may be given anew, so no event of the old owner may be left in the queue.
         let mut kept = std::mem::take(&mut self.kept);
@@ -256,8 +258,8 @@ impl Adapter for Device {
     }
 
     fn post(&mut self, queue_pair: u32, number: u64, span: Span, work: Work, signalled: bool) -> io::Result<()> {
-        let open = self.known(queue_pair)?;
         let inline = self.may_go_inline(&span, work);
+        let open = self.known(queue_pair)?;
         // SAFETY: what goes inline lies in registered memory, which whoever registered it keeps mapped.
         unsafe { open.queue_pair.post(number, span, work, signalled, inline) }
     }

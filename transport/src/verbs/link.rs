@@ -167,7 +167,8 @@ impl Link {
         pool: Arc<Pool>,
         nic: &mut Nic,
     ) -> Result<Self, RegisterError> {
-        let slots = verbs.slots.clamp(4, 256).min(nic.limits.recv_depth);
+        // A power of two, so that no place is found by a division.
+        let slots = 1 << verbs.slots.clamp(4, 256).min(nic.limits.recv_depth).max(1).ilog2();
         let lanes = verbs.queue_pairs.clamp(1, MAX_LANES);
         let (memory, lease) = nic.slots(2 * slots * SLOT_BYTES)?;
         Ok(Self {
@@ -219,9 +220,14 @@ impl Link {
         Traffic::of(self.sent, self.inbox.received)
     }
 
+    /// Which slot frame `number` lies in.
+    pub(super) fn place(&self, number: u64) -> usize {
+        number as usize & (self.slots - 1)
+    }
+
     /// Where the slot that frame `number` lies in begins.
     pub(super) fn send_slot(&self, number: u64) -> usize {
-        self.memory.address + (number % self.slots as u64) as usize * SLOT_BYTES
+        self.memory.address + self.place(number) * SLOT_BYTES
     }
 
     /// Where receive slot `slot` begins.
@@ -254,6 +260,16 @@ impl Link {
         }
         let flight = self.flights.begin(to);
         self.queue.push_back(Out::Message { flight, to, cargo });
+    }
+
+    /// Sends a small message where nothing at all is before it and there is room; whether it did. It has ended then.
+    pub(super) fn post_small(&mut self, to: Envelope, payload: &[u8], nic: &mut Nic) -> bool {
+        let free = self.lost.is_none() && self.queue.is_empty() && self.flights.len() == 0;
+        let written = free && self.write_eager(to, payload, nic);
+        if written {
+            self.end_frame(nic);
+        }
+        written
     }
 
     /// A receive is posted.

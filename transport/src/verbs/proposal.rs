@@ -7,7 +7,7 @@ use super::adapter::{Endpoint, Remote};
 const MAX_TEXT: usize = 300;
 /// Queue pairs of one link.
 pub(super) const MAX_LANES: usize = 8;
-const MARK: [u8; 4] = *b"GWV2";
+const MARK: [u8; 4] = *b"GWV3";
 
 /// How one end would go on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -41,39 +41,26 @@ impl Record<'_> {
     }
 
     /// Writes the record at the beginning of `into`, which has room for it; how many bytes it took.
+    #[inline]
     pub(super) fn encode(&self, into: &mut [u8]) -> usize {
-        let (kind, lane, payload): (u8, u8, &[u8]) = match self {
-            Self::Eager { payload, .. } => (1, 0, payload),
-            Self::Announce { .. } => (2, 0, &[]),
-            Self::Grant { .. } => (3, 0, &[]),
-            Self::Refuse { .. } => (4, 0, &[]),
-            Self::Credit { lane, .. } => (5, *lane, &[]),
-            Self::Piece { payload, .. } => (6, 0, payload),
-            Self::Goodbye => (7, 0, &[]),
-        };
-        let length = u32::try_from(payload.len()).expect("a frame is far shorter than 4 GiB");
-        into[..8].copy_from_slice(&(u64::from(length) << 32 | u64::from(lane) << 8 | u64::from(kind)).to_le_bytes());
-        let words = match *self {
-            Self::Eager { tag, note, .. } => [tag.0, note, 0, 0],
-            Self::Announce { tag, note, bytes, id } => [tag.0, note, bytes, id],
-            Self::Grant { id, address, rkey, key } => [id, address, u64::from(key) << 32 | u64::from(rkey), 0],
-            Self::Refuse { id, capacity } => [id, capacity, 0, 0],
-            Self::Credit { returned, taken, .. } => [returned, taken, 0, 0],
-            Self::Piece { key, offset, .. } => [key.into(), offset, 0, 0],
-            Self::Goodbye => [0; 4],
-        };
-        let head = self.bytes() - payload.len().next_multiple_of(8);
-        for (place, word) in into[8..head].chunks_exact_mut(8).zip(words) {
-            place.copy_from_slice(&word.to_le_bytes());
+        match *self {
+            Self::Eager { tag, note, payload } => write(into, 1, [tag.0, note], payload),
+            Self::Announce { tag, note, bytes, id } => write(into, 2, [tag.0, note, bytes, id], &[]),
+            Self::Grant { id, address, rkey, key } => {
+                write(into, 3, [id, address, u64::from(key) << 32 | u64::from(rkey)], &[])
+            }
+            Self::Refuse { id, capacity } => write(into, 4, [id, capacity], &[]),
+            Self::Credit { lane, returned, taken } => write(into, u64::from(lane) << 8 | 5, [returned, taken], &[]),
+            Self::Piece { key, offset, payload } => write(into, 6, [key.into(), offset], payload),
+            Self::Goodbye => write(into, 7, [], &[]),
         }
-        into[head..head + payload.len()].copy_from_slice(payload);
-        self.bytes()
     }
 
     /// The record at the beginning of `frame`, which is moved behind it; `None` at the end.
     ///
     /// # Errors
     /// What is wrong with it.
+    #[inline]
     pub(super) fn decode<'a>(frame: &mut &'a [u8]) -> Result<Option<Record<'a>>, &'static str> {
         const SHORT: &str = "a record that ends too early";
         if frame.is_empty() {
@@ -104,12 +91,25 @@ impl Record<'_> {
     }
 }
 
+/// A record of a first word, of words and a payload, which is padded; how many bytes it took.
+#[inline]
+fn write<const WORDS: usize>(into: &mut [u8], first: u64, words: [u64; WORDS], payload: &[u8]) -> usize {
+    let (head, rest) = into.split_at_mut(8 + WORDS * 8);
+    let (places, _) = head.as_chunks_mut::<8>();
+    places[0] = ((payload.len() as u64) << 32 | first).to_le_bytes();
+    places[1..].iter_mut().zip(words).for_each(|(place, word)| *place = word.to_le_bytes());
+    rest[..payload.len()].copy_from_slice(payload);
+    head.len() + payload.len().next_multiple_of(8)
+}
+
+#[inline]
 fn word(rest: &mut &[u8]) -> Option<u64> {
     let (head, tail) = rest.split_first_chunk::<8>()?;
     *rest = tail;
     Some(u64::from_le_bytes(*head))
 }
 
+#[inline]
 fn cut<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
     let (padded, tail) = rest.split_at_checked(length.checked_next_multiple_of(8)?)?;
     *rest = tail;

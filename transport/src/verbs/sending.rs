@@ -28,14 +28,14 @@ const CARRIED: usize = 64;
 
 impl Link {
     /// Writes a small message where the window and a frame have room; whether it did.
-    pub(super) fn write_eager(&mut self, to: Envelope, cargo: &Cargo, nic: &mut Nic) -> bool {
-        let cost = cargo.len() as u64 + MESSAGE_COST;
-        let written = cargo.len() <= self.eager_bytes
+    pub(super) fn write_eager(&mut self, to: Envelope, payload: &[u8], nic: &mut Nic) -> bool {
+        let cost = payload.len() as u64 + MESSAGE_COST;
+        let written = payload.len() <= self.eager_bytes
             && self.has_window(cost)
-            && self.put(&Record::Eager { tag: to.tag, note: to.note, payload: cargo }, nic);
+            && self.put(&Record::Eager { tag: to.tag, note: to.note, payload }, nic);
         if written {
             self.spent += cost;
-            self.count_sent(cargo.len());
+            self.count_sent(payload.len());
         }
         written
     }
@@ -213,14 +213,15 @@ impl Link {
 
     fn send_made(&mut self, bytes: usize, nic: &mut Nic) {
         let at = self.frames_made;
-        self.lengths[(at % self.slots as u64) as usize] = bytes;
+        let place = self.place(at);
+        self.lengths[place] = bytes;
         self.frames_made += 1;
         self.send_frame(at, nic);
     }
 
     /// Sends the frame of number `at`, for the first time or again.
     pub(super) fn send_frame(&mut self, at: u64, nic: &mut Nic) {
-        let bytes = self.lengths[(at % self.slots as u64) as usize];
+        let bytes = self.lengths[self.place(at)];
         // With many slots in use, each frame asks for a completion, or they would not be known to be free again; and so does a
         // goodbye, since nothing follows it.
         let asks = self.said_goodbye || self.frames_made - self.frames_freed > self.slots as u64 / 2;

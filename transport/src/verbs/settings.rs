@@ -24,7 +24,8 @@ pub struct VerbsConfig {
     pub retries: u8,
     /// Longest message sent before the receiver has asked for it, in bytes. Default 8,128: what a frame of two pages holds.
     pub eager_bytes: usize,
-    /// Frames that each end holds for each direction of a queue pair. Default 64, about 512 KiB.
+    /// Frames that each end holds for each direction of a queue pair; rounded down to a power of two. Default 64, about
+    /// 512 KiB.
     pub slots: usize,
     /// Memory of callers that stays registered, at most, in bytes. Default 512 MiB: it cannot be swapped.
     pub cache_bytes: usize,

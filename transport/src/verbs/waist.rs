@@ -59,6 +59,10 @@ impl Wire for VerbsWire {
     }
 
     fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {
+        if self.post_small(to, &slice) {
+            self.pending.push(Completion::Sent { to, slice });
+            return Ok(());
+        }
         self.post_cargo(to, Cargo::Slice(slice)).map_err(flights::refused)
     }
 
@@ -111,7 +115,9 @@ impl Wire for VerbsWire {
         if self.polls.is_multiple_of(LOOK_TURNS) {
             self.look_around();
         }
-        done.append(&mut self.pending);
+        if !self.pending.is_empty() {
+            done.append(&mut self.pending);
+        }
         self.take_soon(done);
         self.flush(now, done);
     }

@@ -23,30 +23,37 @@ use std::time::{Duration, Instant};
 
 /// One place of the ring.
 pub(super) const PLACE_BYTES: usize = 192;
-/// What makes a frame whole: its length, then the word that is watched.
-pub(super) const SEAL_BYTES: usize = 16;
+/// What makes a frame whole: the word that is watched.
+pub(super) const SEAL_BYTES: usize = 8;
 /// Longest frame that is watched for.
 pub(super) const MOST_BYTES: usize = PLACE_BYTES - SEAL_BYTES;
 /// Words of the longest.
 pub(super) const MOST_WORDS: usize = MOST_BYTES / 8;
 /// Small frames that must come without a sleep between them before it is worth while to watch.
 const QUICK: u32 = 8;
+/// The part of a number that a seal shows; its sum is over all of it.
+const MARK: u64 = (1 << MARK_BITS) - 1;
+const MARK_BITS: u32 = 24;
 const FIRST_NAP: Duration = Duration::from_millis(1);
 /// Times that a nap is doubled.
 const DOUBLINGS: u32 = 10;
 
-/// The two words behind frame `number` of the first lane.
-pub(super) fn seal(frame: impl Iterator<Item = u64>, bytes: usize, number: u64) -> [u64; 2] {
-    let mark = number.wrapping_add(1) & 0xffff_ffff;
-    let start = (mark << 32 | bytes as u64) ^ 0x9E37_79B9_7F4A_7C15;
+/// The word behind frame `number` of the first lane, of so many words: a sum over frame and number; one more than the words, so
+/// that it is never that of wiped memory; the number's last three bytes.
+pub(super) fn seal(frame: impl Iterator<Item = u64>, words: usize, number: u64) -> u64 {
+    let head = (words as u64 + 1) << MARK_BITS | number & MARK;
+    let start = number.wrapping_mul(0xD6E8_FEB8_6659_FD93) ^ head;
     let mixed = frame.fold(start, |sum, word| (sum.rotate_left(23) ^ word).wrapping_mul(0x9FB2_1C65_1E98_DF25));
-    let sum = mixed ^ mixed >> 29;
-    [bytes as u64, sum << 32 | mark]
+    (mixed ^ mixed >> 29) << 32 | head
 }
 
-/// Whether the last word of a place may be that of frame `number`.
-pub(super) fn is_marked(last: u64, number: u64) -> bool {
-    last as u32 == number.wrapping_add(1) as u32
+/// How many words frame `number` has, if `last`, the last word of its place, may be its seal.
+pub(super) fn words_of(last: u64, number: u64) -> Option<usize> {
+    if (last ^ number) & MARK != 0 {
+        return None;
+    }
+    let words = (last >> MARK_BITS & 0xff).wrapping_sub(1) as usize;
+    (words <= MOST_WORDS).then_some(words)
 }
 
 /// What a receiver tells the sender: whether it watches, and how many messages of the first lane it has received.
@@ -377,18 +384,24 @@ mod tests {
             old in proptest::collection::vec(any::<u64>(), MOST_WORDS),
             number in any::<u64>(), missing in any::<u32>(),
         ) {
-            let [bytes, last] = seal(new.iter().copied(), new.len() * 8, number);
-            prop_assert!(is_marked(last, number) && !is_marked(last, number + 64));
+            let last = seal(new.iter().copied(), new.len(), number);
+            prop_assert_eq!(words_of(last, number), Some(new.len()));
+            prop_assert_eq!(words_of(last, number.wrapping_add(64)), None);
             let torn: Vec<u64> = (0..new.len()).map(|at| if missing >> at & 1 == 1 { old[at] } else { new[at] }).collect();
-            let whole = seal(torn.iter().copied(), bytes as usize, number) == [bytes, last];
+            let whole = seal(torn.iter().copied(), torn.len(), number) == last;
             prop_assert_eq!(whole, torn == new);
+            // What has lain there for as long as the mark takes to come again.
+            let later = number.wrapping_add(1 << MARK_BITS);
+            prop_assert_eq!(words_of(last, later), Some(new.len()));
+            prop_assert_ne!(seal(new.iter().copied(), new.len(), later), last);
         }
     }
 
     #[test]
     fn wiped_memory_is_no_frame() {
-        for number in [0, 1, 63, u64::from(u32::MAX), u64::from(u32::MAX) + 1] {
-            assert_ne!(seal(std::iter::empty(), 0, number), [0, 0]);
+        for number in [0, 1, 63, MARK, MARK + 1, u64::MAX] {
+            assert_eq!(words_of(0, number), None);
+            assert_eq!(words_of(seal(std::iter::empty(), 0, number), number), Some(0));
         }
     }
 }

@@ -10,6 +10,7 @@ use super::nic::Nic;
 use super::registered_pool::Lent;
 use super::watch::{self, MOST_BYTES, MOST_WORDS, PLACE_BYTES, SEAL_BYTES, Watcher};
 use crate::{Completion, RegisterError};
+use std::mem::MaybeUninit;
 use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ const WORDS: usize = 16;
 /// What two ends need to reach each other's memory so.
 pub(super) struct Ring {
     memory: Lent,
+    /// A power of two, as the peer's.
     places: usize,
     local: u32,
     remote: u32,
@@ -30,7 +32,7 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// A ring of so many places.
+    /// A ring of so many places, a power of two.
     ///
     /// # Errors
     /// The device's, when it cannot be registered.
@@ -49,7 +51,7 @@ impl Ring {
 
     /// The peer's ring is there, with one place for each receive.
     pub(super) fn join(&mut self, remote: Remote, places: u64) {
-        self.there = (remote.key != 0 && places > 0).then_some((remote, places));
+        self.there = (remote.key != 0 && places.is_power_of_two()).then_some((remote, places));
     }
 
     /// The peer is woken by something else, behind all that was written.
@@ -79,24 +81,19 @@ impl Ring {
         self.load(self.places * PLACE_BYTES)
     }
 
-    /// Whether frame `number` seems to be there.
-    fn may_have(&self, number: u64) -> bool {
-        watch::is_marked(self.load((number % self.places as u64 + 1) as usize * PLACE_BYTES - 8), number)
-    }
-
-    /// Copies frame `number` into `words`, if it is there whole; its length in bytes.
-    fn take(&self, number: u64, words: &mut [u64; MOST_WORDS]) -> Option<usize> {
-        let end = (number % self.places as u64 + 1) as usize * PLACE_BYTES;
-        let last = self.load(end - 8);
-        if !watch::is_marked(last, number) {
-            return None;
-        }
+    /// Copies frame `number` into `frame`, if it is there whole; how many words it has.
+    fn take(&self, number: u64, frame: &mut [MaybeUninit<u64>; MOST_WORDS]) -> Option<usize> {
+        let end = ((number as usize & (self.places - 1)) + 1) * PLACE_BYTES - SEAL_BYTES;
+        let last = self.load(end);
+        let words = watch::words_of(last, number)?;
         fence(Ordering::Acquire);
-        let length = self.load(end - SEAL_BYTES);
-        let bytes = usize::try_from(length).ok().filter(|bytes| *bytes <= MOST_BYTES && bytes.is_multiple_of(8))?;
-        let (start, words) = (end - SEAL_BYTES - bytes, &mut words[..bytes / 8]);
-        words.iter_mut().enumerate().for_each(|(at, word)| *word = self.load(start + at * 8));
-        (watch::seal(words.iter().copied(), bytes, number) == [length, last]).then_some(bytes)
+        let start = end - words * 8;
+        let copied = frame[..words].iter_mut().enumerate().map(|(at, place)| {
+            let word = self.load(start + at * 8);
+            place.write(word.to_le());
+            word
+        });
+        (watch::seal(copied, words, number) == last).then_some(words)
     }
 }
 
@@ -108,7 +105,7 @@ impl Link {
         if !small || !watch::watches(self.ring.word()) {
             return None;
         }
-        let end = (self.lanes[0].next_message() % places + 1) * PLACE_BYTES as u64;
+        let end = ((self.lanes[0].next_message() & (places - 1)) + 1) * PLACE_BYTES as u64;
         Some(Remote { address: remote.address.wrapping_add(end - (bytes + SEAL_BYTES) as u64), key: remote.key })
     }
 
@@ -116,14 +113,11 @@ impl Link {
     pub(super) fn seal(&mut self, at: u64, bytes: usize) {
         let number = self.lanes[0].next_message();
         let frame = self.slot_bytes(at, bytes).as_chunks::<8>().0;
-        let seal = watch::seal(frame.iter().map(|word| u64::from_le_bytes(*word)), bytes, number);
-        let start = (self.send_slot(at) + bytes) as *mut u64;
+        let seal = watch::seal(frame.iter().map(|word| u64::from_le_bytes(*word)), frame.len(), number);
+        let end = (self.send_slot(at) + bytes) as *mut u64;
         // SAFETY: the slot is far longer than what is watched for, its frames are whole words long, and no work request names
         // what is behind this one.
-        unsafe { start.write(seal[0].to_le()) };
-        let last = start.wrapping_add(1);
-        // SAFETY: as above.
-        unsafe { last.write(seal[1].to_le()) };
+        unsafe { end.write(seal.to_le()) };
         self.ring.written = number + 1;
     }
 
@@ -144,17 +138,13 @@ impl Link {
     /// # Errors
     /// What the peer did wrong.
     pub(super) fn look(&mut self, nic: &mut Nic, done: &mut Vec<Completion>) -> Result<bool, Broken> {
-        if !self.ring.may_have(self.lanes[0].received) {
-            return Ok(false);
-        }
-        let mut words = [0; MOST_WORDS];
+        let mut copied = [MaybeUninit::uninit(); MOST_WORDS];
         let mut any = false;
-        while let Some(bytes) = self.ring.take(self.lanes[0].received, &mut words) {
+        while let Some(words) = self.ring.take(self.lanes[0].received, &mut copied) {
             any = true;
-            words.iter_mut().for_each(|word| *word = word.to_le());
             self.lanes[0].received += 1;
-            // SAFETY: words are bytes, and so many were filled.
-            let frame = unsafe { std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), bytes) };
+            // SAFETY: words are bytes, and so many were written.
+            let frame = unsafe { std::slice::from_raw_parts(copied.as_ptr().cast::<u8>(), words * 8) };
             self.take_frame(frame, nic, done)?;
         }
         self.active |= any;

@@ -19,8 +19,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// While peers are watched, completions are taken once in so many polls.
+/// While peers are watched, completions are taken once in so many polls, and in so many where each finds a small frame.
 const EVENT_TURNS: u32 = 4;
+const BUSY_TURNS: u32 = 16;
 /// Whether a quiet link's peer is still there is asked once in so many polls, and before a sleep.
 const PROBE_TURNS: u32 = 64;
 
@@ -57,6 +58,8 @@ pub struct VerbsWire {
     events: Vec<Event>,
     ended: Vec<Carried>,
     pub(super) polls: u32,
+    /// Polls since completions were taken.
+    turns: u32,
     pub(super) closed: bool,
 }
 
@@ -79,6 +82,7 @@ impl VerbsWire {
             events: Vec::new(),
             ended: Vec::new(),
             polls: 0,
+            turns: 0,
             closed: false,
         }
     }
@@ -115,6 +119,14 @@ impl VerbsWire {
         })
     }
 
+    /// Sends a small message at once, where nothing is before it; whether it did.
+    pub(super) fn post_small(&mut self, to: Envelope, payload: &[u8]) -> bool {
+        match self.links.get_mut(to.peer.index()) {
+            Some(Some(link)) if !self.closed => link.post_small(to, payload, &mut self.nic),
+            _ => false,
+        }
+    }
+
     pub(super) fn post_cargo(&mut self, to: Envelope, cargo: Cargo) -> Result<(), (TransportError, Cargo)> {
         if let Err(error) = self.sendable(to.peer) {
             return Err((error, cargo));
@@ -148,6 +160,7 @@ impl VerbsWire {
 
     /// Takes what the device has completed.
     pub(super) fn take_events(&mut self, done: &mut Vec<Completion>) -> bool {
+        self.turns = 0;
         let mut events = std::mem::take(&mut self.events);
         self.nic.adapter.poll(&mut events);
         let any = !events.is_empty();
@@ -155,30 +168,30 @@ impl VerbsWire {
             self.dispatch(event, done);
         }
         self.events = events;
-        self.look_at_rings(done) || any
+        self.look_at_rings(done).0 || any
     }
 
     /// Takes what has come, for a poll: while a peer is watched, which then sends little else, only seldom by completions.
     pub(super) fn take_soon(&mut self, done: &mut Vec<Completion>) {
-        let watching = self.links.iter().flatten().any(|link| link.ring.watcher.is_watching());
-        if watching && !self.polls.is_multiple_of(EVENT_TURNS) {
-            self.look_at_rings(done);
-        } else {
+        let (any, watching) = self.look_at_rings(done);
+        self.turns += 1;
+        if !watching || self.turns >= if any { BUSY_TURNS } else { EVENT_TURNS } {
             self.take_events(done);
         }
     }
 
-    /// Takes what has been written into our rings.
-    fn look_at_rings(&mut self, done: &mut Vec<Completion>) -> bool {
-        let mut any = false;
+    /// Takes what has been written into our rings; whether anything had, and whether a peer is watched.
+    fn look_at_rings(&mut self, done: &mut Vec<Completion>) -> (bool, bool) {
+        let (mut any, mut watching) = (false, false);
         for at in 0..self.links.len() {
             let Some(link) = self.links[at].as_deref_mut().filter(|link| link.lost.is_none()) else { continue };
+            watching |= link.ring.watcher.is_watching();
             match link.look(&mut self.nic, done) {
                 Ok(came) => any |= came,
                 Err(broken) => self.end(at, LossCause::Protocol(broken.to_owned()), done),
             }
         }
-        any
+        (any, watching)
     }
 
     fn dispatch(&mut self, event: Event, done: &mut Vec<Completion>) {
