@@ -1,5 +1,6 @@
 //! Does: many-to-one, the pattern of a parameter server: N processes push to one. Goodput, fairness, loss and latency as N grows.
 
+mod count;
 mod member;
 mod receiver;
 mod row;

@@ -105,7 +105,7 @@ pub(super) struct Row {
     pub(super) bytes: usize,
     pub(super) depth: usize,
     pub(super) seconds: f64,
-    pub(super) pushes: u64,
+    pub(super) pushes: f64,
     pub(super) goodput_gb_per_s: f64,
     /// Payload, of the link's rate; and how much of that it can be.
     pub(super) share_of_link: Option<f64>,
@@ -130,7 +130,7 @@ pub(super) struct About {
 
 impl Row {
     pub(super) fn new(about: &About, cc: Cc, taken: &Taken, pushed: Vec<Pushed>, switch: Option<Switch>) -> Self {
-        let rate = |pushes: u64| pushes as f64 * about.bytes as f64 / taken.seconds / 1e9;
+        let rate = |pushes: f64| pushes * about.bytes as f64 / taken.seconds / 1e9;
         let rates: Vec<f64> = taken.pushes.iter().map(|pushes| rate(*pushes)).collect();
         let total = rates.iter().sum();
         let (mut all, mut per_sender) = (Vec::new(), Vec::new());
@@ -241,7 +241,7 @@ mod tests {
         let shape: Shape = "8gbit:64kb".parse().unwrap();
         assert_eq!((shape.gb_per_s, shape.buffer.as_str()), (1.0, "64kb"));
         let about = About { host: "h".into(), wire: Way::Tcp, shape: Some(shape), bytes: 1_000_000, depth: 2 };
-        let taken = Taken { seconds: 2.0, pushes: vec![1000, 500] };
+        let taken = Taken { seconds: 2.0, pushes: vec![1000.0, 500.0] };
         let one = |us: f64| Pushed { push_us: vec![us; 10], sent: Sent { segments: 100, retransmits: us as u64 } };
         let row = Row::new(
             &about,
@@ -251,7 +251,7 @@ mod tests {
             Switch::parse("queue 10\nqueue 30\ndropped 7\n"),
         );
         assert_eq!((row.goodput_gb_per_s, row.share_of_link), (0.75, Some(0.75)));
-        assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500));
+        assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500.0));
         assert_eq!((row.p50_us, row.p99_us, row.per_sender[1].p50_us), (3.0, 5.0, 5.0));
         assert_eq!(row.switch, Some(Switch { dropped: 7, queue_p50_bytes: 10.0, queue_p99_bytes: 30.0 }));
     }
