@@ -1,6 +1,7 @@
 //! Does: the one: takes pushes from all senders, checks each, says so, and counts while it is time to.
 
 use super::count::Count;
+use super::device::{Refused, refused};
 use super::member::{MEASURE, MemberOptions, NAP, PHASE, PUSH, START, STOP, TAKEN, WHOLE};
 use super::stamp;
 use gradwire_transport::{Arrival, Completion, Envelope, LossCause, PeerId, Tag, TransportError, Wire};
@@ -17,6 +18,8 @@ pub(super) struct Taken {
     /// Pushes of each sender in that time, by rank from 1 on; of one that came across its beginning or end, the share of its
     /// time that lay within. Senders that take turns end a push almost at once: whole pushes would be too coarse.
     pub(super) pushes: Vec<f64>,
+    /// What the receiver's RDMA devices counted in that time.
+    pub(super) refused: Option<Refused>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -39,6 +42,7 @@ struct Receiver<'a> {
     began: Instant,
     /// Seconds that were measured.
     window: Option<f64>,
+    refused: Option<Refused>,
     left: u32,
     /// Words that the wire had no room for.
     words: VecDeque<Envelope>,
@@ -57,6 +61,7 @@ pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
         counts: vec![Count::new(Instant::now()); senders + 1],
         began: Instant::now(),
         window: None,
+        refused: None,
         left: options.senders,
         words: VecDeque::new(),
     };
@@ -86,7 +91,7 @@ pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
     }
     let seconds = receiver.window.ok_or("everybody left before it was measured")?;
     let pushes = receiver.counts[1..].iter().map(|count| count.pushes).collect();
-    options.leave(&Taken { seconds, pushes })?;
+    options.leave(&Taken { seconds, pushes, refused: receiver.refused })?;
     receiver.wire.shutdown(Instant::now() + Duration::from_secs(1));
     Ok(())
 }
@@ -158,12 +163,14 @@ impl Receiver<'_> {
             Phase::Warming if now >= self.began + warm_up => {
                 (self.phase, self.began) = (Phase::Measuring, now);
                 self.counts.iter_mut().for_each(|count| count.begin(now));
+                self.refused = refused();
                 self.say_to_all(PHASE, MEASURE)?;
             }
             Phase::Measuring if now >= self.began + seconds => {
                 self.phase = Phase::Ending;
                 self.window = Some((now - self.began).as_secs_f64());
                 self.counts.iter_mut().for_each(|count| count.end(now));
+                self.refused = refused().zip(self.refused).map(|(now, before)| now - before);
                 self.say_to_all(PHASE, STOP)?;
             }
             _ => {}
