@@ -45,11 +45,14 @@ pub struct CreditSettings {
     pub most_bytes: u64,
     /// Whether peers on this very host are granted credit too. Default false: nothing queues between them that can be lost.
     pub loopback: bool,
+    /// Whether credit is only for conversations that both ends have marked ([`Wire::mark`](crate::Wire::mark)), and others are
+    /// asked for at once, as in a group, which does much else than sending many to one. Over TCP. Default false.
+    pub marked: bool,
 }
 
 impl Default for CreditSettings {
     fn default() -> Self {
-        Self { allowance_bytes: 48 << 10, most_bytes: 16 << 20, loopback: false }
+        Self { allowance_bytes: 48 << 10, most_bytes: 16 << 20, loopback: false, marked: false }
     }
 }
 

@@ -197,7 +197,7 @@ impl Link {
             writing: VecDeque::new(),
             remotely: Slab::default(),
             grants: Grants::default(),
-            held: config.credit.map(|_| Held::default()),
+            held: config.credit.filter(|settings| !settings.marked).map(|_| Held::default()),
             slots,
             memory,
             slot_key: lease.local,

@@ -80,7 +80,7 @@ impl VerbsWire {
             count: VerbsCount::default(),
             must: config.wire == crate::WireChoice::Verbs,
             exposed: BTreeMap::new(),
-            credit: config.credit.map(Credit::of_whole_messages),
+            credit: config.credit.filter(|settings| !settings.marked).map(Credit::of_whole_messages),
             granted: Vec::new(),
             events: Vec::new(),
             ended: Vec::new(),
