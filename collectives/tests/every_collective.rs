@@ -7,7 +7,7 @@ use common::{Way, call, floats, group, values};
 use gradwire_collectives::{Collective, Reduction, Settings};
 use gradwire_transport::Rank;
 
-const WAYS: [Way; 3] = [Way::Tcp, Way::Shm, Way::Segment];
+const WAYS: [Way; 4] = [Way::Tcp, Way::Credit, Way::Shm, Way::Segment];
 const LENGTHS: [usize; 7] = [0, 1, 2, 3, 1000, 40_000, 300_001];
 
 /// Element `i` of rank `rank`'s buffer: tells both, and is exact in every sum below.

@@ -1,7 +1,7 @@
 //! Does: settings as Python names them, turned into those of the crates; reads the certificates that they name.
 
 use gradwire_collectives::Settings;
-use gradwire_transport::{Config, Tls, TlsFiles, VerbsConfig, WireChoice};
+use gradwire_transport::{Config, CreditSettings, Tls, TlsFiles, VerbsConfig, WireChoice};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::path::PathBuf;
@@ -89,6 +89,8 @@ impl Options {
             tls: self.tls.load()?,
             timeout,
             verbs: self.ib.parse()?,
+            // A gather sends many to one.
+            credit: Some(CreditSettings { marked: true, ..CreditSettings::default() }),
             ..Config::default()
         };
         if let Some(lanes) = self.lanes {

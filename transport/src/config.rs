@@ -44,8 +44,9 @@ pub struct Config {
     pub eager_bytes: usize,
     /// Bytes one peer may have sent us that no receive has met. Default 1 MiB, about what a loopback RTT carries.
     pub window_bytes: usize,
-    /// Lets large messages come in portions that the receiver grants, so that many senders do not overrun the network.
-    /// Default: none, whole messages are asked for; a parameter server and its clients have it.
+    /// Lets large messages come as the receiver grants them, so that many senders do not overrun the network: in portions over
+    /// TCP, whole over queue pairs. Shared memory has none: each pair's ring holds its sender back, and nothing can be lost.
+    /// Default: none, messages are asked for at once; a parameter server and its clients have it.
     pub credit: Option<CreditSettings>,
     /// Operations queued per peer and direction. Default 65,536.
     pub queue_depth: usize,

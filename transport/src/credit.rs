@@ -3,8 +3,9 @@
 //! Many senders and one receiver fill the buffer of the last switch, which drops, and TCP waits. So the receiver asks for
 //! bytes in small grants, and never for more at once than the path holds, its bandwidth times its round trip, and a small
 //! allowance, which is what may queue; `climb` finds what it holds. Senders take turns; short and control messages go first,
-//! but for each fourth grant. Who does not deliver in time gets no further grant and holds nobody up; what it was granted is
-//! forgotten when it is lost.
+//! but for each fourth grant. Who does not deliver in time gets no further grant and holds nobody up: what a slow sender was
+//! granted is not in the network but waits with it for a processor, or was lost, so others use its place, up to half the
+//! budget, in case all come at once after all; after longer, all of it. What it was granted is forgotten when it is lost.
 
 mod climb;
 
@@ -25,6 +26,10 @@ const MOST_GRANT: u64 = 256 << 10;
 const SHARES: u64 = 8;
 /// Urgent grants in a row while others wait.
 const STREAK: u32 = 3;
+/// A grant is slow after one and a half times what grants take from being made to their first byte, and after this at least.
+const SLOW: Duration = Duration::from_micros(500);
+/// What grants take is the mean of about so many.
+const USUAL_OF: u32 = 16;
 /// The least time after which a grant is late: a TCP that has lost a packet repairs it well before.
 const LATE: Duration = Duration::from_millis(20);
 /// A grant is late after this many round trips.
@@ -40,11 +45,14 @@ pub struct CreditSettings {
     pub most_bytes: u64,
     /// Whether peers on this very host are granted credit too. Default false: nothing queues between them that can be lost.
     pub loopback: bool,
+    /// Whether credit is only for conversations that both ends have marked ([`Wire::mark`](crate::Wire::mark)), and others are
+    /// asked for at once, as in a group, which does much else than sending many to one. Over TCP. Default false.
+    pub marked: bool,
 }
 
 impl Default for CreditSettings {
     fn default() -> Self {
-        Self { allowance_bytes: 48 << 10, most_bytes: 16 << 20, loopback: false }
+        Self { allowance_bytes: 48 << 10, most_bytes: 16 << 20, loopback: false, marked: false }
     }
 }
 
@@ -83,7 +91,16 @@ struct Sender {
     under_way: VecDeque<(Instant, u64)>,
     /// When the first grant under way became the first.
     since: Option<Instant>,
-    late: bool,
+    pace: Pace,
+}
+
+/// How soon a sender delivers what it was granted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Pace {
+    #[default]
+    OnTime,
+    Slow,
+    Late,
 }
 
 impl Sender {
@@ -103,8 +120,11 @@ pub(crate) struct Credit {
     climb: Climb,
     /// Whether somebody had to wait when credit was last handed out.
     wanted: bool,
-    /// The shortest time from a grant to its first byte.
+    /// Whether messages are granted whole: then the longest one so far, of which two may be on their way.
+    whole: Option<u64>,
+    /// The shortest time from a grant to its first byte, and the usual one.
     round_trip: Duration,
+    usual: Duration,
 }
 
 impl Credit {
@@ -116,13 +136,21 @@ impl Credit {
             outstanding: 0,
             climb: Climb::new(settings.allowance_bytes + LEAST_GRANT, settings.most_bytes),
             wanted: false,
+            whole: None,
             round_trip: Duration::MAX,
+            usual: Duration::ZERO,
         }
+    }
+
+    /// Grants whole messages, for wires that tell of a message only when it is there; at least two at once, so that the next
+    /// one comes while the last is taken.
+    pub(crate) fn of_whole_messages(settings: CreditSettings) -> Self {
+        Self { whole: Some(0), ..Self::new(settings) }
     }
 
     /// Bytes that may be on their way now.
     pub(crate) fn budget(&self) -> u64 {
-        self.climb.budget()
+        self.climb.budget().max(2 * self.whole.unwrap_or(0))
     }
 
     /// Bytes that are on their way, late ones included.
@@ -133,6 +161,7 @@ impl Credit {
 
     /// A message of `from` has met its receive.
     pub(crate) fn want(&mut self, from: PeerId, want: Want) {
+        self.whole = self.whole.map(|longest| longest.max(want.bytes));
         let class = usize::from(!(want.urgent || want.bytes <= LEAST_GRANT));
         let messages = &mut self.senders.entry(from).or_default().messages[class];
         if messages.is_empty() {
@@ -147,13 +176,15 @@ impl Credit {
         // A peer that sends more than it was granted gains nothing by it here.
         let bytes = bytes.min(sender.outstanding());
         sender.came += bytes;
-        (sender.late, sender.since) = (false, (sender.outstanding() > 0).then_some(now));
+        (sender.pace, sender.since) = (Pace::OnTime, (sender.outstanding() > 0).then_some(now));
         self.outstanding -= bytes;
         while let Some(&(at, start)) = sender.under_way.front()
             && start < sender.came
         {
             sender.under_way.pop_front();
-            self.round_trip = self.round_trip.min(now.saturating_duration_since(at));
+            let took = now.saturating_duration_since(at);
+            self.round_trip = self.round_trip.min(took);
+            self.usual = (self.usual * (USUAL_OF - 1) + took.min(LATE)) / USUAL_OF;
         }
         self.climb.came(bytes, self.wanted, now);
     }
@@ -172,9 +203,10 @@ impl Credit {
         if self.turns.iter().all(VecDeque::is_empty) {
             return;
         }
-        let mut counted = self.outstanding - self.mark_late(now);
         let budget = self.budget();
-        let longest = (budget / SHARES).clamp(LEAST_GRANT, MOST_GRANT);
+        let mut counted = self.outstanding - self.mark_pace(now, budget / 2);
+        let longest =
+            if self.whole.is_some() { u64::MAX / 2 } else { (budget / SHARES).clamp(LEAST_GRANT, MOST_GRANT) };
         while let Some((class, to)) = self.next() {
             let Some(sender) = self.senders.get_mut(&to) else { break };
             let Some(message) = sender.messages[class].front_mut() else { break };
@@ -200,34 +232,52 @@ impl Credit {
         }
     }
 
-    /// When to look again though nothing comes: a grant that is late makes room for others.
+    /// When to look again though nothing comes: a grant that is slow or late makes room for others.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let waits = !self.turns.iter().all(VecDeque::is_empty);
-        let late_after = self.late_after();
-        let first = self.senders.values().filter(|sender| !sender.late).filter_map(|sender| sender.since).min();
-        first.filter(|_| waits).map(|since| since + late_after)
+        let (slow_after, late_after) = (self.slow_after(), self.late_after());
+        let next = |sender: &Sender| match sender.pace {
+            Pace::OnTime => Some(sender.since? + slow_after),
+            Pace::Slow => Some(sender.since? + late_after),
+            Pace::Late => None,
+        };
+        self.senders.values().filter_map(next).min().filter(|_| waits)
     }
 
-    /// Finds who is late; how much they hold.
-    fn mark_late(&mut self, now: Instant) -> u64 {
-        let late_after = self.late_after();
-        let mut held = 0;
+    /// Finds who is slow and who is late; how much of what they hold others may have, of the slow ones' at most `most`.
+    fn mark_pace(&mut self, now: Instant, most: u64) -> u64 {
+        let (slow_after, late_after) = (self.slow_after(), self.late_after());
+        let (mut slow, mut late) = (0, 0);
         for sender in self.senders.values_mut() {
-            sender.late |= sender.since.is_some_and(|since| now >= since + late_after);
-            held += if sender.late { sender.outstanding() } else { 0 };
+            let waited = sender.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+            let pace = match waited {
+                waited if waited >= late_after => Pace::Late,
+                waited if waited >= slow_after => Pace::Slow,
+                _ => Pace::OnTime,
+            };
+            sender.pace = sender.pace.max(pace);
+            match sender.pace {
+                Pace::OnTime => {}
+                Pace::Slow => slow += sender.outstanding(),
+                Pace::Late => late += sender.outstanding(),
+            }
         }
-        held
+        late + slow.min(most)
+    }
+
+    fn slow_after(&self) -> Duration {
+        SLOW.max(self.usual * 3 / 2).min(self.late_after())
     }
 
     fn late_after(&self) -> Duration {
         if self.round_trip == Duration::MAX { LATE } else { LATE.max(self.round_trip * LATE_ROUND_TRIPS) }
     }
 
-    /// Whose turn it is, and in which class; not somebody who is late.
+    /// Whose turn it is, and in which class; not somebody who is slow or late.
     fn next(&mut self) -> Option<(usize, PeerId)> {
         let senders = &self.senders;
         let on_time = |turns: &VecDeque<PeerId>| {
-            turns.iter().position(|peer| senders.get(peer).is_some_and(|sender| !sender.late))
+            turns.iter().position(|peer| senders.get(peer).is_some_and(|sender| sender.pace == Pace::OnTime))
         };
         let [urgent, other] = [on_time(&self.turns[0]), on_time(&self.turns[1])];
         let class = match (urgent, other) {

@@ -347,6 +347,11 @@ impl Wire for Mesh {
         self.better.iter_mut().find_map(|wire| wire.probe(tag)).or_else(|| self.tcp.probe(tag))
     }
 
+    fn mark(&mut self, tag: Tag, many_to_one: bool) {
+        self.better.iter_mut().for_each(|wire| wire.mark(tag, many_to_one));
+        self.tcp.mark(tag, many_to_one);
+    }
+
     fn cancel_recvs(&mut self, peer: PeerId, tag: Tag) {
         self.route(peer, tag).cancel_recvs(peer, tag);
     }

@@ -130,6 +130,11 @@ pub trait Wire: Send {
     /// The earliest unmatched message with this tag, from any peer.
     fn probe(&mut self, tag: Tag) -> Option<Probe>;
 
+    /// Says that in conversation `tag` many peers may send to one at the same time, until it is unmarked. Where the wire grants
+    /// credit to such ([`CreditSettings::marked`](crate::CreditSettings)), long messages come as their receiver grants them.
+    /// Both ends mark it, before they post anything of it.
+    fn mark(&mut self, _tag: Tag, _many_to_one: bool) {}
+
     /// Takes back every receive posted for (`peer`, `tag`) that no message has met yet: each ends in
     /// `RecvFailed` with `TransportError::Cancelled`.
     fn cancel_recvs(&mut self, peer: PeerId, tag: Tag);

@@ -24,6 +24,8 @@ promises! {
     over_tls_lanes by crate::tls_lanes;
     over_verbs by crate::promises::verbs;
     over_verbs_lanes by crate::promises::verbs_lanes;
+    over_verbs_credit by crate::promises::verbs_credit;
+    over_breaking_verbs_credit by crate::promises::breaking_verbs_credit;
     over_breaking_verbs by crate::promises::breaking_verbs;
     over_failing_verbs by crate::promises::failing_verbs;
 }

@@ -12,7 +12,7 @@ use crate::statistics::{percentile, sorted};
 use crate::verbs;
 use clap::{Args, ValueEnum};
 use gradwire_collectives::{Communicator, Settings};
-use gradwire_transport::{Config, GroupSpec, WireChoice, form_group, open_store};
+use gradwire_transport::{Config, CreditSettings, GroupSpec, WireChoice, form_group, open_store};
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::io::BufRead;
@@ -116,6 +116,9 @@ struct ChoiceOptions {
     /// Sum in the order of the ranks, whatever the size
     #[arg(long)]
     deterministic: bool,
+    /// Between hosts, over TCP: let all send at once also where all send to one (gather)
+    #[arg(long)]
+    no_credit: bool,
     /// Say on stderr what was chosen for each size, from what, and why
     #[arg(long)]
     explain: bool,
@@ -188,6 +191,7 @@ pub(crate) fn run(operation: Operation, options: &Options) -> Result<(), Box<dyn
         command.args(["--rounds", &options.rounds.to_string()]);
         command.args(options.choice.algo.iter().flat_map(|algo| ["--algo", algo]));
         command.args(options.choice.deterministic.then_some("--deterministic"));
+        command.args(options.choice.no_credit.then_some("--no-credit"));
         command.args(options.choice.explain.then_some("--explain"));
         if rank == 0 {
             command.stdout(Stdio::piped());
@@ -289,9 +293,10 @@ pub(crate) fn rank(options: &RankOptions) -> Result<(), Box<dyn Error>> {
 type Tell<'a> = &'a mut dyn FnMut(&Row) -> Result<(), Box<dyn Error>>;
 
 fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>> {
-    let ChoiceOptions { algo, deterministic, explain } = options.choice.clone();
+    let ChoiceOptions { algo, deterministic, no_credit, explain } = options.choice.clone();
     let settings = Settings { algorithms: algo, deterministic, ..Settings::default() };
-    let (host, communicator) = meet(&options.store, (options.rank, options.ranks), options.wire, settings)?;
+    let (host, communicator) =
+        meet(&options.store, (options.rank, options.ranks), (options.wire, !no_credit), settings)?;
     let mut bytes = options.min_bytes.next_power_of_two();
     while bytes <= options.max_bytes {
         let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
@@ -321,12 +326,14 @@ fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>
 pub(crate) fn meet(
     store: &str,
     (rank, ranks): (Option<u32>, Option<u32>),
-    wire: Way,
+    (wire, credit): (Way, bool),
     settings: Settings,
 ) -> Result<(String, Communicator), Box<dyn Error>> {
     let env = |name: &str| std::env::var(name).ok();
     let (store, rank, world_size) = open_store(store, rank, ranks, &env)?;
     let config = Config { wire: wire.choice(), verbs: verbs::settings()?, ..Config::default() };
+    let credit = credit.then_some(CreditSettings { marked: true, ..CreditSettings::default() });
+    let config = Config { credit, ..config };
     let spec = GroupSpec { name: "bench".to_owned(), rank, world_size, store, config };
     let group = form_group(spec, Instant::now() + PATIENCE)?;
     let host = group.members.first().map(|name| name.host.clone()).unwrap_or_default();

@@ -26,8 +26,12 @@ pub(crate) struct MemberOptions {
 
 /// Says hello, then answers until the socket ends.
 pub(crate) fn member(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
-    let (_, communicator) =
-        collective::meet(&options.store, (Some(options.rank), Some(options.ranks)), options.wire, Settings::default())?;
+    let (_, communicator) = collective::meet(
+        &options.store,
+        (Some(options.rank), Some(options.ranks)),
+        (options.wire, true),
+        Settings::default(),
+    )?;
     let mut end = UnixStream::connect(&options.socket)?;
     writeln!(end, "hello {} {} gradwire {}", options.rank, options.ranks, env!("CARGO_PKG_VERSION"))?;
     for line in BufReader::new(end.try_clone()?).lines() {

@@ -2,14 +2,16 @@
 
 use super::row::Cc;
 use crate::collective::Way;
+use crate::verbs;
 use clap::Args;
 use gradwire_transport::{
-    Acceptance, Completion, Config, CreditSettings, FileStore, Identity, Mesh, PeerId, Rank, ShmOffer, ShmWire, Store,
-    Tag, TcpWire, Wire, WorldSize,
+    Acceptance, Completion, Config, CreditSettings, FileStore, GroupSpec, Identity, Mesh, PeerId, Rank, ShmOffer,
+    ShmWire, Store, Tag, TcpWire, Wire, WireChoice, WorldSize, form_group,
 };
 use std::error::Error;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long processes may take to find each other: 65 of them start at once.
@@ -87,8 +89,24 @@ impl MemberOptions {
         Ok(TcpWire::new(&self.config(), identity, accept)?)
     }
 
+    /// The wire of a group of all: queue pairs are proposed over its sockets.
+    fn meet_by_verbs(&self) -> Result<Box<dyn Wire>, Box<dyn Error>> {
+        let config = Config { wire: WireChoice::Verbs, verbs: verbs::settings()?, ..self.config() };
+        let spec = GroupSpec {
+            name: "many-to-one".to_owned(),
+            rank: Rank(self.rank),
+            world_size: WorldSize::new(self.senders + 1).ok_or("no senders")?,
+            store: Arc::new(FileStore::new(&self.folder)?),
+            config,
+        };
+        Ok(form_group(spec, Instant::now() + MEETING)?.wire)
+    }
+
     /// The receiver's wire, once all senders are on it.
     pub(super) fn meet_senders(&self) -> Result<Box<dyn Wire>, Box<dyn Error>> {
+        if self.wire == Way::Verbs {
+            return self.meet_by_verbs();
+        }
         let (store, deadline) = (FileStore::new(&self.folder)?, Instant::now() + MEETING);
         let mut tcp = self.tcp()?;
         let address = tcp.listen(SocketAddr::new(self.ip, 0))?;
@@ -127,6 +145,9 @@ impl MemberOptions {
 
     /// A sender's wire, with the receiver as peer 0.
     pub(super) fn meet_receiver(&self) -> Result<Box<dyn Wire>, Box<dyn Error>> {
+        if self.wire == Way::Verbs {
+            return self.meet_by_verbs();
+        }
         let (store, deadline) = (FileStore::new(&self.folder)?, Instant::now() + MEETING);
         let mut tcp = self.tcp()?;
         let address = String::from_utf8(store.get("receiver", deadline)?)?.parse()?;

@@ -1,5 +1,7 @@
 //! Does: many-to-one, the pattern of a parameter server: N processes push to one. Goodput, fairness, loss and latency as N grows.
 
+mod count;
+mod device;
 mod member;
 mod receiver;
 mod row;
@@ -38,6 +40,10 @@ pub(crate) struct Options {
     /// Behind links of this rate and a switch with this buffer, such as 1gbit:64kb (network namespaces; needs root)
     #[arg(long, value_name = "RATE:BUFFER")]
     shape: Option<Shape>,
+    /// Each process in a guest of its own, with a kernel and a soft-RoCE device of its own, that this script starts
+    /// (scripts/softroce-vm of this project); for --wire verbs without RDMA hardware
+    #[arg(long, value_name = "SCRIPT")]
+    guests: Option<PathBuf>,
     /// How the network is kept from being overrun; both in turns: none,credit
     #[arg(long, value_enum, value_delimiter = ',', default_value = "none,credit")]
     cc: Vec<Cc>,
@@ -99,10 +105,11 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.shape.is_some() && options.wire != Way::Tcp {
         return Err("--shape is about a network: use --wire tcp".into());
     }
-    if options.wire == Way::Verbs {
-        return Err(
-            "many senders are measured over tcp and shm: use --wire tcp, or gradwire-bench verbs for a pair".into()
-        );
+    if options.wire == Way::Auto {
+        return Err("name a wire: --wire tcp, shm or verbs".into());
+    }
+    if options.guests.is_some() && options.wire != Way::Verbs {
+        return Err("--guests have soft-RoCE devices: use --wire verbs".into());
     }
     let about = About {
         host: machine::host(),
@@ -127,7 +134,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     }
     let mut rows = Vec::new();
     let runs = options.senders.0.iter().flat_map(|senders| options.cc.iter().map(|cc| (*senders, *cc)));
-    for (senders, cc) in runs.filter(|(_, cc)| options.wire == Way::Tcp || *cc == Cc::None) {
+    for (senders, cc) in runs.filter(|(_, cc)| options.wire != Way::Shm || *cc == Cc::None) {
         let row = measure(options, &about, senders, cc)?;
         if options.json {
             println!("{}", serde_json::to_string(&row)?);
@@ -149,6 +156,9 @@ fn path(options: &Options) -> String {
             format!("TCP over links of {} and a switch buffer of {} (network namespaces)", shape.rate, shape.buffer)
         }
         (None, Way::Tcp) => "TCP over loopback".to_owned(),
+        (None, way) if options.guests.is_some() => {
+            format!("{}, each process in a guest with a soft-RoCE device under emulation", way.title())
+        }
         (None, way) => way.title().to_owned(),
     }
 }
@@ -159,7 +169,15 @@ fn measure(options: &Options, about: &About, senders: u32, cc: Cc) -> Result<Row
     let mut family = Family::default();
     let whole = Duration::from_secs_f64(options.seconds + options.warm_up) + BESIDE;
     let stats = folder.path().join("switch");
-    if let Some(shape) = &options.shape {
+    if let Some(script) = &options.guests {
+        // A guest sees the host's files; what it writes is kept where it is shared.
+        let mut command = Command::new("bash");
+        command.arg(script).args(["-n", &(senders + 1).to_string(), "-m", "512M", "--share"]).arg(folder.path());
+        command.args(["-t", &whole.as_secs().to_string(), "--", "bash", "-c"]);
+        command.arg("exec \"$@\" --rank $SOFTROCE_RANK --ip $SOFTROCE_IP").arg("member");
+        add_member(command.arg(std::env::current_exe()?), options, (senders, cc), folder.path());
+        family.start("the guests".to_owned(), &mut command)?;
+    } else if let Some(shape) = &options.shape {
         let script = folder.path().join("netns-cluster");
         std::fs::write(&script, NETNS_CLUSTER)?;
         let mut command = Command::new("bash");

@@ -1,5 +1,7 @@
 //! Does: the one: takes pushes from all senders, checks each, says so, and counts while it is time to.
 
+use super::count::Count;
+use super::device::{Refused, refused};
 use super::member::{MEASURE, MemberOptions, NAP, PHASE, PUSH, START, STOP, TAKEN, WHOLE};
 use super::stamp;
 use gradwire_transport::{Arrival, Completion, Envelope, LossCause, PeerId, Tag, TransportError, Wire};
@@ -13,8 +15,11 @@ use std::time::{Duration, Instant};
 pub(super) struct Taken {
     /// How long it counted.
     pub(super) seconds: f64,
-    /// Pushes of each sender in that time, by rank from 1 on.
-    pub(super) pushes: Vec<u64>,
+    /// Pushes of each sender in that time, by rank from 1 on; of one that came across its beginning or end, the share of its
+    /// time that lay within. Senders that take turns end a push almost at once: whole pushes would be too coarse.
+    pub(super) pushes: Vec<f64>,
+    /// What the receiver's RDMA devices counted in that time.
+    pub(super) refused: Option<Refused>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -33,8 +38,11 @@ struct Receiver<'a> {
     phase: Phase,
     /// The next push of each sender.
     next: Vec<u64>,
-    counted: Vec<u64>,
+    counts: Vec<Count>,
     began: Instant,
+    /// Seconds that were measured.
+    window: Option<f64>,
+    refused: Option<Refused>,
     left: u32,
     /// Words that the wire had no room for.
     words: VecDeque<Envelope>,
@@ -50,8 +58,10 @@ pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
         wire,
         phase: Phase::Meeting,
         next: vec![0; senders + 1],
-        counted: vec![0; senders + 1],
+        counts: vec![Count::new(Instant::now()); senders + 1],
         began: Instant::now(),
+        window: None,
+        refused: None,
         left: options.senders,
         words: VecDeque::new(),
     };
@@ -60,7 +70,6 @@ pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
             receiver.post(PeerId(sender))?;
         }
     }
-    let mut result = None;
     let mut done = Vec::new();
     while receiver.left > 0 {
         let now = Instant::now();
@@ -75,12 +84,14 @@ pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
         for word in std::mem::take(&mut receiver.words) {
             receiver.say(word)?;
         }
-        let due = receiver.turn(Instant::now(), &mut result)?;
+        let due = receiver.turn(Instant::now())?;
         if !moved {
             receiver.wire.park(due.min(Instant::now() + NAP));
         }
     }
-    options.leave(&result.ok_or("everybody left before it was measured")?)?;
+    let seconds = receiver.window.ok_or("everybody left before it was measured")?;
+    let pushes = receiver.counts[1..].iter().map(|count| count.pushes).collect();
+    options.leave(&Taken { seconds, pushes, refused: receiver.refused })?;
     receiver.wire.shutdown(Instant::now() + Duration::from_secs(1));
     Ok(())
 }
@@ -117,7 +128,7 @@ impl Receiver<'_> {
         }
         drop(arrival);
         self.next[at] += 1;
-        self.counted[at] += u64::from(self.phase == Phase::Measuring);
+        self.counts[at].came(Instant::now());
         self.post(peer)?;
         self.say(Envelope { peer, tag: TAKEN, note: sequence })
     }
@@ -141,7 +152,7 @@ impl Receiver<'_> {
     }
 
     /// Goes on to the next phase where it is time; when to look again.
-    fn turn(&mut self, now: Instant, result: &mut Option<Taken>) -> Result<Instant, Box<dyn Error>> {
+    fn turn(&mut self, now: Instant) -> Result<Instant, Box<dyn Error>> {
         let (warm_up, seconds) =
             (Duration::from_secs_f64(self.options.warm_up), Duration::from_secs_f64(self.options.seconds));
         match self.phase {
@@ -151,12 +162,15 @@ impl Receiver<'_> {
             }
             Phase::Warming if now >= self.began + warm_up => {
                 (self.phase, self.began) = (Phase::Measuring, now);
+                self.counts.iter_mut().for_each(|count| count.begin(now));
+                self.refused = refused();
                 self.say_to_all(PHASE, MEASURE)?;
             }
             Phase::Measuring if now >= self.began + seconds => {
                 self.phase = Phase::Ending;
-                let pushes = self.counted[1..].to_vec();
-                *result = Some(Taken { seconds: (now - self.began).as_secs_f64(), pushes });
+                self.window = Some((now - self.began).as_secs_f64());
+                self.counts.iter_mut().for_each(|count| count.end(now));
+                self.refused = refused().zip(self.refused).map(|(now, before)| now - before);
                 self.say_to_all(PHASE, STOP)?;
             }
             _ => {}

@@ -1,5 +1,6 @@
 //! Pure: what the members of a measurement have seen, as one row of a table.
 
+use super::device::Refused;
 use super::receiver::Taken;
 use super::sender::Pushed;
 use crate::collective::Way;
@@ -105,7 +106,7 @@ pub(super) struct Row {
     pub(super) bytes: usize,
     pub(super) depth: usize,
     pub(super) seconds: f64,
-    pub(super) pushes: u64,
+    pub(super) pushes: f64,
     pub(super) goodput_gb_per_s: f64,
     /// Payload, of the link's rate; and how much of that it can be.
     pub(super) share_of_link: Option<f64>,
@@ -116,6 +117,7 @@ pub(super) struct Row {
     pub(super) segments: u64,
     pub(super) retransmits: u64,
     pub(super) switch: Option<Switch>,
+    pub(super) refused: Option<Refused>,
     pub(super) per_sender: Vec<SenderRow>,
 }
 
@@ -130,7 +132,7 @@ pub(super) struct About {
 
 impl Row {
     pub(super) fn new(about: &About, cc: Cc, taken: &Taken, pushed: Vec<Pushed>, switch: Option<Switch>) -> Self {
-        let rate = |pushes: u64| pushes as f64 * about.bytes as f64 / taken.seconds / 1e9;
+        let rate = |pushes: f64| pushes * about.bytes as f64 / taken.seconds / 1e9;
         let rates: Vec<f64> = taken.pushes.iter().map(|pushes| rate(*pushes)).collect();
         let total = rates.iter().sum();
         let (mut all, mut per_sender) = (Vec::new(), Vec::new());
@@ -169,6 +171,7 @@ impl Row {
             segments,
             retransmits,
             switch,
+            refused: taken.refused.filter(|_| about.wire == Way::Verbs),
             per_sender,
         }
     }
@@ -176,7 +179,7 @@ impl Row {
     /// The head of the table that people read.
     pub(super) fn head() -> String {
         format!(
-            "{:>7} {:>7} {:>12} {:>8} {:>7} {:>17} {:>11} {:>11} {:>11} {:>8} {:>15}",
+            "{:>7} {:>7} {:>12} {:>8} {:>7} {:>17} {:>11} {:>11} {:>11} {:>8} {:>15} {:>9}",
             "senders",
             "cc",
             "goodput GB/s",
@@ -187,7 +190,8 @@ impl Row {
             "p99 us",
             "retransmits",
             "dropped",
-            "queue KB 50/99"
+            "queue KB 50/99",
+            "not ready"
         )
     }
 
@@ -200,8 +204,9 @@ impl Row {
             let queue = format!("{:.0}/{:.0}", switch.queue_p50_bytes / 1e3, switch.queue_p99_bytes / 1e3);
             (switch.dropped.to_string(), queue)
         });
+        let not_ready = self.refused.map_or("-".to_owned(), |refused| refused.not_ready.to_string());
         format!(
-            "{:>7} {:>7} {:>12.4} {share:>8} {:>7.4} {spread:>17} {:>11.0} {:>11.0} {:>11} {dropped:>8} {queue:>15}",
+            "{:>7} {:>7} {:>12.4} {share:>8} {:>7.4} {spread:>17} {:>11.0} {:>11.0} {:>11} {dropped:>8} {queue:>15} {not_ready:>9}",
             self.senders,
             self.cc.name(),
             self.goodput_gb_per_s,
@@ -241,7 +246,7 @@ mod tests {
         let shape: Shape = "8gbit:64kb".parse().unwrap();
         assert_eq!((shape.gb_per_s, shape.buffer.as_str()), (1.0, "64kb"));
         let about = About { host: "h".into(), wire: Way::Tcp, shape: Some(shape), bytes: 1_000_000, depth: 2 };
-        let taken = Taken { seconds: 2.0, pushes: vec![1000, 500] };
+        let taken = Taken { seconds: 2.0, pushes: vec![1000.0, 500.0], refused: None };
         let one = |us: f64| Pushed { push_us: vec![us; 10], sent: Sent { segments: 100, retransmits: us as u64 } };
         let row = Row::new(
             &about,
@@ -251,7 +256,7 @@ mod tests {
             Switch::parse("queue 10\nqueue 30\ndropped 7\n"),
         );
         assert_eq!((row.goodput_gb_per_s, row.share_of_link), (0.75, Some(0.75)));
-        assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500));
+        assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500.0));
         assert_eq!((row.p50_us, row.p99_us, row.per_sender[1].p50_us), (3.0, 5.0, 5.0));
         assert_eq!(row.switch, Some(Switch { dropped: 7, queue_p50_bytes: 10.0, queue_p99_bytes: 30.0 }));
     }

@@ -2,6 +2,7 @@
 
 use super::member::{MEASURE, MemberOptions, NAP, PHASE, PUSH, START, STOP, TAKEN, WHOLE};
 use super::stamp;
+use crate::collective::Way;
 use crate::sockets::{self, Sent};
 use gradwire_transport::{Completion, Envelope, PeerId, Region, Tag, TransportError, Wire};
 use serde::{Deserialize, Serialize};
@@ -84,6 +85,11 @@ pub(super) fn send(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
 }
 
 impl Sender<'_> {
+    /// What its TCP connections have sent, where those carry the pushes: some kernels tell nothing of them.
+    fn sent_so_far(&self) -> std::io::Result<Sent> {
+        if self.options.wire == Way::Tcp { sockets::sent() } else { Ok(Sent::default()) }
+    }
+
     fn hear(&mut self, tag: Tag) -> Result<(), TransportError> {
         self.wire.post_recv_loan(RECEIVER, tag, 1).map_err(|refused| refused.error)
     }
@@ -111,14 +117,16 @@ impl Sender<'_> {
             }
             Completion::Arrived(arrival) => match arrival.from.note {
                 START => self.pushing = true,
-                MEASURE => self.before = Some(sockets::sent()?),
+                MEASURE => self.before = Some(self.sent_so_far()?),
                 STOP => {
                     (self.pushing, self.stopped) = (false, true);
                     let before = self.before.take().ok_or("an end without a beginning")?;
-                    self.result.sent = sockets::sent()? - before;
+                    self.result.sent = self.sent_so_far()? - before;
                 }
                 other => return Err(format!("the unknown phase {other}").into()),
             },
+            // Another sender has left.
+            Completion::PeerDown { peer, .. } if peer != RECEIVER => {}
             Completion::SendFailed { error, .. }
             | Completion::RecvFailed { error, .. }
             | Completion::PeerDown { error, .. } => return Err(error.into()),

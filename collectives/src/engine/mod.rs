@@ -246,6 +246,9 @@ impl Engine {
             op: job.call.collective.reduction().unwrap_or(Reduction::Sum),
         };
         let execution = Execution::new(order, self.rank, self.world_size);
+        if job.call.collective.is_many_to_one() {
+            self.wire.mark(execution.tag(), true);
+        }
         let needed: Vec<Rank> = execution.peers().map(|peer| Rank(peer.0)).collect();
         self.running.push(Running { job, execution, stopped: false });
         // Who left in good order may have sent all that it had to send before.
@@ -346,6 +349,9 @@ impl Engine {
                 self.halt(at, halt, now);
             } else if self.running[at].execution.is_done() {
                 let Running { job, execution, .. } = self.running.remove(at);
+                if job.call.collective.is_many_to_one() {
+                    self.wire.mark(execution.tag(), false);
+                }
                 self.scratch.extend(execution.into_buffers().take_scratch());
                 self.finish(&job.ticket, Ok(Done::default()));
             }

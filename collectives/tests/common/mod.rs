@@ -4,8 +4,8 @@
 use gradwire_collectives::{Call, Collective, CollectiveError, Communicator, DType, Piece, Settings};
 use gradwire_transport::verbs::Fabric;
 use gradwire_transport::{
-    Config, Group, GroupSpec, Link, LinkCosts, MemoryStore, Mesh, PeerId, PeerName, Rank, Region, TcpWire, VerbsWire,
-    Wire, WireChoice, WireKind, WorldSize, form_group,
+    Config, CreditSettings, Group, GroupSpec, Link, LinkCosts, MemoryStore, Mesh, PeerId, PeerName, Rank, Region,
+    TcpWire, VerbsWire, Wire, WireChoice, WireKind, WorldSize, form_group,
 };
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 pub enum Way {
     /// TCP messages.
     Tcp,
+    /// TCP messages, in portions that are granted where many ranks send to one.
+    Credit,
     /// TCP messages over four connections between each two ranks.
     Lanes,
     /// Messages through shared memory, between each pair.
@@ -33,10 +35,12 @@ pub fn group<T: Send>(size: u32, way: Way, settings: Settings, body: impl Fn(&Co
             .map(|rank| {
                 let (store, settings, body) = (Arc::clone(&store), settings.clone(), &body);
                 scope.spawn(move || {
-                    let tcp = matches!(way, Way::Tcp | Way::Lanes);
+                    let tcp = matches!(way, Way::Tcp | Way::Credit | Way::Lanes);
                     let wire = if tcp { WireChoice::Tcp } else { WireChoice::Auto };
                     let lanes = if way == Way::Lanes { 4 } else { 1 };
-                    let config = Config { wire, lanes, ..Config::default() };
+                    let portions = CreditSettings { loopback: true, marked: true, ..CreditSettings::default() };
+                    let credit = (way == Way::Credit).then_some(portions);
+                    let config = Config { wire, lanes, credit, ..Config::default() };
                     let spec = GroupSpec { name: "test".into(), rank, world_size, store, config };
                     let group = form_group(spec, Instant::now() + Duration::from_secs(20)).unwrap();
                     let settings = Settings { same_host: way == Way::Segment, ..settings };

@@ -88,8 +88,9 @@ impl Network {
             *until = grant.until;
             self.at(self.now + self.delay, Event::Granted { sender: grant.to.0, bytes });
         }
-        let late: u64 = self.credit.senders.values().filter(|s| s.late).map(Sender::outstanding).sum();
-        let most = self.credit.budget().max(MOST_GRANT * 3 / 2);
+        let held = |pace| self.credit.senders.values().filter(|s| s.pace == pace).map(Sender::outstanding).sum::<u64>();
+        let late = held(Pace::Late);
+        let most = self.credit.budget().max(MOST_GRANT * 3 / 2) + held(Pace::Slow).min(self.credit.budget() / 2);
         assert!(grants.is_empty() || self.credit.outstanding() - late <= most, "{before} were out");
         if let Some(deadline) = self.credit.deadline().map(|at| at.saturating_duration_since(self.start))
             && self.look.is_none_or(|look| look <= self.now || deadline < look)
@@ -233,6 +234,52 @@ fn more_bytes_than_were_granted_count_for_nothing() {
     credit.grant(Instant::now(), &mut Vec::new());
     credit.came(PeerId(1), u64::MAX, Instant::now());
     assert_eq!(credit.outstanding(), 0);
+}
+
+#[test]
+fn whole_messages_are_granted_two_at_a_time_in_turns() {
+    let mut credit = Credit::of_whole_messages(CreditSettings::default());
+    let (now, mut grants, mut order) = (Instant::now(), Vec::new(), Vec::new());
+    let bytes = 1 << 20;
+    for (peer, id) in (0..3).flat_map(|peer| (0..2).map(move |id| (peer, id))) {
+        credit.want(PeerId(peer), Want { id, bytes, urgent: false });
+    }
+    credit.grant(now, &mut grants);
+    assert_eq!(grants.len(), 2);
+    while let Some(grant) = (!grants.is_empty()).then(|| grants.remove(0)) {
+        assert_eq!(grant.until, bytes, "a message is granted whole");
+        order.push((grant.to.0, grant.id));
+        credit.came(grant.to, bytes, now);
+        credit.grant(now, &mut grants);
+        assert!(grants.len() <= 2);
+    }
+    assert_eq!(order, [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]);
+    assert_eq!(credit.outstanding(), 0);
+}
+
+#[test]
+fn what_slow_senders_hold_is_lent_to_others_up_to_half_the_budget() {
+    let mut credit = Credit::new(CreditSettings::default());
+    let (start, mut grants) = (Instant::now(), Vec::new());
+    for peer in 0..20 {
+        credit.want(PeerId(peer), Want { id: 0, bytes: 1 << 20, urgent: false });
+    }
+    let budget = credit.budget();
+    let mut granted = |credit: &mut Credit, at: Duration| {
+        grants.clear();
+        credit.grant(start + at, &mut grants);
+        grants.iter().map(|grant| (grant.to.0, grant.until)).collect::<Vec<_>>()
+    };
+    let first = granted(&mut credit, Duration::ZERO);
+    assert_eq!(first.iter().map(|grant| grant.1).sum::<u64>(), budget);
+    assert!(granted(&mut credit, SLOW / 2).is_empty(), "they may be on their way");
+    assert_eq!(credit.deadline(), Some(start + SLOW));
+    let second = granted(&mut credit, SLOW);
+    assert_eq!(second.iter().map(|grant| grant.1).sum::<u64>(), budget / 2);
+    assert!(second.iter().all(|grant| !first.contains(grant)), "who is slow gets no more");
+    assert!(granted(&mut credit, SLOW * 3).is_empty(), "not even though all are slow now");
+    let third = granted(&mut credit, LATE);
+    assert!(!third.is_empty() && third.iter().all(|grant| !first.contains(grant) && !second.contains(grant)));
 }
 
 proptest! {

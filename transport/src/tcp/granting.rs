@@ -12,8 +12,8 @@ impl TcpWire {
         // It may be a second connection of a peer that had not heard our welcome.
         credit.gone(peer);
         let near = address.ip().to_canonical().is_loopback();
-        if self.config.credit.is_some_and(|settings| settings.loopback || !near) {
-            link.grant_in_portions();
+        if let Some(settings) = self.config.credit.filter(|settings| settings.loopback || !near) {
+            link.grant_in_portions(settings.marked);
         }
     }
 

@@ -180,11 +180,11 @@ impl Incoming {
         }
     }
 
-    /// `bytes` of message `serial` have come; whether they had been asked for.
-    pub(super) fn came(&mut self, serial: u64, bytes: usize) -> bool {
-        let Some(landing) = self.landings.iter_mut().find(|landing| landing.serial == serial) else { return false };
+    /// `bytes` of message `serial` have come; its tag, where they had been asked for.
+    pub(super) fn came(&mut self, serial: u64, bytes: usize) -> Option<Tag> {
+        let landing = self.landings.iter_mut().find(|landing| landing.serial == serial)?;
         landing.got += bytes;
-        !landing.eager
+        (!landing.eager).then_some(landing.from.tag)
     }
 
     /// The earliest message of `tag` that has met no receive, with its serial.

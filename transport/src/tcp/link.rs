@@ -2,12 +2,12 @@
 
 use super::incoming::{Incoming, Reply};
 use super::lane::{Lane, Reading, Writing};
-use super::outgoing::{Outgoing, Payload};
+use super::outgoing::{Cargo, Outgoing, Payload};
 use super::stream::Stream;
 use crate::credit::{Grant, UNASKED_BYTES, UNASKED_WINDOW, Want};
 use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
 use crate::pool::Pool;
-use crate::{Completion, Config, LossCause, PeerId, PeerName, Tag, Traffic, TransportError};
+use crate::{Completion, Config, Envelope, LossCause, PeerId, PeerName, Tag, Traffic, TransportError};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
@@ -38,6 +38,14 @@ pub(super) struct Link {
 pub(super) struct Portions {
     pub(super) wants: Vec<Want>,
     pub(super) came: u64,
+    /// Only these conversations are granted in portions; `None`: all.
+    marked: Option<Vec<Tag>>,
+}
+
+impl Portions {
+    fn are_for(&self, tag: Tag) -> bool {
+        self.marked.as_ref().is_none_or(|marked| marked.contains(&tag))
+    }
 }
 
 impl Link {
@@ -82,7 +90,7 @@ impl Link {
     pub(super) fn reply(&mut self, reply: Option<Reply>) {
         match reply {
             Some(Reply::Grant { id, bytes, tag }) => match &mut self.portions {
-                Some(portions) if bytes > 0 => {
+                Some(portions) if bytes > 0 && portions.are_for(tag) => {
                     portions.wants.push(Want { id, bytes, urgent: tag.0 & Tag::CONTROL_BIT != 0 });
                 }
                 _ => self.ask(id, bytes),
@@ -98,12 +106,31 @@ impl Link {
         self.outgoing.control(Header::control(Kind::Grant, id, until), Vec::new());
     }
 
-    /// From now on what comes is granted in portions; tells the peer that little may come unasked.
-    pub(super) fn grant_in_portions(&mut self) {
-        self.portions = Some(Portions::default());
+    /// From now on what comes is granted in portions; tells the peer that little may come unasked. `marked`: only of marked
+    /// conversations, which both ends know.
+    pub(super) fn grant_in_portions(&mut self, marked: bool) {
+        self.portions = Some(Portions { marked: marked.then(Vec::new), ..Portions::default() });
+        if marked {
+            return;
+        }
         self.window = self.window.min(UNASKED_WINDOW);
         let terms = Header::control(Kind::Terms, 0, UNASKED_WINDOW as u64);
         self.outgoing.control(Header { note: UNASKED_BYTES as u64, ..terms }, Vec::new());
+    }
+
+    /// Marks a conversation, or no longer.
+    pub(super) fn mark(&mut self, tag: Tag, marked: bool) {
+        let Some(tags) = self.portions.as_mut().and_then(|portions| portions.marked.as_mut()) else { return };
+        tags.retain(|other| *other != tag);
+        if marked {
+            tags.push(tag);
+        }
+    }
+
+    /// Queues a message; long ones of a marked conversation are announced, as the peer knows.
+    pub(super) fn push(&mut self, to: Envelope, cargo: Cargo) {
+        let marked = self.portions.as_ref().is_some_and(|own| own.marked.is_some() && own.are_for(to.tag));
+        self.outgoing.push(to, cargo, if marked { UNASKED_BYTES } else { usize::MAX });
     }
 
     /// What the wire's credit has not been told yet.
@@ -265,7 +292,7 @@ impl Link {
                 self.lanes[at].reading = None;
             }
             let asked_for = self.incoming.came(landing, bytes);
-            if let Some(portions) = self.portions.as_mut().filter(|_| asked_for) {
+            if let Some(portions) = self.portions.as_mut().filter(|own| asked_for.is_some_and(|tag| own.are_for(tag))) {
                 portions.came += bytes as u64;
             }
         }

@@ -104,14 +104,14 @@ impl Outgoing {
         self.urgent.is_empty() && self.large.iter().all(|large| large.next == large.asked)
     }
 
-    /// Queues a message: whole where the window has room, else announced.
-    pub(super) fn push(&mut self, to: Envelope, cargo: Cargo) {
+    /// Queues a message: whole where it is no longer than `most` and the window has room, else announced.
+    pub(super) fn push(&mut self, to: Envelope, cargo: Cargo, most: usize) {
         let serial = self.serial;
         self.serial += 1;
         self.flights.push_back(Flight { serial, to, ended: None });
         let (total, cost) = (cargo.len() as u64, cargo.len() as u64 + MESSAGE_COST);
         let header = Header { kind: Kind::Announce, id: self.id, tag: to.tag, note: to.note, total, length: 0 };
-        if cargo.len() <= self.eager && self.unasked + cost <= self.window {
+        if cargo.len() <= self.eager.min(most) && self.unasked + cost <= self.window {
             self.unasked += cost;
             let length = u32::try_from(total).expect("an eager message fits the window");
             self.urgent.push_back((Header { kind: Kind::Eager, length, ..header }, Payload::Message { serial, cargo }));

@@ -48,7 +48,7 @@ impl TcpWire {
         match result {
             Ok(link) => {
                 let idle = !link.wants_to_write();
-                link.outgoing.push(to, cargo);
+                link.push(to, cargo);
                 if idle {
                     // At once, where nothing is before it: this is what a small message's latency is made of.
                     let _ = link.write_lanes();
@@ -207,6 +207,12 @@ impl Wire for TcpWire {
 
     fn probe(&mut self, tag: Tag) -> Option<Probe> {
         self.links.values().find_map(|link| link.incoming.probe(tag)).map(|(from, bytes)| Probe { from, bytes })
+    }
+
+    fn mark(&mut self, tag: Tag, many_to_one: bool) {
+        if self.config.credit.is_some_and(|settings| settings.marked) {
+            self.links.values_mut().for_each(|link| link.mark(tag, many_to_one));
+        }
     }
 
     fn cancel_recvs(&mut self, peer: PeerId, tag: Tag) {

@@ -4,6 +4,7 @@ use super::link::{Link, Phase};
 use super::proposal::{Conclusion, Proposal, conclude};
 use super::wire::VerbsWire;
 use crate::beside::{Beside, Words};
+use crate::credit::Credit;
 use crate::{Completion, LossCause, OneSided, PeerId, PeerName, RegisterError, TransportError};
 use rustix::fd::BorrowedFd;
 use std::sync::Arc;
@@ -198,6 +199,7 @@ impl Beside for VerbsWire {
             && let Some(mut link) = slot.take()
         {
             link.close(&mut self.nic);
+            self.credit.iter_mut().for_each(|credit| credit.gone(peer));
             self.routes.retain(|_, (at, _)| *at != peer.index());
             self.words.retain(|(other, _)| *other != peer);
         }
@@ -266,7 +268,13 @@ impl Beside for VerbsWire {
         };
         let nap =
             |link: &Link| link.ring.watcher.nap().filter(|_| matches!(link.phase, Phase::Up) && link.lost.is_none());
-        self.links.iter().flatten().flat_map(|link| [apart(link), nap(link)]).flatten().min()
+        self.links
+            .iter()
+            .flatten()
+            .flat_map(|link| [apart(link), nap(link)])
+            .flatten()
+            .chain(self.credit.as_ref().and_then(Credit::deadline))
+            .min()
     }
 
     fn one_sided(&mut self) -> Option<&mut dyn OneSided> {

@@ -4,6 +4,7 @@
 
 use super::adapter::Remote;
 use super::fault::Fault;
+use super::granting::Held;
 use super::grants::{self, Grant, Grants};
 use super::lane::{Carried, Lane};
 use super::nic::Nic;
@@ -130,6 +131,8 @@ pub(super) struct Link {
     pub(super) writing: VecDeque<u64>,
     pub(super) remotely: Slab<Remotely>,
     pub(super) grants: Grants,
+    /// What waits for credit, where that is granted.
+    pub(super) held: Option<Held>,
     pub(super) slots: usize,
     /// The slots: half of them to send from, half to receive in.
     memory: Lent,
@@ -195,6 +198,7 @@ impl Link {
             writing: VecDeque::new(),
             remotely: Slab::default(),
             grants: Grants::default(),
+            held: config.credit.filter(|settings| !settings.marked).map(|_| Held::default()),
             slots,
             memory,
             slot_key: lease.local,
@@ -275,7 +279,7 @@ impl Link {
     /// A receive is posted.
     pub(super) fn receive(&mut self, tag: Tag, receive: Receive, done: &mut Vec<Completion>) {
         let reply = self.inbox.post(tag, receive, done);
-        self.queue.extend(reply.map(Out::Answer));
+        self.answer(reply);
     }
 
     /// Messages for which the peer has no receive yet, or that wait for room.
@@ -342,7 +346,7 @@ impl Link {
                 let bytes = bytes.ok_or("a message longer than is taken (Config::max_message_bytes)")?;
                 let from = Envelope { peer: self.peer, tag, note };
                 let reply = self.inbox.announce(from, bytes, id, nic.turn, done);
-                self.queue.extend(reply.map(Out::Answer));
+                self.answer(reply);
             }
             Record::Grant { id, address, rkey, key } => {
                 let (flight, cargo) = self.announced.remove(id).ok_or(NOT_OFFERED)?;
@@ -378,7 +382,8 @@ impl Link {
         if *left > 0 {
             return Ok(());
         }
-        let Some(Grant { inbox, lease, loan, .. }) = self.grants.remove(key) else { return Ok(()) };
+        let Some(Grant { inbox, bytes, lease, loan, .. }) = self.grants.remove(key) else { return Ok(()) };
+        self.count_came(bytes);
         lease.into_iter().for_each(|lease| nic.registrations.release(lease));
         match loan {
             Some(loan) => self.inbox.fill(inbox, 0, Payload::Loan(RecvLoan(loan)), done),
@@ -397,7 +402,8 @@ impl Link {
         let grant = self.grants.get_mut(key).ok_or("bytes of a message that was not granted")?;
         let (inbox, last) = (grant.inbox, offset.checked_add(payload.len() as u64) == Some(grant.bytes as u64));
         self.inbox.fill(inbox, offset, Payload::Bytes(payload), done)?;
-        if last && let Some(Grant { lease, .. }) = self.grants.remove(key) {
+        if last && let Some(Grant { bytes, lease, .. }) = self.grants.remove(key) {
+            self.count_came(bytes);
             lease.into_iter().for_each(|lease| nic.registrations.release(lease));
         }
         Ok(())

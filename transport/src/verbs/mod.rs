@@ -12,6 +12,7 @@ pub mod device;
 mod fault;
 mod ffi;
 pub mod gid;
+mod granting;
 mod grants;
 mod joining;
 mod lane;

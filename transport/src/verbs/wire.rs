@@ -10,6 +10,7 @@ use super::sending::RECEIVE;
 use super::settings::VerbsConfig;
 use super::status::REMOTE_ACCESS;
 use crate::beside::Words;
+use crate::credit::{Credit, Grant};
 use crate::flights::Cargo;
 use crate::inbox::Receive;
 use crate::pool::Pool;
@@ -55,6 +56,9 @@ pub struct VerbsWire {
     /// Whether sockets may not take over.
     pub(super) must: bool,
     pub(super) exposed: BTreeMap<u32, (u64, RegionSliceMut)>,
+    pub(super) credit: Option<Credit>,
+    /// Scratch of `granting`.
+    pub(super) granted: Vec<Grant>,
     events: Vec<Event>,
     ended: Vec<Carried>,
     pub(super) polls: u32,
@@ -79,6 +83,8 @@ impl VerbsWire {
             count: VerbsCount::default(),
             must: config.wire == crate::WireChoice::Verbs,
             exposed: BTreeMap::new(),
+            credit: config.credit.filter(|settings| !settings.marked).map(Credit::of_whole_messages),
+            granted: Vec::new(),
             events: Vec::new(),
             ended: Vec::new(),
             polls: 0,
@@ -154,6 +160,9 @@ impl VerbsWire {
         }
         if let Some(Some(link)) = self.links.get_mut(peer.index()) {
             link.receive(tag, receive, &mut self.pending);
+            if link.wants_credit() {
+                self.grant_to_all();
+            }
         }
         Ok(())
     }
@@ -260,6 +269,7 @@ impl VerbsWire {
 
     /// Writes what there is room for, on every link, and sees to what failed.
     pub(super) fn flush(&mut self, now: Instant, done: &mut Vec<Completion>) {
+        self.grant_to_all();
         let due = self.polls.is_multiple_of(PROBE_TURNS);
         for at in 0..self.links.len() {
             let Some(link) = &mut self.links[at] else { continue };

@@ -230,6 +230,16 @@ pub fn verbs_lanes(config: &Config, count: u32) -> World {
     verbs_on(&Fabric::default(), &Config { verbs, ..config.clone() }, count)
 }
 
+/// What comes is granted, whole messages at a time.
+pub fn verbs_credit(config: &Config, count: u32) -> World {
+    verbs(&Config { credit: Some(CreditSettings::default()), ..config.clone() }, count)
+}
+
+/// The same with queue pairs that break now and then.
+pub fn breaking_verbs_credit(config: &Config, count: u32) -> World {
+    breaking_verbs(&Config { credit: Some(CreditSettings::default()), ..config.clone() }, count)
+}
+
 /// Queue pairs that break now and then, and are connected again.
 pub fn breaking_verbs(config: &Config, count: u32) -> World {
     let fabric = Fabric::default();
