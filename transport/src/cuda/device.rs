@@ -2,8 +2,9 @@
 
 #![allow(unsafe_code)]
 
-use super::CudaError;
 use super::library::{Handle, Library};
+use super::{CudaError, Findings, Way};
+use crate::verbs::DmaBufAnswer;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int};
 use std::fmt;
@@ -149,6 +150,18 @@ impl Device {
             unsafe { (self.driver.library.cuDeviceGetAttribute)(&raw mut value, DMA_BUF_SUPPORTED, self.number) };
         self.driver.check("cuDeviceGetAttribute", self.ordinal, code)?;
         Ok(value != 0 && self.driver.library.cuMemGetHandleForAddressRange.is_some())
+    }
+
+    /// By which way its memory could reach the RDMA devices of this host.
+    ///
+    /// # Errors
+    /// `Refused`.
+    pub fn way_to_rdma(&self) -> Result<Way, CudaError> {
+        let answers = crate::verbs::ask_for_dma_bufs().unwrap_or_default();
+        let told = |answer: DmaBufAnswer| (answer.device, answer.answer.err().map(|error| error.to_string()));
+        let cards = answers.into_iter().map(told).collect();
+        let peer_memory = Path::new("/sys/module/nvidia_peermem").exists();
+        Ok(Way::of(&Findings { exports: self.exports_dma_buf()?, cards, peer_memory }))
     }
 
     /// Runs `work`, which makes the one driver call `call`, with this device's context current on this thread.

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::device::SUCCESS;
-use super::{CudaError, Device};
+use super::{CudaError, Device, Driver};
 use crate::region::{Overlap, Region};
 use std::any::Any;
 use std::ffi::c_int;
@@ -46,7 +46,7 @@ impl DeviceMemory {
             let last =
                 address.checked_add(bytes as u64 - 1).ok_or_else(|| wrong("it goes beyond all memory".into()))?;
             for byte in [address, last] {
-                match owner(&device, byte) {
+                match owner(device.driver, byte) {
                     None => return Err(wrong("the driver does not know it".into())),
                     Some((TYPE_DEVICE, ordinal)) if ordinal == device.ordinal() => {}
                     Some((TYPE_DEVICE, ordinal)) => return Err(wrong(format!("it is of device {ordinal}"))),
@@ -125,6 +125,19 @@ impl DeviceSlice {
         self.range.len()
     }
 
+    /// Whose memory it is.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.memory.device
+    }
+
+    /// Part of it, which must lie within.
+    #[must_use]
+    pub fn part(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.range.len(), "a part lies within its slice");
+        let range = self.range.start + range.start..self.range.start + range.end;
+        Self { memory: Arc::clone(&self.memory), range }
+    }
+
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.range.is_empty()
@@ -132,9 +145,9 @@ impl DeviceSlice {
 }
 
 /// Kind and device of the memory at `address`; `None` where the driver does not know it.
-fn owner(device: &Device, address: u64) -> Option<(u32, u32)> {
+fn owner(driver: &Driver, address: u64) -> Option<(u32, u32)> {
     let (mut kind, mut ordinal) = (0u32, 0i32);
-    let library = &device.driver.library;
+    let library = &driver.library;
     // SAFETY: the attribute is an unsigned int, which may be written; the driver only looks the address up.
     let code = unsafe { (library.cuPointerGetAttribute)((&raw mut kind).cast(), MEMORY_TYPE, address) };
     if code != SUCCESS {
@@ -178,6 +191,13 @@ impl Drop for Pinned {
         if let Err(error) = freed {
             tracing::warn!(%error, "pinned memory was not freed");
         }
+    }
+}
+
+impl Driver {
+    /// Whose memory is at `address`; `None` where it is not a device's.
+    pub fn owner(&self, address: u64) -> Option<u32> {
+        owner(self, address).filter(|(kind, _)| *kind == TYPE_DEVICE).map(|(_, ordinal)| ordinal)
     }
 }
 

@@ -11,6 +11,7 @@ mod gate;
 mod library;
 mod memory;
 mod stream;
+mod way;
 
 pub use copy::Copying;
 pub use device::{Device, Driver};
@@ -18,3 +19,4 @@ pub use error::CudaError;
 pub use gate::Gate;
 pub use memory::{DeviceMemory, DeviceSlice};
 pub use stream::{Event, Stream};
+pub use way::{Findings, Way};

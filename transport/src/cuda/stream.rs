@@ -49,6 +49,11 @@ impl Stream {
         &self.device
     }
 
+    /// Whether both are the same stream of the same device.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.handle == other.handle && self.device.ordinal() == other.device.ordinal()
+    }
+
     /// What marks all that this stream has been given so far.
     ///
     /// # Errors
