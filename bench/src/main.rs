@@ -4,6 +4,7 @@ mod collective;
 mod compare;
 mod echo;
 mod family;
+mod gpu;
 mod machine;
 mod many_to_one;
 mod memory;
@@ -25,6 +26,7 @@ const EXAMPLES: &str = "Examples:
   gradwire-bench ps --against echo
   gradwire-bench all-reduce --wire verbs --rank 0 --world-size 2 --store tcp://first.example:18610
   gradwire-bench verbs                                             (where there is an RDMA device)
+  gradwire-bench gpu                                               (where there is a CUDA device)
   gradwire-bench memory --report out/report                        (then open out/report/index.html)";
 
 /// Measures gradwire on this machine. Every result is verified before it is timed.
@@ -63,6 +65,8 @@ enum Command {
     Ps(ps::Options),
     /// The kernels that sums are made with, beside the limit of this machine's memory
     Memory(memory::Options),
+    /// All-reduce over memory of CUDA devices, beside the same over the host's and the bare copies
+    Gpu(gpu::Options),
     /// Latency and bandwidth of RDMA by message size: writes, writes with immediate data, and our messages
     Verbs(verbs::Options),
     /// One rank of a measurement; started by the others
@@ -91,6 +95,7 @@ fn main() -> std::process::ExitCode {
         Command::ManyToOne(options) => many_to_one::run(&options),
         Command::Ps(options) => ps::run(&options),
         Command::Memory(options) => memory::run(&options),
+        Command::Gpu(options) => gpu::run(&options),
         Command::Verbs(options) => verbs::run(&options),
         Command::Rank(options) => collective::rank(&options),
         Command::CompareMember(options) => compare::member(&options),

@@ -4,18 +4,21 @@
 use crate::call::{Call, Piece};
 use crate::choose::Chooser;
 use crate::describe::Description;
+use crate::device::{Bell, Devices, Passage};
 use crate::driver::Shared;
-use crate::engine::{Engine, Job};
+use crate::engine::Engine;
 use crate::explain::Explanation;
 use crate::hosts::Hosts;
 use crate::local::Local;
 use crate::memory::{Memory, MemoryPool};
 use crate::messages::{Kind, Message};
-use crate::pending::{Done, Outcome, Ticket};
+use crate::pending::{Outcome, Ticket};
 use crate::plans::Plans;
 use crate::settings::Settings;
+use crate::submitter::Submitter;
 use crate::trace::Trace;
-use crate::{Collective, CollectiveError, DType, Fingerprint};
+use crate::{Collective, CollectiveError, DType};
+use gradwire_transport::cuda::Stream;
 use gradwire_transport::{Group, Link, PeerName, Rank, TransportError, WireKind, WorldSize};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -35,21 +38,56 @@ pub struct Communicator {
     chooser: Chooser,
     trace: Arc<Trace>,
     memory: MemoryPool,
+    pub(crate) submitter: Submitter,
+    pub(crate) devices: Devices,
 }
 
 /// An operation under way. Dropping it does not stop the operation.
 #[derive(Clone)]
 pub struct Pending {
-    shared: Arc<Shared>,
+    driver: PendingDriver,
     ticket: Arc<Ticket>,
+    passage: Option<Arc<Passage>>,
+}
+
+/// Who is waited for.
+#[derive(Clone)]
+enum PendingDriver {
+    /// The engine, which the waiting thread drives.
+    Engine(Arc<Shared>),
+    /// The thread that copies from and to a device.
+    Device(Arc<Bell>),
 }
 
 impl Pending {
+    fn at_engine(shared: &Arc<Shared>, ticket: Arc<Ticket>) -> Self {
+        Self { driver: PendingDriver::Engine(Arc::clone(shared)), ticket, passage: None }
+    }
+
+    pub(crate) fn on_device(bell: Arc<Bell>, ticket: Arc<Ticket>, passage: Option<Arc<Passage>>) -> Self {
+        Self { driver: PendingDriver::Device(bell), ticket, passage }
+    }
+
+    /// Has what `stream` is given from now on wait, on its device, for the results of a collective over that device's memory,
+    /// and blocks nobody. False where that cannot be: [`wait`](Self::wait), after which they are there for every stream.
+    ///
+    /// A call that fails lets the stream through: [`wait`](Self::wait) tells before the results are believed.
+    ///
+    /// # Errors
+    /// `Cuda`.
+    pub fn order(&self, stream: &Stream) -> Result<bool, CollectiveError> {
+        self.passage.as_ref().map_or(Ok(false), |passage| passage.hold(stream))
+    }
+
     /// Waits until the operation has ended, and tells how. The caller's thread drives it meanwhile.
     ///
     /// With a `timeout`, gives up waiting after that long with `None`; the operation goes on.
     pub fn wait(&self, timeout: Option<Duration>) -> Option<Outcome> {
-        self.shared.wait(&self.ticket, timeout.map(|timeout| Instant::now() + timeout));
+        let until = timeout.map(|timeout| Instant::now() + timeout);
+        match &self.driver {
+            PendingDriver::Engine(shared) => shared.wait(&self.ticket, until),
+            PendingDriver::Device(bell) => bell.wait(&self.ticket, until),
+        }
         self.ticket.outcome()
     }
 
@@ -82,7 +120,11 @@ impl Communicator {
         let engine = Engine::new((wire, news), (rank, world_size), who, plans, local, Arc::clone(&trace));
         let shared = Arc::new(Shared::new(engine, waker, spin_turns, settings.timeout));
         let (thread, group, memory) = (Mutex::new(None), name.to_owned(), MemoryPool::default());
-        Ok(Self { shared, thread, rank, world_size, group, members, links, chooser, trace, memory })
+        let host = members.get(rank.index()).map_or("unknown", |name| name.host.as_str());
+        let who = format!("{rank} (host {host})");
+        let submitter = Submitter { shared: Arc::clone(&shared), rank, world_size, chooser: chooser.clone(), who };
+        let devices = Devices::new(links.iter().any(|link| link.kind == WireKind::Verbs));
+        Ok(Self { shared, thread, rank, world_size, group, members, links, chooser, trace, memory, submitter, devices })
     }
 
     /// This process's place in the group.
@@ -107,7 +149,7 @@ impl Communicator {
     pub fn start(&self, call: Call) -> Result<Pending, CollectiveError> {
         let ticket = self.submit(call)?;
         self.leave_to_progress_thread();
-        Ok(Pending { shared: Arc::clone(&self.shared), ticket })
+        Ok(Pending::at_engine(&self.shared, ticket))
     }
 
     /// Begins a collective that the caller will wait for at once: it moves when somebody waits, without a hand-over.
@@ -115,7 +157,7 @@ impl Communicator {
     /// # Errors
     /// As [`Communicator::start`].
     pub fn begin(&self, call: Call) -> Result<Pending, CollectiveError> {
-        Ok(Pending { shared: Arc::clone(&self.shared), ticket: self.submit(call)? })
+        Ok(Pending::at_engine(&self.shared, self.submit(call)?))
     }
 
     /// Carries out a collective from the caller's own thread.
@@ -124,7 +166,7 @@ impl Communicator {
     /// `Invalid`, or the group's verdict.
     pub fn run(&self, call: Call) -> Result<(), CollectiveError> {
         let ticket = self.submit(call)?;
-        self.finish(&ticket)
+        self.submitter.finish(&ticket)
     }
 
     /// Sends `piece` to rank `to`, where it meets a receive with the same `tag`.
@@ -204,7 +246,7 @@ impl Communicator {
     /// Which wire leads to which rank and why, what has been moved, and how collectives are carried out.
     pub fn describe(&self) -> Description {
         let engine = self.shared.engine();
-        Description::new(&engine, &self.links, self.chooser.world())
+        Description::new(&engine, &self.links, self.chooser.world(), self.devices.describe())
     }
 
     /// By which algorithm `collective` over `bytes` bytes (of a rank's buffer, or part) of `dtype` goes, and why.
@@ -227,8 +269,7 @@ impl Communicator {
 
     /// Ends the group at once, on every rank: everything under way fails with `reason`. Idempotent.
     pub fn abort(&self, reason: &str) {
-        let reason = format!("{} (host {}) aborted: {reason}", self.rank, self.host());
-        self.shared.abort(reason);
+        self.submitter.abort(reason);
     }
 
     /// Leaves the group in good order: sends what was posted, says goodbye, stops the progress thread. Idempotent.
@@ -242,13 +283,14 @@ impl Communicator {
         }
         self.shared.engine().close(Instant::now() + timeout);
         self.shared.ring();
+        self.devices.close();
     }
 
-    fn host(&self) -> &str {
-        self.members.get(self.rank.index()).map_or("unknown", |name| name.host.as_str())
+    pub(crate) fn timeout(&self) -> Duration {
+        self.shared.timeout()
     }
 
-    fn other(&self, call: &str, rank: Rank) -> Result<(), CollectiveError> {
+    pub(crate) fn other(&self, call: &str, rank: Rank) -> Result<(), CollectiveError> {
         if self.world_size.contains(rank) && rank != self.rank {
             return Ok(());
         }
@@ -261,26 +303,8 @@ impl Communicator {
     }
 
     fn submit(&self, call: Call) -> Result<Arc<Ticket>, CollectiveError> {
-        let mut shape = call.shape(self.rank.index(), self.world_size)?;
-        shape.packed = shape.packed && self.chooser.packs(&call.collective, call.dtype, &shape, self.world_size);
-        let fingerprint = Fingerprint::of(
-            &call.collective,
-            call.dtype,
-            shape.agreed_len(&call.collective),
-            self.chooser.orders(&call.collective, call.dtype),
-        );
-        let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
-        let ticket = Arc::new(Ticket::default());
-        self.shared.submit_job(|sequence| Job {
-            ticket: Arc::clone(&ticket),
-            call,
-            shape,
-            fingerprint,
-            sequence,
-            deadline: Instant::now() + timeout,
-            timeout,
-        });
-        Ok(ticket)
+        self.devices.order.wait();
+        self.submitter.submit(call)
     }
 
     fn message(&self, kind: Kind, tag: u32, piece: Piece, timeout: Option<Duration>) -> Pending {
@@ -289,15 +313,7 @@ impl Communicator {
         let deadline = Instant::now() + timeout;
         self.shared.submit_message(Message { ticket: Arc::clone(&ticket), kind, tag, piece, deadline, timeout });
         self.leave_to_progress_thread();
-        Pending { shared: Arc::clone(&self.shared), ticket }
-    }
-
-    fn finish(&self, ticket: &Ticket) -> Result<(), CollectiveError> {
-        self.shared.wait(ticket, None);
-        match ticket.outcome() {
-            Some(outcome) => outcome.map(|Done { .. }| ()),
-            None => Err(CollectiveError::Aborted { reason: "the communicator is closed".to_owned() }),
-        }
+        Pending::at_engine(&self.shared, ticket)
     }
 
     fn leave_to_progress_thread(&self) {

@@ -34,12 +34,14 @@ pub struct Description {
     pub collectives: String,
     /// Bytes of the users' buffers that went through collectives at the shared segment.
     pub segment_bytes: u64,
+    /// How memory of each CUDA device that was used travels.
+    pub devices: Vec<String>,
     /// The way to every other rank.
     pub links: Vec<LinkDescription>,
 }
 
 impl Description {
-    pub(crate) fn new(engine: &Engine, links: &[Link], world: String) -> Self {
+    pub(crate) fn new(engine: &Engine, links: &[Link], world: String, devices: Vec<String>) -> Self {
         let links = links
             .iter()
             .filter_map(|link| {
@@ -67,6 +69,7 @@ impl Description {
             world_size: engine.world_size.get(),
             collectives,
             segment_bytes: engine.local.as_ref().map_or(0, |local| local.bytes()),
+            devices,
             links,
         }
     }
@@ -76,6 +79,9 @@ impl fmt::Display for Description {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "group {}: {} of {}", self.group, self.rank, self.world_size)?;
         write!(f, "collectives: {}", self.collectives)?;
+        for device in &self.devices {
+            write!(f, "\n{device}")?;
+        }
         for link in &self.links {
             let Traffic { sent_bytes, received_bytes, .. } = link.traffic;
             write!(

@@ -1,6 +1,7 @@
 //! Pure: what can go wrong in a collective, told the same way on every rank.
 
 use crate::verdict::{Member, list_members};
+use gradwire_transport::cuda::CudaError;
 use gradwire_transport::{Rank, RegisterError, TransportError};
 use std::fmt;
 use std::time::Duration;
@@ -99,6 +100,9 @@ pub enum CollectiveError {
     /// Memory could not be made known to the device.
     #[error(transparent)]
     Register(#[from] RegisterError),
+    /// Memory of a CUDA device could not be used. Where the call was under way, the group is over.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// The transport failed.
     #[error(transparent)]
     Transport(#[from] TransportError),

@@ -35,6 +35,9 @@ class Operation:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until all have ended; False when `timeout_s` passed first, and they go on."""
 
+    def order(self, stream: int, device: int) -> bool:
+        """Has a stream of CUDA device `device` wait for the results, on the device; False where the host must wait."""
+
     def is_done(self) -> bool:
         """Whether all have ended."""
 

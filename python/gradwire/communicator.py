@@ -45,6 +45,7 @@ class Description:
         world_size: number of ranks.
         collectives: how collectives travel: by one shared segment, or by messages over the links.
         segment_bytes: bytes of users' buffers that went through the shared segment.
+        devices: how memory of each CUDA device that was used travels.
         links: the way to every other rank.
         text: all of it, for people.
     """
@@ -54,6 +55,7 @@ class Description:
     world_size: int
     collectives: str
     segment_bytes: int
+    devices: list[str]
     links: tuple[Link, ...]
     text: str
 
@@ -115,7 +117,7 @@ class Communicator:
     """A group of ranks, and this process's place in it.
 
     Every rank makes the same calls in the same order. A call blocks until this rank's part is done, or returns a `Work`
-    with `async_op=True`. Buffers are C-contiguous and in host memory; dtypes are float16, bfloat16, float32, float64,
+    with `async_op=True`. Buffers are C-contiguous, in host memory or on a CUDA device (`Work.wait` then blocks the host, too); dtypes are float16, bfloat16, float32, float64,
     bool and the integers (others can be moved, not reduced).
 
     Args:

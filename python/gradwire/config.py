@@ -24,6 +24,7 @@ NAMES = {
     "GRADWIRE_TLS_CA": "who must have signed the certificates of those that are called: turns TLS on; callers need it",
     "GRADWIRE_TLS_CLIENT_CA": "who must have signed the certificates of those that call; default they need none",
     "GRADWIRE_TLS_SERVER_NAME": "name that called ends must be certified for; default the host, as it is called",
+    "GRADWIRE_CUDA_LIBRARY": "file of CUDA's driver; default libcuda.so.1, looked for when a CUDA tensor is handed in",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
     "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
     "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",

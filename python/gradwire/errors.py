@@ -161,6 +161,20 @@ class RegistrationError(GradwireError):
         self.bytes = bytes
 
 
+class CudaError(GradwireError):
+    """Memory of a CUDA device cannot be used: no driver, another device than was said, or a call that the driver refused.
+
+    Attributes:
+        call: the driver's function that failed; empty where none was called.
+        code: what it answered; 0 where none was called.
+    """
+
+    def __init__(self, message: str, *, call: str = "", code: int = 0) -> None:
+        super().__init__(message)
+        self.call = call
+        self.code = code
+
+
 class TransportError(GradwireError):
     """The network or the operating system failed in a way that has no class of its own."""
 

@@ -7,6 +7,7 @@
 
 #![allow(unsafe_code)]
 
+use crate::device::{self, OnDevice, Place};
 use crate::element::Element;
 use gradwire_collectives::{Memory as GroupMemory, Piece};
 use gradwire_transport::Region;
@@ -28,6 +29,66 @@ pub(crate) enum Access {
     Write,
 }
 
+/// What a Python object holds, wherever it is.
+pub(crate) enum Taken {
+    Host(Memory),
+    Device(OnDevice),
+}
+
+impl Taken {
+    /// The memory of `object`, in the host or on a CUDA device.
+    ///
+    /// # Errors
+    /// As [`Memory::of`], and `CudaError`.
+    pub(crate) fn of(object: &Bound<'_, PyAny>, argument: &str, access: Access) -> PyResult<Self> {
+        let py = object.py();
+        if let Ok(capsule) = object.get_type().getattr(intern!(py, "__dlpack_c_exchange_api__")) {
+            return Memory::of_dlpack(object, &capsule, argument, access);
+        }
+        // SAFETY: the object is alive, and only asked for its type's slots.
+        let buffer = unsafe { ffi::PyObject_CheckBuffer(object.as_ptr()) } != 0;
+        if !buffer && let Ok(interface) = object.getattr(intern!(py, "__cuda_array_interface__")) {
+            let refuse = |shape: &[i64], dtype: &str, reason: &str| refused(argument, shape, dtype, reason);
+            let (place, element, shape) = device::of_interface(&interface, access == Access::Write, &refuse)?;
+            let keep = Box::new(object.clone().unbind());
+            // SAFETY: the interface promises contiguous memory that lives as long as the object, and one of its streams.
+            return unsafe { OnDevice::new(py, &place, element, shape, keep) }.map(Self::Device);
+        }
+        if object.hasattr(intern!(py, "data_ptr"))? && object.hasattr(intern!(py, "is_contiguous"))? {
+            return Memory::of_tensor(object, argument).map(Self::Host);
+        }
+        Memory::of_buffer(object, argument, access).map(Self::Host)
+    }
+
+    pub(crate) fn host(&self) -> Option<&Memory> {
+        match self {
+            Self::Host(memory) => Some(memory),
+            Self::Device(_) => None,
+        }
+    }
+
+    pub(crate) fn device(self) -> Option<OnDevice> {
+        match self {
+            Self::Host(_) => None,
+            Self::Device(memory) => Some(memory),
+        }
+    }
+
+    pub(crate) fn element(&self) -> &Element {
+        match self {
+            Self::Host(memory) => &memory.element,
+            Self::Device(memory) => &memory.element,
+        }
+    }
+
+    pub(crate) fn shape(&self) -> &[i64] {
+        match self {
+            Self::Host(memory) => &memory.shape,
+            Self::Device(memory) => &memory.shape,
+        }
+    }
+}
+
 /// The memory of a Python object.
 pub(crate) struct Memory {
     pub(crate) region: Arc<Region>,
@@ -42,14 +103,12 @@ impl Memory {
     /// `TypeError`: no memory that can be reached. `ValueError`: not contiguous, read-only where it is to be written, on
     /// another device, or a conjugated or negated view.
     pub(crate) fn of(object: &Bound<'_, PyAny>, argument: &str, access: Access) -> PyResult<Self> {
-        let py = object.py();
-        if let Ok(capsule) = object.get_type().getattr(intern!(py, "__dlpack_c_exchange_api__")) {
-            return Self::of_dlpack(object, &capsule, argument, access);
+        match Taken::of(object, argument, access)? {
+            Taken::Host(memory) => Ok(memory),
+            Taken::Device(memory) => {
+                Err(refused(argument, &memory.shape, memory.element.name(), "is not in host memory: pass `.cpu()`"))
+            }
         }
-        if object.hasattr(intern!(py, "data_ptr"))? && object.hasattr(intern!(py, "is_contiguous"))? {
-            return Self::of_tensor(object, argument);
-        }
-        Self::of_buffer(object, argument, access)
     }
 
     /// All of it, for a call.
@@ -62,7 +121,7 @@ impl Memory {
         capsule: &Bound<'_, PyAny>,
         argument: &str,
         access: Access,
-    ) -> PyResult<Self> {
+    ) -> PyResult<Taken> {
         let handle = DlpackHandle::of(object, capsule)?;
         let tensor = handle.tensor();
         let dims = usize::try_from(tensor.ndim).unwrap_or(0);
@@ -71,7 +130,8 @@ impl Memory {
             .ok_or_else(|| wrong_type(argument, &shape, "elements that are no whole number of bytes"))?;
         let name = element.name().to_owned();
         let refuse = |reason: &str| refused(argument, &shape, &name, reason);
-        if !matches!(tensor.device_type, CPU | CUDA_HOST | ROCM_HOST) {
+        let cuda = tensor.device_type == CUDA;
+        if !cuda && !matches!(tensor.device_type, CPU | CUDA_HOST | ROCM_HOST) {
             return Err(refuse("is not in host memory: pass `.cpu()`"));
         }
         refuse_lazy_views(object, &refuse)?;
@@ -83,10 +143,18 @@ impl Memory {
         }
         let bytes = element.bytes() * product(&shape);
         let start = tensor.data as usize + usize::try_from(tensor.byte_offset).unwrap_or(0);
+        if cuda {
+            let ordinal = u32::try_from(tensor.device_id).unwrap_or(u32::MAX);
+            let stream = handle.current_stream()?;
+            let place = Place { start: start as u64, bytes, device: Some(ordinal), stream };
+            let keep = Box::new(Py::new(object.py(), handle)?);
+            // SAFETY: as below, on the device; its stream is the owner's word.
+            return unsafe { OnDevice::new(object.py(), &place, element, shape, keep) }.map(Taken::Device);
+        }
         let keep = Py::new(object.py(), handle)?;
         // SAFETY: DLPack promises `bytes` of memory from `data + byte_offset` on, alive until the handle is dropped.
         let region = unsafe { region(start, bytes, Box::new(keep)) };
-        Ok(Self { region, element, shape })
+        Ok(Taken::Host(Self { region, element, shape }))
     }
 
     /// Tensors of a PyTorch without the exchange API.
@@ -202,6 +270,7 @@ fn contiguous(shape: &[i64], strides: &[i64]) -> bool {
 }
 
 const CPU: i32 = 1;
+const CUDA: i32 = 2;
 const CUDA_HOST: i32 = 3;
 const ROCM_HOST: i32 = 11;
 const READ_ONLY: u64 = 1;
@@ -209,7 +278,7 @@ const API_NAME: &CStr = c"dlpack_exchange_api";
 /// Major version of DLPack whose structures are declared here.
 const MAJOR: u32 = 1;
 
-/// Head of `DLPackExchangeAPI` of DLPack 1.3; what follows is not used.
+/// `DLPackExchangeAPI` of DLPack 1.3.
 #[repr(C)]
 struct ExchangeApi {
     major: u32,
@@ -217,6 +286,9 @@ struct ExchangeApi {
     _prev_api: *const c_void,
     _allocator: *const c_void,
     managed_from_object: Option<unsafe extern "C" fn(*mut c_void, *mut *mut Managed) -> c_int>,
+    _managed_to_object: *const c_void,
+    _tensor_from_object: *const c_void,
+    current_stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int>,
 }
 
 /// `DLTensor`, its nested structures laid flat.
@@ -224,7 +296,7 @@ struct ExchangeApi {
 struct DlTensor {
     data: *mut c_void,
     device_type: i32,
-    _device_id: i32,
+    device_id: i32,
     ndim: i32,
     code: u8,
     bits: u8,
@@ -249,6 +321,7 @@ struct Managed {
 #[pyclass(frozen, module = "gradwire._native")]
 struct DlpackHandle {
     managed: NonNull<Managed>,
+    current_stream: Option<unsafe extern "C" fn(i32, i32, *mut *mut c_void) -> c_int>,
 }
 
 // SAFETY: DLPack lets a managed tensor be deleted from any thread, and it is only read until then.
@@ -273,7 +346,7 @@ impl DlpackHandle {
         // SAFETY: the GIL is held, `object` is of the type that the API was found at, and `managed` may be written.
         let code = unsafe { convert(object.as_ptr().cast(), &raw mut managed) };
         match NonNull::new(managed) {
-            Some(managed) if code == 0 => Ok(Self { managed }),
+            Some(managed) if code == 0 => Ok(Self { managed, current_stream: api.current_stream }),
             _ => Err(PyErr::take(object.py())
                 .unwrap_or_else(|| PyTypeError::new_err("the tensor cannot be exported by DLPack"))),
         }
@@ -282,6 +355,16 @@ impl DlpackHandle {
     fn tensor(&self) -> &DlTensor {
         // SAFETY: the handle owns the managed tensor until it is dropped.
         unsafe { &(*self.managed.as_ptr()).tensor }
+    }
+
+    /// The stream that the tensor's library uses on this thread.
+    fn current_stream(&self) -> PyResult<usize> {
+        let (tensor, mut stream) = (self.tensor(), std::ptr::null_mut());
+        let missing = || PyTypeError::new_err("the tensor's DLPack exchange API tells no current stream");
+        let ask = self.current_stream.ok_or_else(missing)?;
+        // SAFETY: `stream` may be written, and the GIL is held.
+        let code = unsafe { ask(tensor.device_type, tensor.device_id, &raw mut stream) };
+        if code == 0 { Ok(stream as usize) } else { Err(missing()) }
     }
 
     fn flags(&self) -> u64 {

@@ -1,14 +1,17 @@
 //! Does: the group of ranks, as Python holds it: makes it, hands it calls, tells of it.
 
-use crate::buffer::{Access, Allocation, Memory};
+use crate::buffer::{Access, Allocation, Memory, Taken};
+use crate::device::OnDevice;
 use crate::operation::{Operation, Part};
 use crate::settings::Options;
 use crate::store::PythonStore;
 use crate::wait::{Interruption, apart, by_turns, maybe_seconds, seconds};
 use crate::{errors, forked};
 use gradwire_collectives::{
-    Call, Collective, CollectiveError, Communicator, DType, Description, Explanation, Pending, Piece, Reduction,
+    Call, Collective, CollectiveError, Communicator, DType, Description, DeviceCall, Explanation, Pending, Piece,
+    Reduction,
 };
+use gradwire_transport::cuda::{DeviceSlice, Stream};
 use gradwire_transport::{GroupSpec, Rank, Store, WorldSize, form_group, open_store};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -26,10 +29,9 @@ pub(crate) struct Group {
 }
 
 /// The memory of a call.
-struct Buffers {
-    input: Vec<Piece>,
-    output: Vec<Piece>,
-    dtype: DType,
+enum Buffers {
+    Host { input: Vec<Piece>, output: Vec<Piece>, dtype: DType },
+    Device { input: Vec<DeviceSlice>, output: Vec<DeviceSlice>, dtype: DType, stream: Stream },
 }
 
 #[pymethods]
@@ -107,9 +109,19 @@ impl Group {
     ) -> PyResult<Option<Operation>> {
         forked::check(self.generation)?;
         let collective = collective_of(collective, op, Rank(root))?;
-        let Buffers { input, output, dtype } = buffers(&collective, &inputs, &outputs)?;
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
-        let call = Call { collective, dtype, input, output, timeout };
+        let call = match buffers(&collective, &inputs, &outputs)? {
+            Buffers::Host { input, output, dtype } => Call { collective, dtype, input, output, timeout },
+            Buffers::Device { input, output, dtype, stream } => {
+                let call = DeviceCall { collective, dtype, input, output, timeout };
+                let pending = py.detach(|| self.communicator.start_on_device(call, &stream));
+                if background {
+                    return Ok(Some(self.operation(py, pending)?));
+                }
+                let pending = pending.map_err(|error| errors::collective(py, &error))?;
+                return self.see_through(py, &pending).map(|()| None);
+            }
+        };
         if background {
             let pending = py.detach(|| self.communicator.start(call));
             return Ok(Some(self.operation(py, pending)?));
@@ -130,9 +142,15 @@ impl Group {
         timeout_s: Option<f64>,
     ) -> PyResult<Operation> {
         forked::check(self.generation)?;
-        let piece = Memory::of(&tensor, "tensor", Access::Read)?.piece();
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
-        self.operation(py, py.detach(|| self.communicator.send(Rank(to), tag, piece, timeout)))
+        let (group, to) = (&self.communicator, Rank(to));
+        let pending = match Taken::of(&tensor, "tensor", Access::Read)? {
+            Taken::Host(memory) => py.detach(|| group.send(to, tag, memory.piece(), timeout)),
+            Taken::Device(OnDevice { slice, stream, .. }) => {
+                py.detach(|| group.send_from_device(to, tag, slice, &stream, timeout))
+            }
+        };
+        self.operation(py, pending)
     }
 
     /// Begins to receive into `tensor` from rank `source`, or from whoever is first.
@@ -146,9 +164,15 @@ impl Group {
         timeout_s: Option<f64>,
     ) -> PyResult<Operation> {
         forked::check(self.generation)?;
-        let piece = Memory::of(&tensor, "tensor", Access::Write)?.piece();
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
-        self.operation(py, py.detach(|| self.communicator.recv(source.map(Rank), tag, piece, timeout)))
+        let (group, source) = (&self.communicator, source.map(Rank));
+        let pending = match Taken::of(&tensor, "tensor", Access::Write)? {
+            Taken::Host(memory) => py.detach(|| group.recv(source, tag, memory.piece(), timeout)),
+            Taken::Device(OnDevice { slice, stream, .. }) => {
+                py.detach(|| group.recv_to_device(source, tag, slice, &stream, timeout))
+            }
+        };
+        self.operation(py, pending)
     }
 
     /// Memory for calls to come, known to the device where the group has RDMA.
@@ -309,29 +333,62 @@ fn buffers(collective: &Collective, inputs: &[Bound<'_, PyAny>], outputs: &[Boun
     let read = |objects: &[Bound<'_, PyAny>], argument: &str, access| {
         let one = |(place, object): (usize, &Bound<'_, PyAny>)| {
             let argument = if objects.len() > 1 { format!("{argument}[{place}]") } else { argument.to_owned() };
-            Memory::of(object, &argument, access)
+            Taken::of(object, &argument, access)
         };
-        objects.iter().enumerate().map(one).collect::<PyResult<Vec<Memory>>>()
+        objects.iter().enumerate().map(one).collect::<PyResult<Vec<Taken>>>()
     };
     let in_place = inputs.is_empty();
     let input = read(inputs, "input", Access::Read)?;
     let output = read(outputs, if in_place { "tensor" } else { "output" }, Access::Write)?;
     let mut dtype = DType::U8;
     if let Some(first) = input.iter().chain(&output).next() {
-        if let Some(other) = input.iter().chain(&output).find(|other| other.element != first.element) {
+        if let Some(other) = input.iter().chain(&output).find(|other| other.element() != first.element()) {
             return Err(PyTypeError::new_err(format!(
                 "{}: all tensors of one call have the same dtype, got {} (shape {:?}) and {} (shape {:?}). Nothing was sent",
                 collective.name(),
-                first.element.name(),
-                first.shape,
-                other.element.name(),
-                other.shape
+                first.element().name(),
+                first.shape(),
+                other.element().name(),
+                other.shape()
             )));
         }
-        dtype = first.element.for_call(collective).map_err(PyTypeError::new_err)?;
+        dtype = first.element().for_call(collective).map_err(PyTypeError::new_err)?;
     }
-    let pieces = |all: &[Memory]| all.iter().map(Memory::piece).collect();
-    Ok(Buffers { input: pieces(&input), output: pieces(&output), dtype })
+    place(collective, input, output, dtype)
+}
+
+/// The memory of a call, all of it in the host or all of it on a device.
+fn place(collective: &Collective, input: Vec<Taken>, output: Vec<Taken>, dtype: DType) -> PyResult<Buffers> {
+    let all = || input.iter().chain(&output);
+    let on_device = all().filter(|taken| matches!(taken, Taken::Device(_))).count();
+    if on_device == 0 {
+        let pieces = |all: &[Taken]| all.iter().filter_map(Taken::host).map(Memory::piece).collect();
+        return Ok(Buffers::Host { input: pieces(&input), output: pieces(&output), dtype });
+    }
+    if on_device < all().count() {
+        return Err(PyValueError::new_err(format!(
+            "{}: all tensors of one call are on one CUDA device or all in host memory. Nothing was sent",
+            collective.name()
+        )));
+    }
+    let mut streams = Vec::new();
+    let mut slices = |all: Vec<Taken>| {
+        let device = all.into_iter().filter_map(Taken::device);
+        device
+            .map(|OnDevice { slice, stream, .. }| {
+                streams.push(stream);
+                slice
+            })
+            .collect::<Vec<_>>()
+    };
+    let (input, output) = (slices(input), slices(output));
+    let stream = streams.swap_remove(0);
+    // Tensors may come on streams of their own: the call comes after all of them.
+    for other in streams.iter().filter(|other| !other.is_same(&stream)) {
+        let ordered = other.mark().and_then(|mark| stream.wait_for(&mark));
+        ordered.map_err(|error| Python::attach(|py| errors::cuda(py, &error)))?;
+    }
+    Ok(Buffers::Device { input, output, dtype, stream })
 }
 
 fn tell<'py>(py: Python<'py>, description: &Description) -> PyResult<Bound<'py, PyDict>> {
@@ -341,6 +398,7 @@ fn tell<'py>(py: Python<'py>, description: &Description) -> PyResult<Bound<'py, 
     told.set_item("world_size", description.world_size)?;
     told.set_item("collectives", &description.collectives)?;
     told.set_item("segment_bytes", description.segment_bytes)?;
+    told.set_item("devices", &description.devices)?;
     told.set_item("text", description.to_string())?;
     let links = description.links.iter().map(|link| {
         let one = PyDict::new(py);

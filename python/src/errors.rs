@@ -2,6 +2,7 @@
 
 use gradwire_collectives::CollectiveError;
 use gradwire_ps::PsError;
+use gradwire_transport::cuda::CudaError;
 use gradwire_transport::{RegisterError, TransportError};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -47,6 +48,7 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
         }
         CollectiveError::Register(error) => register(py, error),
         CollectiveError::Transport(error) => transport(py, error),
+        CollectiveError::Cuda(error) => cuda(py, error),
         _ => raise(py, "GradwireError", &text, |_| Ok(())),
     }
 }
@@ -84,6 +86,18 @@ pub(crate) fn register(py: Python<'_>, error: &RegisterError) -> PyErr {
         _ => 0,
     };
     raise(py, "RegistrationError", &error.to_string(), |fields| fields.set_item("bytes", bytes))
+}
+
+/// The exception for memory of a CUDA device that cannot be used.
+pub(crate) fn cuda(py: Python<'_>, error: &CudaError) -> PyErr {
+    let (call, code) = match error {
+        CudaError::Refused { call, code, .. } => (*call, *code),
+        _ => ("", 0),
+    };
+    raise(py, "CudaError", &error.to_string(), |fields| {
+        fields.set_item("call", call)?;
+        fields.set_item("code", code)
+    })
 }
 
 /// The exception for an error of the parameter server.

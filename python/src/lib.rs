@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod buffer;
 mod callbacks;
 mod communicator;
+mod device;
 mod element;
 mod errors;
 mod forked;

@@ -2,7 +2,9 @@
 
 use crate::callbacks::call_soon;
 use crate::wait::{Interruption, by_turns, maybe_seconds};
+use crate::{device, errors};
 use gradwire_collectives as collectives;
+use gradwire_transport::cuda::Stream;
 use pyo3::prelude::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -68,6 +70,16 @@ impl Operation {
         failure.map_or(Ok(true), Err)
     }
 
+    /// Has `stream` wait for the results of all; false where one must be waited for by the host.
+    fn order_all(&self, stream: &Stream) -> Result<bool, collectives::CollectiveError> {
+        for Part::Collective(pending, _) in &self.parts {
+            if !pending.order(stream)? {
+                return Ok(false);
+            }
+        }
+        Ok(!self.parts.is_empty())
+    }
+
     fn first(&self) -> Option<collectives::Done> {
         match self.parts.first()?.wait(Duration::ZERO)? {
             Ended::Collective(done) => done.ok(),
@@ -87,6 +99,13 @@ impl Operation {
     #[pyo3(signature = (timeout_s=None))]
     fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
         self.wait_all(py, maybe_seconds(timeout_s, "timeout_s")?)
+    }
+
+    /// Has a stream of CUDA device `device` wait for the results, on the device; False where the host must wait. `stream` is
+    /// the handle of a stream that lives.
+    fn order(&self, py: Python<'_>, stream: usize, device: u32) -> PyResult<bool> {
+        let stream = device::stream(py, stream, device)?;
+        py.detach(|| self.order_all(&stream)).map_err(|error| errors::collective(py, &error))
     }
 
     /// Whether all have ended.

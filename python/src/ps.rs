@@ -1,6 +1,7 @@
 //! Does: the parameter server's client and in-process servers, for Python.
 
-use crate::buffer::{Access, Memory};
+use crate::buffer::{Access, Taken};
+use crate::device::Landing;
 use crate::errors;
 use crate::schedule::Described;
 use crate::settings::Options;
@@ -32,6 +33,8 @@ pub(crate) struct PsTable {
 #[pyclass(module = "gradwire._native", frozen)]
 pub(crate) struct PsPending {
     inner: gradwire_ps::Pending,
+    /// What is still to be brought to a device when it has ended.
+    landing: Mutex<Option<Landing>>,
 }
 
 /// Servers of this process.
@@ -268,18 +271,36 @@ fn sparse_tables<'py>(py: Python<'py>, all: &[SparseStatus]) -> PyResult<Bound<'
 
 /// Memory to read from, and the name of its type.
 pub(crate) fn reading(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<(RegionSlice, DType)> {
-    let memory = Memory::of(object, argument, Access::Read)?;
-    let piece = memory.piece();
-    let slice = piece.region.read(piece.range).map_err(in_use)?;
-    Ok((slice, table_type(memory.element.name())?))
+    let py = object.py();
+    let memory = Taken::of(object, argument, Access::Read)?;
+    let dtype = table_type(memory.element().name())?;
+    let (region, range) = match memory {
+        Taken::Host(memory) => (memory.piece().region, memory.piece().range),
+        Taken::Device(memory) => {
+            let region = py.detach(|| memory.fetch()).map_err(|error| errors::cuda(py, &error))?;
+            (region, 0..memory.slice.len())
+        }
+    };
+    Ok((region.read(range).map_err(in_use)?, dtype))
 }
 
+/// Where values go, and what brings them on to a device.
+type Output = (RegionSliceMut, Option<Landing>);
+
 /// Memory to write to, of the table's own type.
-fn writing(object: &Bound<'_, PyAny>, argument: &str, table: &gradwire_ps::DenseTable) -> PyResult<RegionSliceMut> {
-    let memory = Memory::of(object, argument, Access::Write)?;
-    same_type(memory.element.name(), argument, table.name(), table.dtype())?;
-    let piece = memory.piece();
-    piece.region.write(piece.range).map_err(in_use)
+fn writing(object: &Bound<'_, PyAny>, argument: &str, table: &gradwire_ps::DenseTable) -> PyResult<Output> {
+    let memory = Taken::of(object, argument, Access::Write)?;
+    same_type(memory.element().name(), argument, table.name(), table.dtype())?;
+    match memory {
+        Taken::Host(memory) => {
+            let piece = memory.piece();
+            Ok((piece.region.write(piece.range).map_err(in_use)?, None))
+        }
+        Taken::Device(memory) => {
+            let (slice, landing) = memory.landing().map_err(|error| errors::cuda(object.py(), &error))?;
+            Ok((slice, Some(landing)))
+        }
+    }
 }
 
 /// The error for memory that another call holds.
@@ -309,21 +330,21 @@ impl PsTable {
     fn push(&self, py: Python<'_>, gradient: &Bound<'_, PyAny>) -> PyResult<PsPending> {
         let (gradient, dtype) = reading(gradient, "gradient")?;
         let pushed = py.detach(|| self.inner.push_as(gradient, dtype));
-        Ok(PsPending { inner: pushed.map_err(|error| errors::ps(py, &error))? })
+        Ok(PsPending::new(pushed.map_err(|error| errors::ps(py, &error))?))
     }
 
     /// Starts a pull; `whole`: uncompressed, whatever the table says.
     fn pull(&self, py: Python<'_>, out: &Bound<'_, PyAny>, whole: bool) -> PyResult<PsPending> {
-        let out = writing(out, "out", &self.inner)?;
+        let (out, landing) = writing(out, "out", &self.inner)?;
         let pulled = py.detach(|| if whole { self.inner.pull_whole(out) } else { self.inner.pull(out) });
-        Ok(PsPending { inner: pulled.map_err(|error| errors::ps(py, &error))? })
+        Ok(PsPending { inner: pulled.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing) })
     }
 
     /// Starts a push whose answer is what came of it.
     fn push_pull(&self, py: Python<'_>, gradient: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<PsPending> {
-        let ((gradient, dtype), out) = (reading(gradient, "gradient")?, writing(out, "out", &self.inner)?);
+        let ((gradient, dtype), (out, landing)) = (reading(gradient, "gradient")?, writing(out, "out", &self.inner)?);
         let started = py.detach(|| self.inner.push_pull_as(gradient, dtype, out));
-        Ok(PsPending { inner: started.map_err(|error| errors::ps(py, &error))? })
+        Ok(PsPending { inner: started.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing) })
     }
 
     /// Sets the learning rate from this worker's next push on.
@@ -346,13 +367,13 @@ impl PsTable {
 
 impl PsPending {
     pub(crate) fn new(inner: gradwire_ps::Pending) -> Self {
-        Self { inner }
+        Self { inner, landing: Mutex::default() }
     }
 }
 
 #[pymethods]
 impl PsPending {
-    /// Waits until it has ended; False when the time is up.
+    /// Waits until it has ended; False when the time is up. Fills an `out` on a CUDA device, which nothing else does.
     #[pyo3(signature = (timeout_s=None))]
     fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
@@ -362,7 +383,11 @@ impl PsPending {
         })?;
         match came {
             None => Ok(false),
-            Some(Ok(_)) => Ok(true),
+            Some(Ok(_)) => {
+                let landing = self.landing.lock().unwrap_or_else(PoisonError::into_inner).take();
+                let landed = py.detach(|| landing.map_or(Ok(()), Landing::land));
+                landed.map(|()| true).map_err(|error| errors::cuda(py, &error))
+            }
             Some(Err(error)) => Err(errors::ps(py, &error)),
         }
     }

@@ -8,6 +8,7 @@ mod beside;
 mod completion;
 mod config;
 mod credit;
+pub mod cuda;
 mod error;
 mod flights;
 mod frame;

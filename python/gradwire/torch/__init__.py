@@ -27,6 +27,6 @@ __all__ = [
 def register() -> None:
     """Makes the backend `gradwire` known to torch.distributed. May be called again."""
     if NAME.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
+        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
     look_through()
     leave_out_strangers(NAME)

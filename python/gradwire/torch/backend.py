@@ -252,7 +252,8 @@ class GradwireBackend(c10d.Backend):
         (tensor,) = tensors
         staging = Staging()
         self._sequence += 1
-        return self._begun(Work(self._group.send(staging.input(tensor), dst, tag), [tensor]))
+        operation = self._group.send(staging.input(tensor), dst, tag)
+        return self._begun(Work(operation, [tensor], device=staging.device))
 
     def recv(self, tensors: Sequence[Tensor], src: int, tag: int = 0) -> Work:
         return self._receive(tensors, src, tag)
@@ -340,7 +341,7 @@ class GradwireBackend(c10d.Backend):
         staging = Staging()
         self._sequence += 1
         operation = self._group.recv(staging.output(tensor), source, tag)
-        return self._begun(Work(operation, [tensor], staging.finish()))
+        return self._begun(Work(operation, [tensor], staging.finish(), staging.device))
 
     def _begun(self, work: Work) -> Work:
         return work if self._coalescing is None else self._coalescing.add(work)
@@ -358,7 +359,9 @@ class GradwireBackend(c10d.Backend):
         """Carries out `calls` of (inputs, outputs), one after the other, as one operation."""
         self._sequence += 1
         seconds = opts.timeout.total_seconds()
-        background = bool(opts.asyncOp) or self._coalescing is not None
+        # What the streams of a CUDA device wait for must go on without the caller.
+        on_cuda = any(tensor.is_cuda for tensor in (*calls[0][0], *calls[0][1])) if calls else False
+        background = bool(opts.asyncOp) or self._coalescing is not None or on_cuda
         factor = getattr(reduce_op, "factor", None) if _kind(reduce_op) == c10d.ReduceOp.PREMUL_SUM else None
         staging = Staging(factor, in_place=not (calls and calls[0][0]))
         changes = name != "reduce" or self.rank() == root
@@ -378,7 +381,7 @@ class GradwireBackend(c10d.Backend):
         finish = staging.finish()
         if background:
             operation = operations[0] if len(operations) == 1 else _native.Operation.join(operations)
-            return self._begun(Work(operation, results, finish))
+            return self._begun(Work(operation, results, finish, staging.device))
         if finish is not None:
             with torch.no_grad():
                 finish()

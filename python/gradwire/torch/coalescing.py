@@ -27,4 +27,5 @@ class Coalescing:
                 work.wait()
 
         joined = _native.Operation.join(operations) if operations else None
-        return Work(joined, results, finish if any(work.copies_back for work in works) else None)
+        device = next((work.device for work in works if work.device is not None), None)
+        return Work(joined, results, finish if any(work.copies_back for work in works) else None, device)

@@ -21,13 +21,16 @@ class Staging:
         self._factor = factor
         self._in_place = in_place
         self._back: list[tuple[Tensor, Tensor]] = []
+        self.device: torch.device | None = None
 
     def input(self, tensor: Tensor) -> Tensor:
         """`tensor`, or a copy that can be sent."""
+        self._see(tensor)
         return _plain(tensor) if self._factor is None else _plain(tensor.detach() * self._factor)
 
     def output(self, tensor: Tensor, *, changes: bool = True) -> Tensor:
         """`tensor`, or another to be filled in its place; unless it `changes` (the root's does), it stays as it is."""
+        self._see(tensor)
         if self._factor is not None and self._in_place:
             staged = _plain(tensor.detach() * self._factor)
         elif _is_plain(tensor):
@@ -37,6 +40,20 @@ class Staging:
         if changes:
             self._back.append((tensor.detach(), staged))
         return staged
+
+    def _see(self, tensor: Tensor) -> None:
+        """Remembers the CUDA device, whose streams are to be ordered.
+
+        Raises:
+            ValueError: a tensor on it that would have to be copied back, when nobody knows in which stream's order.
+        """
+        if not tensor.is_cuda:
+            return
+        if not _is_plain(tensor):
+            raise ValueError("a CUDA tensor is not contiguous: pass `.contiguous()`, and copy the result back. Nothing was sent")
+        if self._factor is not None and self._in_place:
+            raise ValueError("PREMUL_SUM of a CUDA tensor in place: multiply it first, then sum. Nothing was sent")
+        self.device = tensor.device
 
     def finish(self) -> Callable[[], None] | None:
         """Copies back what was staged; None where there is nothing to copy."""

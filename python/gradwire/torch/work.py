@@ -41,14 +41,20 @@ class Work(dist._Work):
         operation: the engine's handle; None for what has already been done.
         results: the tensors that the future's value holds.
         finish: what is left to do once the bytes have come, such as copying into a tensor that is not contiguous.
+        device: the CUDA device that the tensors are on; None: host memory.
     """
 
     def __init__(
-        self, operation: _native.Operation | _native.Transfer | None, results: list[Any], finish: Callable[[], None] | None = None
+        self,
+        operation: _native.Operation | _native.Transfer | None,
+        results: list[Any],
+        finish: Callable[[], None] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.operation = self._operation = operation
         self.copies_back = finish is not None
+        self.device = device
         self._results = results
         self._finish = finish
         self._lock = threading.Lock()
@@ -60,8 +66,14 @@ class Work(dist._Work):
             operation.on_done(self._settle)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Waits without the GIL; a `timeout` of 0 is none. Raises what the operation failed with."""
+        """Waits without the GIL; a `timeout` of 0 is none. Raises what the operation failed with.
+
+        For CUDA tensors the current stream waits, on the device, and the host goes on; how it went is told by the next call of
+        the group. With a `timeout`, or where the device cannot wait for the host, the host waits.
+        """
         seconds = timeout.total_seconds()
+        if self.device is not None and seconds <= 0 and self._orders():
+            return True
         if self._operation is not None and not self._operation.wait(seconds if seconds > 0 else None):
             raise CollectiveTimeoutError(
                 f"the operation has not ended after {seconds:.3f} s of waiting; it goes on until its own time-out",
@@ -72,12 +84,19 @@ class Work(dist._Work):
             raise self._error
         return True
 
+    def _orders(self) -> bool:
+        """Whether the current stream of the device was made to wait in the host's place."""
+        if not isinstance(self._operation, _native.Operation) or self.device is None or self._operation.is_done():
+            return False
+        stream = torch.cuda.current_stream(self.device)
+        return self._operation.order(stream.cuda_stream, stream.device_index)
+
     def get_future(self) -> torch.futures.Future[Any]:
         """A future of the tensors."""
         with self._lock:
             if self._future is not None:
                 return self._future
-            self._base = torch.futures.Future()
+            self._base = torch.futures.Future(devices=[] if self.device is None else [self.device])
             self._future = self._base.then(self._value)
         if self._operation is None or self._operation.is_done():
             self._complete()

@@ -59,6 +59,21 @@ library! {
     destroy_qp, "IBVERBS_1.1": fn(*mut ibv_qp) -> c_int;
 }
 
+/// `ibv_reg_dmabuf_mr`: domain, offset, length, address, file, access.
+pub(super) type RegDmaBuf = unsafe extern "C" fn(*mut ibv_pd, u64, usize, u64, c_int, c_int) -> *mut ibv_mr;
+
+/// The function by which a device is told of a dma-buf; `None`: the library is older than rdma-core 34.
+pub(super) fn reg_dmabuf_mr() -> Option<RegDmaBuf> {
+    // SAFETY: as in `open`: the library is there already, and is never closed.
+    let handle = unsafe { libc::dlopen(FILE.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    if handle.is_null() {
+        return None;
+    }
+    let address = find(handle, "ibv_reg_dmabuf_mr\0", "IBVERBS_1.12\0").ok()?;
+    // SAFETY: the symbol of this name and version is a function of this type, as the headers say.
+    Some(unsafe { std::mem::transmute::<*mut c_void, RegDmaBuf>(address) })
+}
+
 impl Library {
     /// The library, opened by the first call and never closed: its providers' threads and tables may not be unloaded.
     ///

@@ -9,6 +9,7 @@ pub mod bare;
 mod completion_queue;
 mod context;
 pub mod device;
+mod dma_buf;
 mod fault;
 mod ffi;
 pub mod gid;
@@ -37,6 +38,7 @@ mod watch;
 mod watching;
 mod wire;
 
+pub use dma_buf::{DmaBufAnswer, ask_for_dma_bufs};
 pub use fault::Fault;
 pub use loopback::{Fabric, Loopback};
 pub use registrations::RegistrationCount;

@@ -32,6 +32,18 @@ fn exposed_memory_is_read_and_written_by_offsets() {
 
 #[test]
 #[ignore = "needs an RDMA device"]
+fn soft_roce_takes_no_dma_buf_and_says_so() {
+    let _link = shared();
+    let answers = gradwire_transport::verbs::ask_for_dma_bufs().unwrap();
+    assert!(!answers.is_empty());
+    for answer in answers.iter().filter(|answer| answer.device.starts_with("rxe")) {
+        let error = answer.answer.as_ref().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()), "{answer:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
 fn an_access_that_the_peer_does_not_allow_fails_at_the_sender() {
     let _link = shared();
     for what in ["write behind", "read behind", "read what may only be written", "another key", "withdrawn"] {

@@ -1,0 +1,164 @@
+//! Does: carries out one call over a device's memory: round by round through pinned buffers.
+
+use super::DeviceCall;
+use super::cut::{self, Act, Round, SLOTS, Side};
+use super::lane::Lane;
+use super::worker::Order;
+use crate::CollectiveError;
+use crate::call::{Call, Piece};
+use crate::pending::{Outcome, Ticket};
+use crate::submitter::Submitter;
+use gradwire_transport::cuda::{Copying, CudaError, DeviceSlice, Event};
+use gradwire_transport::{Overlap, Region, RegionSlice, RegionSliceMut};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A call, ready to be carried out.
+pub(crate) struct Carry {
+    pub(crate) call: DeviceCall,
+    pub(crate) rounds: Vec<Round>,
+    /// Memory for a call of one round that is larger than the ring's buffers.
+    pub(crate) large: Option<Arc<Region>>,
+    pub(crate) lane: Arc<Lane>,
+    /// What the caller's stream had been given when it called.
+    pub(crate) ready: Event,
+    pub(crate) submitter: Submitter,
+    pub(crate) order: Arc<Order>,
+    pub(crate) deadline: Instant,
+}
+
+/// A buffer of the ring, as its round stands.
+#[derive(Default)]
+struct Slot {
+    fetching: Vec<Copying<RegionSliceMut>>,
+    with_group: Option<Arc<Ticket>>,
+    storing: Vec<Copying<RegionSlice>>,
+}
+
+impl Carry {
+    /// Carries it out. However it ends, the device is done with the call's memory then, and later calls may go to the group.
+    pub(crate) fn run(self) -> Outcome {
+        let mut handed = 0;
+        let outcome = self.rounds(&mut handed);
+        if handed < self.rounds.len() {
+            self.order.leave();
+        }
+        if let Err(error) = &outcome
+            && matches!(error, CollectiveError::Cuda(_) | CollectiveError::Transport(_))
+        {
+            // The other ranks wait for a part that will not come.
+            self.submitter.abort(&format!("{}: {error}", self.call.words()));
+        }
+        if let Some(large) = self.large {
+            self.lane.give_back(large);
+        }
+        outcome.map(|()| crate::Done::default())
+    }
+
+    fn rounds(&self, handed: &mut usize) -> Result<(), CollectiveError> {
+        self.lane.out.wait_for(&self.ready)?;
+        self.lane.into.wait_for(&self.ready)?;
+        let mut slots: [Slot; SLOTS] = Default::default();
+        let (reads, writes) = cut::uses_of_output(&self.call.collective, self.submitter.rank.index());
+        for act in cut::order(self.rounds.len()) {
+            match act {
+                Act::Fetch(round) => {
+                    let slot = &mut slots[round % SLOTS];
+                    settle(std::mem::take(&mut slot.storing), self.deadline)?;
+                    slot.fetching = self.fetch(round, reads)?;
+                }
+                Act::Exchange(round) => {
+                    let slot = &mut slots[round % SLOTS];
+                    settle(std::mem::take(&mut slot.fetching), self.deadline)?;
+                    let left = self.deadline.saturating_duration_since(Instant::now());
+                    let call = self.call.staged(&self.rounds[round], self.buffer(round), Some(left));
+                    slot.with_group = Some(self.submitter.submit(call)?);
+                    *handed += 1;
+                    if *handed == self.rounds.len() {
+                        self.order.leave();
+                    }
+                }
+                Act::Store(round) => {
+                    let slot = &mut slots[round % SLOTS];
+                    let ticket = slot.with_group.take().expect("a round is handed to the group before it is stored");
+                    self.submitter.finish(&ticket)?;
+                    slot.storing = if writes { self.store(round)? } else { Vec::new() };
+                }
+            }
+        }
+        slots.into_iter().try_for_each(|slot| settle(slot.storing, self.deadline))?;
+        Ok(())
+    }
+
+    fn buffer(&self, round: usize) -> &Arc<Region> {
+        self.large.as_ref().unwrap_or(&self.lane.slots[round % SLOTS])
+    }
+
+    fn fetch(&self, round: usize, reads_output: bool) -> Result<Vec<Copying<RegionSliceMut>>, CollectiveError> {
+        let buffer = self.buffer(round);
+        let parts = self.rounds[round].parts.iter().filter(|part| part.side == Side::Input || reads_output);
+        parts
+            .map(|part| {
+                let host = buffer.write(part.at..part.at + part.range.len()).map_err(|error| self.busy(&error))?;
+                Ok(self.lane.out.copy_out(self.call.part(part), host)?)
+            })
+            .collect()
+    }
+
+    fn store(&self, round: usize) -> Result<Vec<Copying<RegionSlice>>, CollectiveError> {
+        let buffer = self.buffer(round);
+        let parts = self.rounds[round].parts.iter().filter(|part| part.side == Side::Output);
+        parts
+            .map(|part| {
+                let host = buffer.read(part.at..part.at + part.range.len()).map_err(|error| self.busy(&error))?;
+                Ok(self.lane.into.copy_in(host, self.call.part(part))?)
+            })
+            .collect()
+    }
+
+    /// A wire that failed has not given the buffer back yet.
+    fn busy(&self, error: &Overlap) -> CollectiveError {
+        let reason = format!("{}: a pinned buffer is still with a wire ({error})", self.call.words());
+        CollectiveError::Aborted { reason }
+    }
+}
+
+fn settle<H>(copies: Vec<Copying<H>>, deadline: Instant) -> Result<(), CudaError> {
+    copies.into_iter().try_for_each(|copy| copy.wait(deadline).map(drop))
+}
+
+impl DeviceCall {
+    /// The same call over the round's part of it, in `buffer`.
+    pub(crate) fn staged(&self, round: &Round, buffer: &Arc<Region>, timeout: Option<Duration>) -> Call {
+        let side = |side: Side, pieces: usize| {
+            let parts: Vec<_> = round.parts.iter().filter(|part| part.side == side).collect();
+            let piece = |range| Piece { region: Arc::clone(buffer), range };
+            match parts.as_slice() {
+                // One piece that holds all ranks' parts lies in one piece here, too.
+                [first, .., last] if pieces == 1 => vec![piece(first.at..last.at + last.range.len())],
+                parts => parts.iter().map(|part| piece(part.at..part.at + part.range.len())).collect(),
+            }
+        };
+        Call {
+            collective: self.collective,
+            dtype: self.dtype,
+            input: side(Side::Input, self.input.len()),
+            output: side(Side::Output, self.output.len()),
+            timeout,
+        }
+    }
+
+    fn part(&self, part: &cut::Part) -> DeviceSlice {
+        let pieces = if part.side == Side::Input { &self.input } else { &self.output };
+        pieces[part.piece].part(part.range.clone())
+    }
+
+    pub(crate) fn words(&self) -> String {
+        format!("{} of {} on CUDA", self.collective.name(), self.dtype.name())
+    }
+
+    pub(crate) fn lens(&self) -> (Vec<usize>, Vec<usize>) {
+        let lens = |pieces: &[DeviceSlice]| pieces.iter().map(|piece| piece.len()).collect();
+        (lens(&self.input), lens(&self.output))
+    }
+}

@@ -1,0 +1,62 @@
+//! Does: checks calls, numbers them and hands them to the engine; waits for their end.
+
+use crate::call::Call;
+use crate::choose::Chooser;
+use crate::driver::Shared;
+use crate::engine::Job;
+use crate::pending::{Done, Ticket};
+use crate::{CollectiveError, Fingerprint};
+use gradwire_transport::{Rank, WorldSize};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The way to a group's engine, for all who make calls.
+#[derive(Clone)]
+pub(crate) struct Submitter {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) rank: Rank,
+    pub(crate) world_size: WorldSize,
+    pub(crate) chooser: Chooser,
+    /// Who and where this rank is, for those who hear that it gave the group up.
+    pub(crate) who: String,
+}
+
+impl Submitter {
+    /// Hands `call` to the engine; it moves when somebody waits, or by the progress thread.
+    pub(crate) fn submit(&self, call: Call) -> Result<Arc<Ticket>, CollectiveError> {
+        let mut shape = call.shape(self.rank.index(), self.world_size)?;
+        shape.packed = shape.packed && self.chooser.packs(&call.collective, call.dtype, &shape, self.world_size);
+        let fingerprint = Fingerprint::of(
+            &call.collective,
+            call.dtype,
+            shape.agreed_len(&call.collective),
+            self.chooser.orders(&call.collective, call.dtype),
+        );
+        let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
+        let ticket = Arc::new(Ticket::default());
+        self.shared.submit_job(|sequence| Job {
+            ticket: Arc::clone(&ticket),
+            call,
+            shape,
+            fingerprint,
+            sequence,
+            deadline: Instant::now() + timeout,
+            timeout,
+        });
+        Ok(ticket)
+    }
+
+    /// Waits for the end of what was handed over; the caller's thread drives it meanwhile.
+    pub(crate) fn finish(&self, ticket: &Ticket) -> Result<(), CollectiveError> {
+        self.shared.wait(ticket, None);
+        match ticket.outcome() {
+            Some(outcome) => outcome.map(|Done { .. }| ()),
+            None => Err(CollectiveError::Aborted { reason: "the communicator is closed".to_owned() }),
+        }
+    }
+
+    /// Ends the group on every rank.
+    pub(crate) fn abort(&self, reason: &str) {
+        self.shared.abort(format!("{} aborted: {reason}", self.who));
+    }
+}

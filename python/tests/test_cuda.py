@@ -1,0 +1,137 @@
+"""Memory of CUDA devices, against a double of the driver; and what is said where there is no driver."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import gradwire
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from cuda_double import Driver, Tensor, build
+from gradwire.errors import CudaError
+from ranks import run
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = build(tmp_path_factory.mktemp("cuda"))
+    os.environ["GRADWIRE_CUDA_LIBRARY"] = path
+    return path
+
+
+def own(rank: int, length: int) -> numpy.ndarray:
+    return (numpy.arange(length) % 97 + 1000 * rank).astype("float32")
+
+
+def on_devices(rank: int, size: int, url: str, path: str) -> None:
+    os.environ["GRADWIRE_CUDA_LIBRARY"] = path
+    cuda = Driver(path, rank % 2)
+    with gradwire.Communicator(url, rank=rank, world_size=size, transport="tcp") as group:
+        for length in (0, 1, 1000, 1_200_000):
+            total = sum(own(one, length) for one in range(size))
+            tensor = cuda.array(own(rank, length))
+            assert group.all_reduce(tensor) is tensor
+            numpy.testing.assert_array_equal(cuda.numpy(tensor), total)
+            later = group.all_reduce(tensor, op="avg", async_op=True)
+            later.wait()
+            numpy.testing.assert_array_equal(cuda.numpy(tensor), total)
+            parts = cuda.array(numpy.zeros((size, length), "float32"))
+            group.all_gather(cuda.array(own(rank, length)), parts)
+            numpy.testing.assert_array_equal(cuda.numpy(parts), [own(one, length) for one in range(size)])
+            part = cuda.array(numpy.zeros(length, "float32"))
+            group.reduce_scatter(parts, part)
+            numpy.testing.assert_array_equal(cuda.numpy(part), own(rank, length) * size)
+            group.broadcast(part, root=1)
+            numpy.testing.assert_array_equal(cuda.numpy(part), own(1, length) * size)
+            coming = group.recv(tensor, (rank - 1) % size, async_op=True)
+            group.send(part, (rank + 1) % size)
+            assert coming.wait() == (rank - 1) % size
+            numpy.testing.assert_array_equal(cuda.numpy(tensor), own(1, length) * size)
+        assert group.describe().devices == [
+            f"CUDA device {rank % 2} (Double {rank % 2}): staged by 4 pinned buffers of 4 MiB, copies and messages at once"
+        ]
+        assert (group.all_reduce(numpy.ones(3)) == size).all()
+
+
+def test_every_call_takes_memory_of_a_device(double: str) -> None:
+    run(2, on_devices, double)
+
+
+def ordered(rank: int, size: int, url: str, path: str) -> None:
+    """The way of PyTorch's tensors: DLPack's exchange API, the current stream, results in its order and no wait of the host."""
+    os.environ["GRADWIRE_CUDA_LIBRARY"] = path
+    cuda = Driver(path)
+    Tensor.stream = stream = cuda.stream()
+    with gradwire.Communicator(url, rank=rank, world_size=size) as group:
+        array = cuda.array(own(rank, 1_200_000), stream)
+        work = group.all_reduce(Tensor(array, 0), async_op=True)
+        assert work._operation.order(stream, 0)
+        numpy.testing.assert_array_equal(cuda.numpy(array, stream), own(0, 1_200_000) + own(1, 1_200_000))
+        work.wait()
+
+
+def test_results_are_there_in_the_order_of_the_stream_that_dlpack_tells(double: str) -> None:
+    run(2, ordered, double)
+
+
+def test_what_cannot_be_sent_is_told_before_anything_is(double: str, tmp_path: pathlib.Path) -> None:
+    cuda, host = Driver(double), numpy.ones((4, 6), "float32")
+    with gradwire.Communicator(f"file://{tmp_path}", rank=0, world_size=1) as group:
+        good = cuda.array(host)
+        for refused, error, said in [
+            (cuda.array(host, strides=(48, 8)), ValueError, "is not contiguous"),
+            (cuda.array(host, data=(good.address, True)), ValueError, "is read-only"),
+            (cuda.array(host, typestr="<V3"), ValueError, "cannot be sent"),
+            (cuda.array(host, stream=0), ValueError, "stream 0 is ambiguous"),
+            (cuda.array(host, data=(host.ctypes.data, False)), CudaError, "the driver does not know it"),
+            (cuda.array(host, shape=(4, 100_000)), CudaError, "are not memory of CUDA device 0"),
+            (Tensor(good, 1), CudaError, "it is of device 0"),
+            (Tensor(good, 7), CudaError, "there is no CUDA device 7: the driver sees 2"),
+        ]:
+            with pytest.raises(error, match=said):
+                group.all_reduce(refused)
+        with pytest.raises(ValueError, match="all tensors of one call are on one CUDA device or all in host memory"):
+            group.all_gather(good, numpy.empty((1, 4, 6), "float32"))
+        group.all_reduce(good)
+
+
+def backend(rank: int, size: int, url: str) -> Any:
+    dist.init_process_group("gradwire", init_method=f"{url}/torch", rank=rank, world_size=size)
+    tensor = torch.ones(3)
+    dist.all_reduce(tensor)
+    group = dist.distributed_c10d._get_default_group()
+    found = sorted(device.type for device in group._device_types)
+    dist.destroy_process_group()
+    return found, tensor.tolist()
+
+
+def without_driver(rank: int, size: int, url: str, path: str) -> Any:
+    os.environ["GRADWIRE_CUDA_LIBRARY"] = path + ".missing"
+    cuda = Driver(path)
+    with gradwire.Communicator(url, rank=rank, world_size=size) as group:
+        with pytest.raises(CudaError, match=r"no CUDA driver: .*missing cannot be loaded .*install NVIDIA's driver") as told:
+            group.all_reduce(cuda.array(numpy.ones(3)))
+        assert (told.value.call, told.value.code) == ("", 0)
+        assert (group.all_reduce(numpy.ones(3)) == size).all()
+    return backend(rank, size, url)
+
+
+def test_without_a_driver_the_error_says_so_and_groups_go_on_torchs_for_both_kinds_of_tensors_too(double: str) -> None:
+    assert run(2, without_driver, double) == [(["cpu", "cuda"], [2, 2, 2])] * 2
+
+
+def test_tables_of_the_parameter_server_take_memory_of_a_device(double: str) -> None:
+    cuda = Driver(double)
+    with gradwire.LocalCluster(2) as servers, servers.connect(rank=0) as client:
+        table = client.dense("weights", (100_003,), "float32", workers=1)
+        table.init(cuda.array(own(0, 100_003)))
+        table.push(cuda.array(own(1, 100_003), cuda.stream()))
+        out = cuda.array(numpy.zeros(100_003, "float32"))
+        table.pull(out)
+        numpy.testing.assert_array_equal(cuda.numpy(out), own(0, 100_003) + own(1, 100_003))
+        table.push_pull(cuda.array(own(1, 100_003)), out)
+        numpy.testing.assert_array_equal(cuda.numpy(out), own(0, 100_003) + 2 * own(1, 100_003))
