@@ -199,8 +199,9 @@ class PsClient:
         timeout_s: float,
         reconnect_s: float,
         options: Mapping[str, Any],
+        clustered: bool = False,
     ) -> PsClient:
-        """Connects to the servers, one a shard."""
+        """Connects to the servers, one a shard; `clustered`: to those that the coordinator at one of the addresses names."""
 
     def dense(
         self,

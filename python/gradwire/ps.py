@@ -326,11 +326,13 @@ def _rule(rule):
     return (rule, [], False) if isinstance(rule, str) else rule._native()
 
 
-def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.0, **tls):
+def connect(addresses=None, *, coordinator=None, token=None, rank=None, timeout_s=300.0, reconnect_s=5.0, **tls):
     """Connects to a parameter server.
 
     Args:
         addresses: "host:port" of each server, a list or comma-separated, in the same order for all clients.
+        coordinator: instead of addresses, "host:port" of the coordinator of servers that have backups, or a list of several:
+            shards are found by it, also after they have moved.
         token: the servers' secret; default GRADWIRE_TOKEN.
         rank: this process's number among the workers of synchronous tables. Without one it may read, and push to
             asynchronous tables.
@@ -348,6 +350,10 @@ def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.
         TlsError: no TLS at one end, or a certificate that does not hold; it says whose, and what to do.
         ServerLostError: nobody answers; the error names the shard and its address.
     """
+    if (addresses is None) == (coordinator is None):
+        raise ValueError("pass either the servers' addresses, or coordinator=")
+    clustered = coordinator is not None
+    addresses = coordinator if clustered else addresses
     if isinstance(addresses, str):
         addresses = addresses.split(",")
     addresses = [address.strip() for address in addresses]
@@ -355,7 +361,7 @@ def connect(addresses, *, token=None, rank=None, timeout_s=300.0, reconnect_s=5.
     if unknown := set(tls) - {"tls_ca", "tls_cert", "tls_key", "tls_server_name"}:
         raise TypeError(f"connect() got an unexpected keyword argument {unknown.pop()!r}")
     options = Config.from_environment(**tls).options()
-    native = _native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s), options)
+    native = _native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s), options, clustered)
     return Client(native, rank)
 
 

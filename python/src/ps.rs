@@ -123,7 +123,8 @@ pub(crate) fn table_type(name: &str) -> PyResult<DType> {
 impl PsClient {
     /// Connects to the servers, one a shard.
     #[staticmethod]
-    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s, options))]
+    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s, options, clustered=false))]
+    #[expect(clippy::too_many_arguments)] // The front names them.
     fn connect(
         py: Python<'_>,
         addresses: Vec<String>,
@@ -132,11 +133,15 @@ impl PsClient {
         timeout_s: f64,
         reconnect_s: f64,
         options: Options,
+        clustered: bool,
     ) -> PyResult<Self> {
         let (timeout, reconnect) = (seconds(timeout_s, "timeout_s")?, seconds(reconnect_s, "reconnect_s")?);
         let transport = options.wires(ClientSettings::default().transport)?;
         let settings = ClientSettings { token, worker, timeout, reconnect, transport, ..ClientSettings::default() };
-        let inner = py.detach(|| gradwire_ps::Client::connect(&addresses, settings));
+        let inner = py.detach(|| match clustered {
+            true => gradwire_ps::Client::through(&addresses, settings),
+            false => gradwire_ps::Client::connect(&addresses, settings),
+        });
         Ok(Self { inner: inner.map_err(|error| errors::ps(py, &error))? })
     }
 
@@ -203,6 +208,9 @@ impl PsClient {
             let entry = PyDict::new(py);
             entry.set_item("memory_bytes", shard.memory_bytes)?;
             entry.set_item("memory_limit_bytes", shard.memory_limit_bytes)?;
+            entry.set_item("role", shard.standing.role.name())?;
+            entry.set_item("log", shard.standing.log)?;
+            entry.set_item("backup_has", shard.standing.backup)?;
             let tables = PyList::empty(py);
             for table in &shard.tables {
                 let each = PyDict::new(py);

@@ -142,6 +142,10 @@ impl Backup {
 
     /// Does what the primary has done.
     fn apply(&mut self, shard: &mut Shard, entry: &Entry<'_>, began: Instant) -> Result<(), String> {
+        if entry.sequence <= self.applied {
+            // It came twice.
+            return Ok(());
+        }
         if entry.sequence != self.applied + 1 {
             return Err(format!("entry {} after {}", entry.sequence, self.applied));
         }
