@@ -7,10 +7,12 @@ use gradwire_transport::TransportError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Pause before a seat that could not be begun anew is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
+/// How often it is looked whether all is handed over.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Running seats. They stop when this is dropped.
 pub struct ClusterServers {
@@ -18,7 +20,7 @@ pub struct ClusterServers {
     running: Vec<(Arc<Place>, JoinHandle<()>)>,
     monitors: Vec<Monitor>,
     /// After the seats, so that nobody hears that one has gone before it has.
-    _agent: Arc<Agent>,
+    agent: Arc<Agent>,
 }
 
 /// Where one seat after the other is.
@@ -60,7 +62,7 @@ impl ClusterServers {
         };
         let agent = Arc::new(Agent::start(coordinators, &config)?);
         let mut servers =
-            Self { addresses: Vec::new(), running: Vec::new(), monitors: Vec::new(), _agent: Arc::clone(&agent) };
+            Self { addresses: Vec::new(), running: Vec::new(), monitors: Vec::new(), agent: Arc::clone(&agent) };
         for number in 0..seats {
             let mut settings = settings.clone();
             settings.listen = crate::local::address_of(settings.listen, number)?;
@@ -91,6 +93,31 @@ impl ClusterServers {
     /// What tells of them, in that order, where they are watched.
     pub fn monitors(&self) -> &[Monitor] {
         &self.monitors
+    }
+
+    /// Has the coordinator hand over all shards that are served here to their backups, while they go on being served. Blocks until
+    /// that is done, for `patience` at most.
+    ///
+    /// # Errors
+    /// The shards that are still here: where there is no other server to take them, or no coordinator that answers.
+    pub fn drain(&self, patience: Duration) -> Result<(), PsError> {
+        let began = Instant::now();
+        self.agent.withdraw();
+        loop {
+            let left = self.agent.parts_left();
+            if left.as_ref().is_some_and(Vec::is_empty) {
+                return Ok(());
+            }
+            let waited = began.elapsed();
+            if waited >= patience {
+                let what = left.map_or_else(
+                    || "the coordinator to hear that this server ends; see that it runs".to_owned(),
+                    |left| format!("another server to take over shards {left:?}; start one with room for them"),
+                );
+                return Err(PsError::Timeout { what, waited });
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Stops them all and waits until they are gone.

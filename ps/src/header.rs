@@ -72,6 +72,9 @@ pub enum Kind {
     Sighting = 35,
     /// Asks the coordinator for its map.
     Map = 36,
+    /// Asks the coordinator to take all parts from the server at the address in the body; answered with
+    /// the shards that are still there.
+    Drain = 37,
     /// Asks for the sum of squares of a clipped table's gradient at a clock, once it is whole.
     Norm = 24,
     /// Says by what the gradient of a clock is multiplied before it is applied.
@@ -87,7 +90,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 26] = [
+    const ALL: [Self; 27] = [
         Self::Hello,
         Self::Open,
         Self::ClaimInit,
@@ -108,6 +111,7 @@ impl Kind {
         Self::Join,
         Self::Sighting,
         Self::Map,
+        Self::Drain,
         Self::Norm,
         Self::Scale,
         Self::Snapshot,
@@ -128,7 +132,7 @@ impl Kind {
 
     /// Whether servers and their coordinator speak so among themselves.
     pub const fn is_control(self) -> bool {
-        matches!(self, Self::Follow | Self::Applied | Self::Join | Self::Sighting | Self::Map)
+        matches!(self, Self::Follow | Self::Applied | Self::Join | Self::Sighting | Self::Map | Self::Drain)
     }
 
     /// Whether it is an answer.

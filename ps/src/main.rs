@@ -24,6 +24,8 @@ enum Command {
     Serve(Box<command::serve::Serve>),
     /// Keeps the map of servers that have backups, and has one take over when another dies
     Coordinate(Box<command::coordinate::Coordinate>),
+    /// Has a server with a coordinator hand over its shards, while clients go on
+    Drain(command::drain::Drain),
     /// Prints what running servers hold, and who is connected
     Status(command::status::Status),
     /// Checks a configuration file
@@ -50,6 +52,7 @@ Examples:
       gradwire-ps coordinate --listen 10.0.0.1:7000 --shards 2
       gradwire-ps serve --listen 10.0.0.2:7000 --shards 2 --coordinator 10.0.0.1:7000      (and so on 10.0.0.3, ...)
       gradwire-ps status --coordinator 10.0.0.1:7000
+      gradwire-ps drain --coordinator 10.0.0.1:7000 --server 10.0.0.2:7000     (SIGTERM does so, too, and then ends it)
 
   See what is there, for people and for programs:
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
             None => serve.run(),
         },
         Command::Coordinate(coordinate) => coordinate.run(),
+        Command::Drain(drain) => drain.run(),
         Command::Status(status) => status.run(),
         Command::Config(check) => {
             with_file(check.file(), std::iter::empty()).and_then(|serve| serve.check()).map(|()| check.praise())

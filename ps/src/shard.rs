@@ -237,7 +237,9 @@ impl Shard {
                 out.push(Action::Status { to: wait.to, header: header.reply(Kind::Done) });
                 Ok(())
             }
-            Kind::Follow | Kind::Applied | Kind::Join | Kind::Sighting | Kind::Map => Err(not_for_a_shard(header)),
+            Kind::Follow | Kind::Applied | Kind::Join | Kind::Sighting | Kind::Map | Kind::Drain => {
+                Err(not_for_a_shard(header))
+            }
             Kind::Done | Kind::Refused | Kind::Later => Err(not_for_a_shard(header)),
         }
     }

@@ -6,7 +6,7 @@ use gradwire_transport::Region;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const LONG: Option<Duration> = Some(Duration::from_secs(60));
@@ -69,14 +69,17 @@ impl House {
     }
 
     fn client(&self, worker: Option<u32>) -> Client {
-        let settings = ClientSettings {
-            token: Some("s3cret".into()),
-            worker,
-            reconnect: Duration::from_secs(20),
-            timeout: Duration::from_secs(50),
-            ..ClientSettings::default()
-        };
-        Client::through(&self.at, settings).unwrap()
+        Client::through(&self.at, settings(worker)).unwrap()
+    }
+}
+
+fn settings(worker: Option<u32>) -> ClientSettings {
+    ClientSettings {
+        token: Some("s3cret".into()),
+        worker,
+        reconnect: Duration::from_secs(20),
+        timeout: Duration::from_secs(50),
+        ..ClientSettings::default()
     }
 }
 
@@ -252,4 +255,82 @@ fn a_table_without_a_copy_is_lost_by_name_and_one_with_a_copy_needs_servers_that
     let client = Client::connect(&at, settings).unwrap();
     let error = client.dense("w", &[4], DType::F32, dense(Mode::Async)).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("--coordinator"), "{error}");
+}
+
+#[test]
+fn a_server_that_is_told_to_end_hands_over_and_no_request_fails() {
+    let mut house = House::new(2);
+    let done = Arc::new(AtomicU64::new(0));
+    let stop = Arc::new(AtomicBool::new(false));
+    let worker = {
+        let (client, done, stop) = (house.client(Some(0)), Arc::clone(&done), Arc::clone(&stop));
+        std::thread::spawn(move || push_alone(&client, &stop, &done))
+    };
+    let wait_for = |pushes: u64| {
+        let begun = Instant::now();
+        while done.load(Ordering::SeqCst) < pushes {
+            assert!(begun.elapsed() < Duration::from_secs(50), "no push ends");
+            std::thread::yield_now();
+        }
+    };
+    // One by a signal, one by the command, each once its shards have copies: in the end none of the first two has any.
+    wait_for(1);
+    let terminated = house.servers[0].0.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &terminated]).status().unwrap().success());
+    assert!(house.servers[0].0.wait().unwrap().success());
+    let after = |pushes: u64| wait_for(done.load(Ordering::SeqCst) + pushes);
+    after(20);
+    house.add_server();
+    let client = house.client(None);
+    let second = Client::map_of(&house.at, settings(None)).unwrap().addresses().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
+    command.args(["drain", "--token", "s3cret", "--coordinator", &house.at[0], "--server", &second[0]]);
+    let said = command.output().unwrap();
+    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let third = Client::map_of(&house.at, settings(None)).unwrap().addresses().unwrap();
+    assert!(third.iter().all(|address| !second.contains(address)), "{second:?} {third:?}");
+    after(20);
+    house.servers[1].kill();
+    after(20);
+    stop.store(true, Ordering::SeqCst);
+    worker.join().unwrap();
+    let expected = done.load(Ordering::SeqCst) as f32;
+    let (out, table) = (region(ELEMENTS), client.dense("ones", &[ELEMENTS], DType::F32, dense(Mode::Async)).unwrap());
+    table.pull(out.write(0..out.len()).unwrap()).unwrap().wait(LONG).unwrap();
+    assert!(floats(&out).iter().all(|&value| value == expected));
+    let nobody = Client::drain(&house.at, "127.0.0.1:1", settings(None)).unwrap_err();
+    assert!(nobody.to_string().contains("one of 127.0.0.1:"), "{nobody}");
+}
+
+/// Pushes ones until it is told to stop; every push must succeed.
+fn push_alone(client: &Client, stop: &AtomicBool, done: &AtomicU64) {
+    let table = client.dense("ones", &[ELEMENTS], DType::F32, dense(Mode::Async)).unwrap();
+    let ones = region(ELEMENTS);
+    while !stop.load(Ordering::SeqCst) {
+        table.push(ones.read(0..ones.len()).unwrap()).unwrap().wait(LONG).unwrap();
+        done.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_server_that_stops_without_a_word_is_replaced_and_does_no_harm_when_it_goes_on() {
+    let house = House::new(2);
+    let client = house.client(Some(0));
+    let table = client.dense("ones", &[ELEMENTS], DType::F32, dense(Mode::Async)).unwrap();
+    let ones = region(ELEMENTS);
+    let push = || table.push(ones.read(0..ones.len()).unwrap()).unwrap().wait(LONG).unwrap();
+    let signal = |name: &str| {
+        let who = house.servers[0].0.id().to_string();
+        assert!(Command::new("kill").args([name, &who]).status().unwrap().success());
+    };
+    push();
+    signal("-STOP");
+    push();
+    signal("-CONT");
+    for _ in 0..20 {
+        push();
+    }
+    let out = region(ELEMENTS);
+    table.pull(out.write(0..out.len()).unwrap()).unwrap().wait(LONG).unwrap();
+    assert!(floats(&out).iter().all(|&value| value == 22.0));
 }

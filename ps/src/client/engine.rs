@@ -210,6 +210,7 @@ impl Engine {
         if now >= self.next_tick {
             self.next_tick = now + TICK;
             self.expire(now);
+            self.look_after_silent_shards(now);
         }
         moved | self.post_queues()
     }
@@ -228,6 +229,9 @@ impl Engine {
     }
 
     fn complete(&mut self, completion: Completion, now: Instant) {
+        if let Completion::Received { from, .. } | Completion::Arrived(Arrival { from, .. }) = &completion {
+            self.shards[from.peer.index()].heard = now;
+        }
         match completion {
             Completion::Sent { to, slice } | Completion::SendFailed { to, slice, .. } if to.tag == PAYLOAD => {
                 drop(slice);

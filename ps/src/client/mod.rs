@@ -166,6 +166,29 @@ impl Client {
         Directory::new(coordinators, &config).ask(Instant::now() + settings.timeout)
     }
 
+    /// Has the server at `address`, as its map names it, hand over all that it has to backups. Blocks until that is done, for
+    /// `settings.timeout` at most; clients go on meanwhile.
+    ///
+    /// # Errors
+    /// `Invalid` where no server is there; `Timeout` with the shards that no other server has taken.
+    pub fn drain(coordinators: &[String], address: &str, settings: ClientSettings) -> Result<(), PsError> {
+        let token = settings.token.filter(|token| !token.is_empty());
+        let config = Config { token, ..settings.transport };
+        let (directory, began) = (Directory::new(coordinators, &config), Instant::now());
+        loop {
+            let left = directory.drain(address, began + settings.timeout)?;
+            if left.is_empty() {
+                return Ok(());
+            }
+            if began.elapsed() >= settings.timeout {
+                let what = format!("another server to take over shards {left:?}; start one with room for them");
+                return Err(PsError::Timeout { what, waited: began.elapsed() });
+            }
+            // Nobody tells us when it changes, and it does so seldom.
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// Connects over a given wire.
     ///
     /// # Errors

@@ -18,6 +18,10 @@ const AGAIN: Duration = Duration::from_millis(20);
 /// of its having moved.
 const GLANCE: Duration = Duration::from_millis(5);
 const PATIENCE: Duration = Duration::from_millis(300);
+/// Silence after which a coordinator is asked whether another server has the shard: a host that vanishes closes nothing. And the
+/// pause where no coordinator answers.
+const SILENCE: Duration = Duration::from_secs(1);
+const NO_COORDINATOR: Duration = Duration::from_secs(5);
 /// How long a server has to answer a hello.
 const GREETING: Duration = Duration::from_secs(5);
 
@@ -47,6 +51,10 @@ pub(super) struct Reach {
     pub(super) epoch: Epoch,
     /// The longest payload that it takes.
     pub(super) most_bytes: u64,
+    /// When it has said something last.
+    pub(super) heard: Instant,
+    /// When the coordinator is asked about it next, while it is silent.
+    next_glance: Instant,
     /// Since when it is not up, though needed.
     trying_since: Option<Instant>,
     /// When it is called next though the coordinator does not say that it has moved.
@@ -68,6 +76,8 @@ impl Reach {
             trying_since: None,
             blind_call: Instant::now(),
             most_bytes: 0,
+            heard: Instant::now(),
+            next_glance: Instant::now(),
             state: State::Down { since: None, next: Instant::now(), cause: "it was never reached".to_owned() },
             attempts: 0,
             instance: None,
@@ -292,6 +302,21 @@ impl Engine {
             return true;
         }
         false
+    }
+
+    /// Leaves servers that owe an answer, say nothing, and have been replaced.
+    pub(super) fn look_after_silent_shards(&mut self, now: Instant) {
+        let Some(directory) = &self.directory else { return };
+        let owes = |at: usize| self.entries.iter().flatten().any(|it| it.owed && it.request.shard as usize == at);
+        let due = |shard: &Reach| shard.is_up() && now >= shard.next_glance && now >= shard.heard + SILENCE;
+        let Some(at) = (0..self.shards.len()).find(|&at| due(&self.shards[at]) && owes(at)) else { return };
+        let asked = directory.ask(Instant::now() + DIAL);
+        self.shards[at].next_glance = Instant::now() + if asked.is_ok() { SILENCE } else { NO_COORDINATOR };
+        let term = asked.ok().and_then(|map| map.shards.get(at).map(|seats| seats.term));
+        if term.is_some_and(|term| term > self.shards[at].epoch) {
+            tracing::info!(shard = at, address = self.shards[at].address, "the server is silent, and was replaced");
+            self.turn_away(PeerId(at as u32));
+        }
     }
 
     /// A connection is gone. What the server had of us goes again over the next one.

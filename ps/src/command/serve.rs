@@ -44,6 +44,9 @@ pub(crate) struct Serve {
     /// Host name or address by which others call this machine, where it is not the one listened at
     #[arg(long, value_name = "HOST", requires = "coordinator")]
     advertise: Option<String>,
+    /// The longest that a server which is to end waits until others have taken over its shards; a second signal ends it at once
+    #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "TIME", requires = "coordinator")]
+    drain_timeout: Duration,
     #[command(flatten)]
     token: Token,
     #[command(flatten)]
@@ -110,6 +113,21 @@ impl Servers {
             Self::Clustered(servers) => servers.monitors(),
         }
     }
+
+    /// Gives shards that have a copy elsewhere to whoever has it; a second signal ends this process.
+    fn hand_over(&self, patience: Duration, mut signals: Signals) {
+        let Self::Clustered(servers) = self else { return };
+        std::thread::spawn(move || {
+            if signals.forever().next().is_some() {
+                tracing::warn!("a second signal: ending before all shards are handed over");
+                std::process::exit(1);
+            }
+        });
+        match servers.drain(patience) {
+            Ok(()) => tracing::info!("all shards are handed over"),
+            Err(error) => tracing::error!(%error, "ending with shards that nobody has taken over"),
+        }
+    }
 }
 
 impl Serve {
@@ -161,6 +179,7 @@ impl Serve {
         ready.store(false, Ordering::Release);
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");
         drop(periodic);
+        servers.hand_over(self.drain_timeout, signals);
         drop(servers);
         tracing::info!("stopped");
         Ok(())

@@ -25,6 +25,26 @@ pub(crate) struct Servers {
     certificates: Certificates,
 }
 
+/// Flags of a command that talks to a coordinator.
+#[derive(Args)]
+pub(crate) struct Cluster {
+    /// Coordinators of the cluster
+    #[arg(long = "coordinator", value_delimiter = ',', required = true, value_name = "HOST:PORT,...")]
+    pub(crate) coordinators: Vec<String>,
+    #[command(flatten)]
+    token: Token,
+    #[command(flatten)]
+    certificates: Certificates,
+}
+
+impl Cluster {
+    /// `settings`, with how the coordinator is to be talked to.
+    pub(crate) fn settings(&self, settings: ClientSettings) -> Result<ClientSettings, String> {
+        let transport = Config { tls: self.certificates.load()?, ..settings.transport };
+        Ok(ClientSettings { token: self.token.read()?, transport, ..settings })
+    }
+}
+
 impl Servers {
     /// A client of them, of which `settings` says the rest.
     pub(crate) fn connect(&self, settings: ClientSettings) -> Result<Client, String> {

@@ -61,6 +61,10 @@ struct Shared {
     stop: AtomicBool,
     /// Whether the seats have changed: the coordinator is to be told at once.
     changed: AtomicBool,
+    /// Whether this process wants to end, and whether the coordinator has answered since it was told so.
+    leaving: AtomicBool,
+    answered: AtomicBool,
+    map: Mutex<Arc<ClusterMap>>,
 }
 
 /// The agent of a server process. It stops when this is dropped.
@@ -81,9 +85,19 @@ impl Agent {
             waker: wire.waker(),
             stop: AtomicBool::new(false),
             changed: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
+            answered: AtomicBool::new(false),
+            map: Mutex::default(),
         });
-        let talk =
-            Talk { wire, addresses, shared: Arc::clone(&shared), map: Arc::default(), connected: false, turn: 0 };
+        let talk = Talk {
+            wire,
+            addresses,
+            shared: Arc::clone(&shared),
+            map: Arc::default(),
+            connected: false,
+            turn: 0,
+            told_of_leaving: false,
+        };
         let thread = std::thread::Builder::new().name("gradwire-agent".to_owned()).spawn(move || talk.run());
         let thread =
             thread.map_err(|error| gradwire_transport::TransportError::io("start the agent's thread", error))?;
@@ -105,6 +119,23 @@ impl Agent {
         self.shared.changed.store(true, Ordering::Release);
         self.shared.waker.wake();
         line
+    }
+
+    /// This process wants to end: the coordinator is to take all parts from its seats.
+    pub(crate) fn withdraw(&self) {
+        self.shared.leaving.store(true, Ordering::Release);
+        self.shared.changed.store(true, Ordering::Release);
+        self.shared.waker.wake();
+    }
+
+    /// The shards of which this process has a part, once the coordinator knows that it wants to end.
+    pub(crate) fn parts_left(&self) -> Option<Vec<u32>> {
+        if !self.shared.answered.load(Ordering::Acquire) {
+            return None;
+        }
+        let map = Arc::clone(&self.shared.map.lock().unwrap_or_else(PoisonError::into_inner));
+        let lines = self.shared.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(lines.keys().filter_map(|&seat| map.part_of(seat)).map(|(shard, _)| shard).collect())
     }
 
     /// A seat has ended.
@@ -130,6 +161,8 @@ struct Talk {
     map: Arc<ClusterMap>,
     connected: bool,
     turn: usize,
+    /// Whether the coordinator was told that this process wants to end.
+    told_of_leaving: bool,
 }
 
 impl Talk {
@@ -191,7 +224,9 @@ impl Talk {
 
     fn join(&mut self) {
         let seats = self.lines().iter().map(|line| (line.seat, line.address.clone())).collect();
-        let join = Join { process: self.shared.process, seats, known: ClusterMap::clone(&self.map) };
+        let leaving = self.shared.leaving.load(Ordering::Acquire);
+        self.told_of_leaving |= leaving;
+        let join = Join { process: self.shared.process, leaving, seats, known: ClusterMap::clone(&self.map) };
         self.say(Kind::Join, &join.encode());
     }
 
@@ -220,6 +255,8 @@ impl Talk {
         // A coordinator that was started anew may not know yet what we know.
         if map.epoch >= self.map.epoch {
             self.map = Arc::new(map);
+            *self.shared.map.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&self.map);
+            self.shared.answered.store(self.told_of_leaving, Ordering::Release);
             self.lines().iter().for_each(|line| line.hear(&self.map));
         }
     }

@@ -16,6 +16,8 @@ struct Process {
     heard: Instant,
     /// Seats and addresses, and whether each has ever had a part: those that lost theirs get none again.
     seats: Vec<(u64, String, bool)>,
+    /// Whether it is to have no part: it is about to end.
+    leaving: bool,
 }
 
 /// The coordinator's knowledge.
@@ -39,7 +41,8 @@ impl Cluster {
 
     /// Processes that are there, and the seats without a part.
     pub fn spare_seats(&self) -> usize {
-        self.processes.values().flat_map(|process| &process.seats).filter(|(.., used)| !used).count()
+        let staying = self.processes.values().filter(|process| !process.leaving);
+        staying.flat_map(|process| &process.seats).filter(|(.., used)| !used).count()
     }
 
     /// A process is there. Whether the map has changed.
@@ -48,11 +51,13 @@ impl Cluster {
         if join.known.epoch > self.map.epoch && join.known.shards.len() == self.shards as usize {
             self.adopt(join.known, now);
         }
-        let known = self.processes.remove(&join.process).map_or_else(Vec::new, |process| process.seats);
+        let before_it = self.processes.remove(&join.process);
+        let (known, leaving) = before_it.map_or((Vec::new(), false), |process| (process.seats, process.leaving));
+        let leaving = leaving || join.leaving;
         let used =
             |seat| self.map.part_of(seat).is_some() || known.iter().any(|&(other, _, used)| other == seat && used);
         let seats = join.seats.into_iter().map(|(seat, address)| (seat, address, used(seat))).collect();
-        self.processes.insert(join.process, Process { heard: now, seats });
+        self.processes.insert(join.process, Process { heard: now, seats, leaving });
         self.assign(now);
         self.map.epoch != before
     }
@@ -84,6 +89,44 @@ impl Cluster {
         self.map.epoch != before
     }
 
+    /// The server at `address` is to have no part any more: each of its shards goes to its backup as soon as there is one. The
+    /// shards that are still there, and whether the map has changed; `None` where nobody is at that address.
+    pub fn drain(&mut self, address: &str, now: Instant) -> Option<(Vec<u32>, bool)> {
+        let before = self.map.epoch;
+        let is_there = |process: &Process| process.seats.iter().any(|(_, other, _)| other == address);
+        let number = self.processes.iter().find(|(_, process)| is_there(process)).map(|(&number, _)| number)?;
+        self.processes.get_mut(&number)?.leaving = true;
+        self.assign(now);
+        let is_its = |who: &Option<Seating>| who.as_ref().is_some_and(|who| who.process == number);
+        let left = (0..).zip(&self.map.shards).filter(|(_, seats)| is_its(&seats.primary)).map(|(shard, _)| shard);
+        Some((left.collect(), self.map.epoch != before))
+    }
+
+    /// The addresses of all seats.
+    pub fn addresses(&self) -> Vec<&str> {
+        self.processes.values().flat_map(|process| &process.seats).map(|(_, address, _)| &**address).collect()
+    }
+
+    /// Takes parts from processes that are about to end. A primary keeps its own until it has a backup.
+    fn relieve(&mut self) {
+        for shard in 0..self.map.shards.len() as u32 {
+            let leaves = |who: &Option<Seating>| {
+                who.as_ref().is_some_and(|who| self.processes.get(&who.process).is_some_and(|it| it.leaving))
+            };
+            let seats = &self.map.shards[shard as usize];
+            let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate].map(leaves);
+            if candidate {
+                self.change(shard, |seats| seats.candidate = None);
+            }
+            if backup {
+                self.change(shard, |seats| seats.backup = None);
+            }
+            if primary && self.map.shards[shard as usize].backup.is_some() {
+                self.promote(shard);
+            }
+        }
+    }
+
     /// Time passes: who was not heard for [`LEASE`] is gone. Whether the map has changed.
     pub fn tick(&mut self, now: Instant) -> bool {
         let before = self.map.epoch;
@@ -111,7 +154,7 @@ impl Cluster {
         self.map = map;
         let seated = |seats: &ShardSeats| [seats.primary.clone(), seats.backup.clone(), seats.candidate.clone()];
         for who in self.map.shards.iter().flat_map(seated).flatten() {
-            self.processes.entry(who.process).or_insert(Process { heard: now, seats: Vec::new() });
+            self.processes.entry(who.process).or_insert(Process { heard: now, seats: Vec::new(), leaving: false });
         }
         for process in self.processes.values_mut() {
             for (seat, _, used) in &mut process.seats {
@@ -136,6 +179,7 @@ impl Cluster {
 
     /// Gives parts to seats that have none.
     fn assign(&mut self, now: Instant) {
+        self.relieve();
         if self.map.shards.is_empty() {
             let wanted = self.shards as usize * (1 + self.map.replicas as usize);
             if self.spare_seats() < wanted || self.processes.len() <= self.map.replicas as usize {
@@ -172,6 +216,7 @@ impl Cluster {
         let free = |process: &Process| process.seats.iter().any(|(.., used)| !used);
         let parts = |process: &Process| process.seats.iter().filter(|(.., used)| *used).count();
         let able = self.processes.iter().filter(|&(&number, process)| Some(number) != but && free(process));
+        let able = able.filter(|(_, process)| !process.leaving);
         let process = able.min_by_key(|&(&number, process)| (parts(process), number)).map(|(&number, _)| number)?;
         let seats = &mut self.processes.get_mut(&process)?.seats;
         let (seat, address, used) = seats.iter_mut().find(|(.., used)| !used)?;
@@ -200,7 +245,7 @@ mod tests {
 
         fn join_knowing(&mut self, process: u64, seats: &[u64], known: ClusterMap) -> bool {
             let seats = seats.iter().map(|&seat| (seat, format!("host:{seat}"))).collect();
-            self.cluster.join(Join { process, seats, known }, self.now)
+            self.cluster.join(Join { process, leaving: false, seats, known }, self.now)
         }
 
         fn seats(&self, shard: usize) -> [u64; 3] {
@@ -267,6 +312,22 @@ mod tests {
         bench.cluster.tick(bench.now);
         assert!(bench.join(3, &[30]), "a new server begins anew");
         assert_eq!((bench.seats(0), bench.cluster.map().addresses()), ([30, 0, 0], None));
+    }
+
+    #[test]
+    fn who_leaves_hands_its_shards_over_and_an_only_copy_is_copied_first() {
+        let mut bench = Bench::formed();
+        assert_eq!(bench.cluster.drain("nowhere:1", bench.now), None);
+        assert_eq!(bench.cluster.drain("host:10", bench.now), Some((Vec::new(), true)));
+        assert_eq!(bench.seats(0), [20, 0, 0], "its backup is there, and nobody takes its place");
+        assert!(!bench.join(1, &[11]) && bench.seats(0) == [20, 0, 0], "who leaves gets no part");
+        let leaving =
+            Join { process: 2, leaving: true, seats: vec![(20, "host:20".to_owned())], known: ClusterMap::default() };
+        assert!(!bench.cluster.join(leaving, bench.now), "it has the only copy");
+        assert_eq!(bench.cluster.drain("host:20", bench.now), Some((vec![0], false)));
+        assert!(bench.join(3, &[30]) && bench.seats(0) == [20, 0, 30]);
+        assert!(bench.cluster.report(Sighting::Synced { shard: 0, by: 20, whom: 30 }, bench.now));
+        assert_eq!(bench.seats(0), [30, 0, 0]);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! Does: the coordinator: hears servers, decides by [`Cluster`], tells the map to them and to whoever asks.
 
 use super::{Cluster, Join, Sighting};
+use crate::body::{Reader, Writer};
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use crate::protocol::{REPLY, REQUEST};
+use crate::refusal::{Reason, Refusal};
 use crate::{Dialer, PsError, Stopper, dial};
 use gradwire_transport::{Completion, Config, Envelope, LossCause, PeerId, TransportError, WireChoice};
 use std::collections::HashSet;
@@ -128,8 +130,9 @@ impl Coordinator {
             Kind::Join => {
                 let join = Join::decode(body).map_err(|bad| bad.to_string())?;
                 let is_new = self.servers.insert(peer);
-                let known = join.known.epoch;
-                (self.cluster.join(join, now), (!is_new).then_some(known))
+                // Who leaves waits to hear that we know.
+                let known = Some(join.known.epoch).filter(|_| !is_new && !join.leaving);
+                (self.cluster.join(join, now), known)
             }
             Kind::Sighting => {
                 let report = Sighting::decode(body).map_err(|bad| bad.to_string())?;
@@ -141,6 +144,25 @@ impl Coordinator {
                 (changed, None)
             }
             Kind::Map => (false, None),
+            Kind::Drain => {
+                let mut from = Reader(body);
+                let address = from.text().map_err(|bad| bad.to_string())?;
+                let Some((left, changed)) = self.cluster.drain(address, now) else {
+                    let expected = format!("one of {}", self.cluster.addresses().join(", "));
+                    let refusal = Refusal::new(Reason::Mismatch, "server", "address", expected, address);
+                    self.say(peer, header.reply(Kind::Refused), &refusal.encode());
+                    return Ok(());
+                };
+                tracing::info!(address, "this server is to hand over what it has");
+                if changed {
+                    self.tell_all();
+                }
+                let mut body = Writer::default();
+                body.number(left.len() as u64);
+                left.into_iter().for_each(|shard| body.number(shard.into()));
+                self.say(peer, header.reply(Kind::Done), &body.0);
+                return Ok(());
+            }
             kind => return Err(format!("a {kind:?}, which is for servers: this is the coordinator")),
         };
         if changed {
@@ -177,10 +199,14 @@ impl Coordinator {
     /// Tells the map. A server that has no room for it now says again what it knows, and is told then.
     fn tell(&mut self, peer: PeerId, request: &Header) {
         let body = self.cluster.map().encode();
-        let header = Header { flags: FLAG_INLINE, payload_bytes: body.len() as u64, ..request.reply(Kind::Done) };
+        self.say(peer, request.reply(Kind::Done), &body);
+    }
+
+    fn say(&mut self, peer: PeerId, header: Header, body: &[u8]) {
+        let header = Header { flags: FLAG_INLINE, payload_bytes: body.len() as u64, ..header };
         let Some(mut loan) = self.wire.lend(peer, HEADER_BYTES + body.len()) else { return };
         loan[..HEADER_BYTES].copy_from_slice(&header.encode());
-        loan[HEADER_BYTES..].copy_from_slice(&body);
+        loan[HEADER_BYTES..].copy_from_slice(body);
         let _ = self.wire.post_loan(Envelope { peer, tag: REPLY, note: 0 }, loan);
     }
 }

@@ -1,8 +1,10 @@
 //! Does: asks the coordinator where the shards are now.
 
 use super::ClusterMap;
-use crate::header::{HEADER_BYTES, Header, Kind};
+use crate::body::{BadBody, Reader, Writer};
+use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use crate::protocol::{REPLY, REPLY_BYTES, REQUEST};
+use crate::refusal::Refusal;
 use crate::{PsError, dial};
 use gradwire_transport::{Completion, Config, Envelope, PeerId, TransportError, WireChoice};
 use std::time::{Duration, Instant};
@@ -27,11 +29,37 @@ impl Directory {
     /// # Errors
     /// `Authentication`; `Timeout` where no coordinator answers, with where it was looked for and why.
     pub(crate) fn ask(&self, deadline: Instant) -> Result<ClusterMap, PsError> {
+        self.say((Kind::Map, &[]), deadline, ClusterMap::decode)
+    }
+
+    /// Asks the coordinator to take all parts from the server at `address`; the shards that are still there.
+    ///
+    /// # Errors
+    /// As [`Directory::ask`]; `Invalid` where no server is there.
+    pub(crate) fn drain(&self, address: &str, deadline: Instant) -> Result<Vec<u32>, PsError> {
+        let mut body = Writer::default();
+        body.text(address);
+        self.say((Kind::Drain, &body.0), deadline, |body| {
+            let mut from = Reader(body);
+            let shards = (0..from.count(8)?).map(|_| from.small()).collect::<Result<_, _>>()?;
+            from.end().map(|()| shards)
+        })
+    }
+
+    fn say<T>(
+        &self,
+        what: (Kind, &[u8]),
+        deadline: Instant,
+        decode: impl Fn(&[u8]) -> Result<T, BadBody>,
+    ) -> Result<T, PsError> {
         let began = Instant::now();
         let mut why = "no address is known".to_owned();
         for address in &self.addresses {
-            match self.ask_one(address, deadline) {
-                Ok(map) => return Ok(map),
+            match self.ask_one(address, what, deadline, &decode) {
+                Ok(Ok(told)) => return Ok(told),
+                Ok(Err(refusal)) => {
+                    return Err(PsError::invalid(format!("asking the coordinator at {address}"), refusal.to_string()));
+                }
                 Err(TransportError::Authentication { reason, .. }) => {
                     return Err(PsError::Authentication { address: address.clone(), reason });
                 }
@@ -68,12 +96,20 @@ impl Directory {
         }
     }
 
-    fn ask_one(&self, address: &str, deadline: Instant) -> Result<ClusterMap, TransportError> {
+    fn ask_one<T>(
+        &self,
+        address: &str,
+        (kind, body): (Kind, &[u8]),
+        deadline: Instant,
+        decode: &impl Fn(&[u8]) -> Result<T, BadBody>,
+    ) -> Result<Result<T, Refusal>, TransportError> {
         let mut wire = dial::plain_dialer(&self.config)?;
         wire.call(COORDINATOR, address, deadline)?;
         wire.post_recv_loan(COORDINATOR, REPLY, REPLY_BYTES).map_err(|refused| refused.error)?;
-        if let Some(mut loan) = wire.lend(COORDINATOR, HEADER_BYTES) {
-            loan.copy_from_slice(&Header::new(Kind::Map).encode());
+        if let Some(mut loan) = wire.lend(COORDINATOR, HEADER_BYTES + body.len()) {
+            let header = Header { flags: FLAG_INLINE, payload_bytes: body.len() as u64, ..Header::new(kind) };
+            loan[..HEADER_BYTES].copy_from_slice(&header.encode());
+            loan[HEADER_BYTES..].copy_from_slice(body);
             let envelope = Envelope { peer: COORDINATOR, tag: REQUEST, note: 0 };
             wire.post_loan(envelope, loan).map_err(|refused| refused.error)?;
         }
@@ -84,12 +120,10 @@ impl Directory {
             for completion in done.drain(..) {
                 match completion {
                     Completion::Arrived(arrival) => {
-                        let map = arrival.loan.get(HEADER_BYTES..).map(ClusterMap::decode);
+                        let told = answer(&arrival.loan, decode);
                         wire.shutdown(now);
                         let wrong = || std::io::Error::other("it answers, and is no coordinator of this version");
-                        return map
-                            .and_then(Result::ok)
-                            .ok_or_else(|| TransportError::io(format!("ask {address}"), wrong()));
+                        return told.ok_or_else(|| TransportError::io(format!("ask {address}"), wrong()));
                     }
                     Completion::PeerDown { error, .. } => return Err(error),
                     _ => {}
@@ -103,5 +137,14 @@ impl Directory {
             }
             wire.park(deadline);
         }
+    }
+}
+
+fn answer<T>(bytes: &[u8], decode: &impl Fn(&[u8]) -> Result<T, BadBody>) -> Option<Result<T, Refusal>> {
+    let header = Header::decode(bytes).ok()?;
+    let body = bytes.get(HEADER_BYTES..)?;
+    match header.kind {
+        Kind::Refused => Refusal::decode(header.status, body).ok().map(Err),
+        _ => decode(body).ok().map(Ok),
     }
 }

@@ -11,6 +11,8 @@ pub struct Join {
     pub process: u64,
     /// The numbers of its seats, and where each listens.
     pub seats: Vec<(u64, String)>,
+    /// Whether it wants to end: its shards go to their backups, and it gets no more.
+    pub leaving: bool,
     /// The latest map that it has heard: by it a coordinator that was started anew knows what is.
     pub known: ClusterMap,
 }
@@ -42,6 +44,7 @@ impl Join {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
         out.number(self.process);
+        out.byte(self.leaving.into());
         out.number(self.seats.len() as u64);
         for (seat, address) in &self.seats {
             out.number(*seat);
@@ -53,7 +56,7 @@ impl Join {
 
     pub(crate) fn decode(body: &[u8]) -> Result<Self, BadBody> {
         let mut from = Reader(body);
-        let process = from.number()?;
+        let (process, leaving) = (from.number()?, from.byte()? != 0);
         let count = from.count(10)?;
         if count > MAX_SHARDS {
             return Err(BadBody("too many seats"));
@@ -62,7 +65,7 @@ impl Join {
             (0..count).map(|_| Ok((from.number()?, from.text()?.to_owned()))).collect::<Result<_, BadBody>>()?;
         let known = ClusterMap::decode_from(&mut from)?;
         from.end()?;
-        Ok(Self { process, seats, known })
+        Ok(Self { process, leaving, seats, known })
     }
 }
 
@@ -96,7 +99,12 @@ mod tests {
 
     #[test]
     fn words_come_back_as_they_were_and_no_piece_of_them_does() {
-        let join = Join { process: 7, seats: vec![(1, "a:1".into()), (2, "b:2".into())], known: ClusterMap::default() };
+        let join = Join {
+            process: 7,
+            leaving: true,
+            seats: vec![(1, "a:1".into()), (2, "b:2".into())],
+            known: ClusterMap::default(),
+        };
         let body = join.encode();
         assert_eq!(Join::decode(&body), Ok(join));
         assert!((0..body.len()).all(|cut| Join::decode(&body[..cut]).is_err()));

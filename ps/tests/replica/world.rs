@@ -365,7 +365,8 @@ impl World {
     /// The processes, one a seat, say that they are there.
     fn join(&mut self) {
         for &id in self.seats.keys() {
-            let join = Join { process: id, seats: vec![(id, id.to_string())], known: ClusterMap::default() };
+            let join =
+                Join { process: id, leaving: false, seats: vec![(id, id.to_string())], known: ClusterMap::default() };
             self.cluster.join(join, self.now);
         }
         self.cluster.tick(self.now);
