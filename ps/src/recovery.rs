@@ -19,7 +19,7 @@ impl Recovery {
     /// Refuses a choice that a shard of a cluster with `replicas` copies of each shard, beside the first, cannot keep.
     pub(crate) fn check(self, replicas: u32, subject: String) -> Result<(), Refusal> {
         if self == Self::Replicate && replicas == 0 {
-            let expected = "servers that have backups (start them with --coordinator)";
+            let expected = "servers that have backups (serve --coordinator, of one with --replicas 1)";
             return Err(Refusal::new(Reason::Mismatch, subject, "recovery", expected, "replicate, and none has"));
         }
         Ok(())

@@ -334,3 +334,44 @@ fn a_server_that_stops_without_a_word_is_replaced_and_does_no_harm_when_it_goes_
     table.pull(out.write(0..out.len()).unwrap()).unwrap().wait(LONG).unwrap();
     assert!(floats(&out).iter().all(|&value| value == 22.0));
 }
+
+#[test]
+fn a_table_cannot_have_a_copy_where_the_coordinator_keeps_none() {
+    let (_coordinator, at) = Process::start(1, &["coordinate", "--replicas", "0"]);
+    let (_server, _) = Process::start(1, &["serve", "--coordinator", &at[0]]);
+    let client = Client::through(&at, settings(None)).unwrap();
+    client.dense("plain", &[4], DType::F32, TableOptions::default()).unwrap();
+    let error = client.dense("w", &[4], DType::F32, dense(Mode::Async)).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("--replicas 1"), "{error}");
+}
+
+#[test]
+fn servers_and_their_coordinator_trust_each_other_by_certificates() {
+    let file = |name: &str| format!("{}/../python/tests/tls/{name}", env!("CARGO_MANIFEST_DIR"));
+    let (ca, cert, key) = (file("ca.crt"), file("end.crt"), file("end.key"));
+    let sealed = ["--tls-cert", &*cert, "--tls-key", &key, "--tls-ca", &ca, "--tls-client-ca", &ca];
+    let (_coordinator, at) = Process::start(1, &[&["coordinate"][..], &sealed].concat());
+    let serve = [&["serve", "--coordinator", &at[0]][..], &sealed].concat();
+    let _servers = [Process::start(1, &serve), Process::start(1, &serve)];
+    let ask = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
+        command.args(["status", "--token", "s3cret", "--coordinator", &at[0]]).args(more);
+        let said = command.output().unwrap();
+        String::from_utf8(if said.status.success() { said.stdout } else { said.stderr }).unwrap()
+    };
+    let begun = Instant::now();
+    while !ask(&sealed[..6]).contains("missing: nothing") {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", ask(&sealed[..6]));
+    }
+    assert!(ask(&[]).contains("TLS"), "{}", ask(&[]));
+}
+
+#[test]
+fn copies_and_checkpoints_exclude_each_other_from_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
+    command.args(["serve", "--coordinator", "127.0.0.1:1", "--checkpoint-dir"]).arg(folder.path());
+    let said = command.output().unwrap();
+    let why = String::from_utf8(said.stderr).unwrap();
+    assert!(!said.status.success() && why.contains("keep copies and no checkpoints"), "{why}");
+}

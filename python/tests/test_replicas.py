@@ -63,6 +63,7 @@ def train(kill_at):
                     rows.push(ids, numpy.full((300, 8), rank + step, numpy.float32))
                     if rank == 0 and step == kill_at:
                         cluster.processes[1].kill()
+                assert all(shard["role"] == "primary" for shard in client.status())
                 results[rank] = value.tobytes() + rows.pull(numpy.arange(400)).tobytes()
 
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(WORKERS)]
