@@ -9,6 +9,7 @@ mod machine;
 mod many_to_one;
 mod memory;
 mod ps;
+mod recovery;
 mod report;
 mod sizes;
 mod sockets;
@@ -24,6 +25,8 @@ const EXAMPLES: &str = "Examples:
   gradwire-bench many-to-one --senders 1..64                       (loopback)
   sudo gradwire-bench many-to-one --senders 16 --shape 1gbit:64kb  (a switch with a small buffer)
   gradwire-bench ps --against echo
+  gradwire-bench recovery                                          (what a copy costs a push)
+  gradwire-bench recovery --kills 50 --bytes 256k                  (servers killed while workers push ones)
   gradwire-bench all-reduce --wire verbs --rank 0 --world-size 2 --store tcp://first.example:18610
   gradwire-bench verbs                                             (where there is an RDMA device)
   gradwire-bench gpu                                               (where there is a CUDA device)
@@ -63,6 +66,8 @@ enum Command {
     ManyToOne(many_to_one::Options),
     /// Push, pull and push_pull of the parameter server
     Ps(ps::Options),
+    /// What copies of tables cost, in turns with tables without; and what is left when servers are killed (--kills 50)
+    Recovery(recovery::Options),
     /// The kernels that sums are made with, beside the limit of this machine's memory
     Memory(memory::Options),
     /// All-reduce over memory of CUDA devices, beside the same over the host's and the bare copies
@@ -78,6 +83,8 @@ enum Command {
     ManyToOneMember(many_to_one::MemberOptions),
     #[command(hide = true)]
     PsPeer(ps::PeerOptions),
+    #[command(hide = true)]
+    RecoveryPeer(recovery::PeerOptions),
 }
 
 fn main() -> std::process::ExitCode {
@@ -94,6 +101,7 @@ fn main() -> std::process::ExitCode {
         Command::Compare(options) => compare::run(&options),
         Command::ManyToOne(options) => many_to_one::run(&options),
         Command::Ps(options) => ps::run(&options),
+        Command::Recovery(options) => recovery::run(&options),
         Command::Memory(options) => memory::run(&options),
         Command::Gpu(options) => gpu::run(&options),
         Command::Verbs(options) => verbs::run(&options),
@@ -101,6 +109,7 @@ fn main() -> std::process::ExitCode {
         Command::CompareMember(options) => compare::member(&options),
         Command::ManyToOneMember(options) => many_to_one::member(&options),
         Command::PsPeer(options) => ps::peer(&options),
+        Command::RecoveryPeer(options) => recovery::peer(&options),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -54,6 +54,16 @@ fn the_parameter_server_is_timed_in_turns_with_an_echo() {
 }
 
 #[test]
+fn copies_are_priced_beside_none_and_killed_servers_lose_nothing() {
+    let priced = rows(&["recovery", "--bytes", "4k,300k", "--rounds", "10"]);
+    let names: Vec<&str> = priced.iter().map(|row| row["operation"].as_str().unwrap()).collect();
+    assert_eq!(names, ["push", "pull", "push", "pull"]);
+    priced.iter().for_each(|row| positive(row, &["none_p50_us", "replicate_p50_us", "price"]));
+    let killed = rows(&["recovery", "--kills", "3", "--bytes", "4k", "--pushes", "50"]);
+    assert!(killed.len() == 3 && killed.iter().all(|row| row["exact"] == true), "{killed:?}");
+}
+
+#[test]
 fn all_reduce_and_memory_have_a_row_for_each_size() {
     let sizes = ["all-reduce", "--ranks", "3", "--wire", "tcp", "--max-bytes", "2048", "--rounds", "10"];
     let rows_of_all_reduce = rows(&sizes);

@@ -202,8 +202,9 @@ class PsClient:
         timeout_s: float,
         reconnect_s: float,
         options: Mapping[str, Any],
+        clustered: bool = False,
     ) -> PsClient:
-        """Connects to the servers, one a shard."""
+        """Connects to the servers, one a shard; `clustered`: to those that the coordinator at one of the addresses names."""
 
     def dense(
         self,
@@ -215,6 +216,7 @@ class PsClient:
         average: bool,
         staleness: int | None,
         clipped: bool,
+        recovery_name: str,
         compression: tuple[tuple[str, float], tuple[str, float]],
     ) -> PsTable:
         """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""

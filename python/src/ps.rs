@@ -8,7 +8,7 @@ use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
 use gradwire_ps::{
-    Adagrad, Adam, ClientSettings, Codec, Combine, Compression, DType, Ftrl, LocalServers, Mode, PsError,
+    Adagrad, Adam, ClientSettings, Codec, Combine, Compression, DType, Ftrl, LocalServers, Mode, PsError, Recovery,
     ServerSettings, Sgd, SparseStatus, TableOptions, UpdateRule,
 };
 use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
@@ -105,6 +105,15 @@ pub(crate) fn mode(workers: Option<u32>, staleness: Option<u32>) -> PyResult<Mod
     }
 }
 
+/// What becomes of a table when a server of it dies.
+pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
+    match name {
+        "none" => Ok(Recovery::None),
+        "replicate" => Ok(Recovery::Replicate),
+        _ => Err(PyValueError::new_err(format!("recovery is \"none\" or \"replicate\", not {name:?}"))),
+    }
+}
+
 /// The type of that name.
 pub(crate) fn table_type(name: &str) -> PyResult<DType> {
     DType::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
@@ -117,7 +126,8 @@ pub(crate) fn table_type(name: &str) -> PyResult<DType> {
 impl PsClient {
     /// Connects to the servers, one a shard.
     #[staticmethod]
-    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s, options))]
+    #[pyo3(signature = (addresses, token, worker, timeout_s, reconnect_s, options, clustered=false))]
+    #[expect(clippy::too_many_arguments)] // The front names them.
     fn connect(
         py: Python<'_>,
         addresses: Vec<String>,
@@ -126,11 +136,15 @@ impl PsClient {
         timeout_s: f64,
         reconnect_s: f64,
         options: Options,
+        clustered: bool,
     ) -> PyResult<Self> {
         let (timeout, reconnect) = (seconds(timeout_s, "timeout_s")?, seconds(reconnect_s, "reconnect_s")?);
         let transport = options.wires(ClientSettings::default().transport)?;
         let settings = ClientSettings { token, worker, timeout, reconnect, transport, ..ClientSettings::default() };
-        let inner = py.detach(|| gradwire_ps::Client::connect(&addresses, settings));
+        let inner = py.detach(|| match clustered {
+            true => gradwire_ps::Client::through(&addresses, settings),
+            false => gradwire_ps::Client::connect(&addresses, settings),
+        });
         Ok(Self { inner: inner.map_err(|error| errors::ps(py, &error))? })
     }
 
@@ -147,6 +161,7 @@ impl PsClient {
         average: bool,
         staleness: Option<u32>,
         clipped: bool,
+        recovery_name: &str,
         compression: (Shortening, Shortening),
     ) -> PyResult<PsTable> {
         let options = TableOptions {
@@ -154,6 +169,7 @@ impl PsClient {
             mode: mode(workers, staleness)?,
             combine: if average { Combine::Mean } else { Combine::Sum },
             clipped,
+            recovery: recovery(recovery_name)?,
             compression: Compression { push: compression.0.codec()?, pull: compression.1.codec()? },
         };
         let dtype = table_type(dtype_name)?;
@@ -195,6 +211,9 @@ impl PsClient {
             let entry = PyDict::new(py);
             entry.set_item("memory_bytes", shard.memory_bytes)?;
             entry.set_item("memory_limit_bytes", shard.memory_limit_bytes)?;
+            entry.set_item("role", shard.standing.role.name())?;
+            entry.set_item("log", shard.standing.log)?;
+            entry.set_item("backup_has", shard.standing.backup)?;
             let tables = PyList::empty(py);
             for table in &shard.tables {
                 let each = PyDict::new(py);

@@ -2,6 +2,8 @@
 
 mod admin;
 pub(crate) mod config;
+pub(crate) mod coordinate;
+pub(crate) mod drain;
 mod metrics;
 pub(crate) mod serve;
 mod servers;

@@ -48,6 +48,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             `torch.nn.utils.clip_grad_norm_`; `grad_norm` is the last one before clipping. Costs a round trip a step.
         compression: how gradients and values travel, as for `Client.dense`: "int8", "bf16", `TopK(0.1)`, `Compression(...)`.
             `pull_whole()` takes the servers' full values, for the end of training.
+        recovery: "replicate": the model outlives the death of a server, as for `Client.dense`.
         where: "server", or "worker": the servers only average the gradients, and each worker's own `optimizer`, of any
             kind, takes the step.
 
@@ -67,6 +68,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         schedule=None,
         max_grad_norm=None,
         compression=None,
+        recovery="none",
         where="server",
     ):
         if where not in ("server", "worker"):
@@ -77,7 +79,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._inner, self._on_server = optimizer, where == "server"
         self._client, self._passes = client, backward_passes_per_step
         self._max_grad_norm, self.grad_norm = max_grad_norm, None
-        how = {"workers": workers, "average": True, "clipped": max_grad_norm is not None, "compression": compression}
+        how = {"workers": workers, "average": True, "clipped": max_grad_norm is not None}
+        how |= {"compression": compression, "recovery": recovery}
         self._entries = {}
         self._works = {}
         index = 0

@@ -1,0 +1,194 @@
+//! Does: what copies cost and are worth: pushes to a table with a copy in turns with one without, and servers killed under load.
+
+mod house;
+mod kills;
+
+pub(crate) use house::{PeerOptions, peer};
+
+use crate::statistics::{percentile, sorted};
+use crate::{machine, sizes};
+use clap::Args;
+use gradwire_ps::{Client, DType, DenseTable, Recovery, TableOptions};
+use gradwire_transport::Region;
+use house::{House, PATIENCE};
+use serde::Serialize;
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Rounds before it is timed.
+const WARM_UP: usize = 5;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Bytes of the table, float32
+    #[arg(long, value_delimiter = ',', default_value = "4k,64k,1m,16m", value_parser = sizes::parse)]
+    bytes: Vec<usize>,
+    /// Shards, each with a copy in another process
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
+    shards: u32,
+    /// Calls of each kind and size; fewer of large ones, never under 10
+    #[arg(long, default_value_t = 300)]
+    rounds: usize,
+    /// Instead: kill a server so often while workers push ones, each time in new processes, and count what is there
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    kills: u32,
+    /// Workers that push meanwhile
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=16))]
+    workers: u32,
+    /// Pushes of each worker
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(10..))]
+    pushes: u32,
+    /// From which the victims and moments are drawn
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// One JSON object a line instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Row {
+    host: String,
+    wire: &'static str,
+    shards: u32,
+    operation: &'static str,
+    dtype: &'static str,
+    bytes: usize,
+    rounds: usize,
+    /// Without a copy.
+    none_p50_us: f64,
+    none_p99_us: f64,
+    /// With one.
+    replicate_p50_us: f64,
+    replicate_p99_us: f64,
+    /// How many times as long it takes with a copy, by the medians.
+    price: f64,
+}
+
+/// Measures and prints.
+pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    if options.kills > 0 {
+        return kills::run(options);
+    }
+    let sound = |bytes: &usize| (4..=1 << 30).contains(bytes) && bytes.is_multiple_of(4);
+    if options.rounds == 0 || !options.bytes.iter().all(sound) {
+        return Err("give at least one round, and --bytes in multiples of 4 up to 1g".into());
+    }
+    let house = House::start(options.shards, 2)?;
+    let client = house.client(None)?;
+    if !options.json {
+        println!(
+            "a dense float32 table with a copy, in turns with one without; all processes on this host, TCP over loopback; {}",
+            machine::described()
+        );
+        println!(
+            "{:>10} {:>12} {:>7} {:>12} {:>12} {:>12} {:>12} {:>7}",
+            "operation", "bytes", "rounds", "none p50 us", "p99 us", "copy p50 us", "p99 us", "price"
+        );
+    }
+    for &bytes in &options.bytes {
+        let open = |recovery| Ones::open(&client, &format!("{recovery}-{bytes}"), bytes, recovery);
+        let mut tables = [open(Recovery::None)?, open(Recovery::Replicate)?];
+        for name in ["push", "pull"] {
+            let row = measure(options, name, bytes, &mut tables)?;
+            if options.json {
+                println!("{}", serde_json::to_string(&row)?);
+                continue;
+            }
+            let Row { rounds, none_p50_us, none_p99_us, replicate_p50_us, replicate_p99_us, price, .. } = row;
+            println!(
+                "{name:>10} {bytes:>12} {rounds:>7} {none_p50_us:>12.1} {none_p99_us:>12.1} {replicate_p50_us:>12.1} \
+                 {replicate_p99_us:>12.1} {price:>7.2}"
+            );
+        }
+        tables.iter_mut().try_for_each(Ones::check)?;
+    }
+    Ok(())
+}
+
+fn measure(options: &Options, name: &'static str, bytes: usize, tables: &mut [Ones; 2]) -> Result<Row, Box<dyn Error>> {
+    let rounds = (options.rounds * (1 << 20) / bytes).clamp(10, options.rounds.max(10));
+    let mut took = [Vec::new(), Vec::new()];
+    for round in 0..rounds + WARM_UP {
+        for (table, took) in tables.iter_mut().zip(&mut took) {
+            let began = Instant::now();
+            if name == "push" {
+                table.push()?
+            } else {
+                table.pull()?
+            };
+            let micros = began.elapsed().as_secs_f64() * 1e6;
+            if round >= WARM_UP {
+                took.push(micros);
+            }
+        }
+    }
+    let [none, replicate] = took.map(sorted);
+    let (none_p50_us, replicate_p50_us) = (percentile(&none, 50), percentile(&replicate, 50));
+    Ok(Row {
+        host: machine::host(),
+        wire: "tcp",
+        shards: options.shards,
+        operation: name,
+        dtype: "float32",
+        bytes,
+        rounds,
+        none_p50_us,
+        none_p99_us: percentile(&none, 99),
+        replicate_p50_us,
+        replicate_p99_us: percentile(&replicate, 99),
+        price: replicate_p50_us / none_p50_us,
+    })
+}
+
+/// A table that ones are pushed to.
+struct Ones {
+    table: DenseTable,
+    ones: Arc<Region>,
+    values: Arc<Region>,
+    pushes: u32,
+}
+
+impl Ones {
+    fn open(client: &Client, name: &str, bytes: usize, recovery: Recovery) -> Result<Self, Box<dyn Error>> {
+        let table =
+            client.dense(name, &[bytes / 4], DType::F32, TableOptions { recovery, ..TableOptions::default() })?;
+        let mut opened = Self {
+            table,
+            ones: Region::from_vec(1f32.to_le_bytes().repeat(bytes / 4)),
+            values: Region::zeroed(bytes),
+            pushes: 0,
+        };
+        opened.push()?;
+        opened.check()?;
+        Ok(opened)
+    }
+
+    fn push(&mut self) -> Result<(), Box<dyn Error>> {
+        self.pushes += 1;
+        self.table.push(self.ones.read(0..self.ones.len())?)?.wait(Some(PATIENCE))?;
+        Ok(())
+    }
+
+    fn pull(&mut self) -> Result<(), Box<dyn Error>> {
+        self.table.pull(self.values.write(0..self.values.len())?)?.wait(Some(PATIENCE))?;
+        Ok(())
+    }
+
+    /// Whether every push counted once.
+    fn check(&mut self) -> Result<(), Box<dyn Error>> {
+        self.pull()?;
+        let expected = self.pushes as f32;
+        match wrong(&self.values, expected)? {
+            0 => Ok(()),
+            wrong => Err(format!("{wrong} elements are not {expected}").into()),
+        }
+    }
+}
+
+/// How many elements are not `expected`.
+fn wrong(values: &Arc<Region>, expected: f32) -> Result<usize, Box<dyn Error>> {
+    let values = values.read(0..values.len())?;
+    Ok(values.as_chunks().0.iter().filter(|&&bytes| f32::from_le_bytes(bytes) != expected).count())
+}
