@@ -7,6 +7,8 @@ mod chunk;
 mod client;
 mod codec;
 mod counts;
+#[doc(hidden)]
+pub mod decoders;
 mod dense;
 mod dial;
 mod dtype;

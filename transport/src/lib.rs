@@ -8,6 +8,8 @@ mod beside;
 mod completion;
 mod config;
 mod credit;
+#[doc(hidden)]
+pub mod decoders;
 mod error;
 mod flights;
 mod frame;
