@@ -5,6 +5,7 @@ use crate::checkpoint::{FRAME_BYTES, frame, unframe};
 use crate::header::{HEADER_BYTES, Header, Kind};
 use crate::shard::{Limits, Shard};
 use crate::state::Builder;
+use crate::tensors::{metadata, shard_of_file, tensors};
 use crate::{
     Course, DType, Epoch, Eviction, KeyRange, Mode, Schedule, SparseSpec, TableSpec, UpdateRule, open_body,
     open_sparse_body, rate_body,
@@ -21,9 +22,10 @@ const MEMORY_BYTES: u64 = 1 << 20;
 const MOST: u64 = 6 * MEMORY_BYTES;
 const CLIENTS: u64 = 3;
 
-pub(super) const ALL: [Decoder; 2] = [
+pub(super) const ALL: [Decoder; 3] = [
     Decoder { seal: seal_requests, ..Decoder::new("requests to a shard", requests, request, (MOST, 16)) },
     Decoder { seal: seal_chunks, ..Decoder::new("chunks of a shard's state", chunks, chunk, (MOST, 16)) },
+    Decoder::new("exported file", files, file, (MOST, 64)),
 ];
 
 fn limits() -> Limits {
@@ -177,18 +179,50 @@ fn request(bytes: &[u8]) {
     }
 }
 
-fn chunks() -> Vec<Vec<u8>> {
-    let state = |requests: Vec<u8>| {
-        let (mut shard, mut out, mut requests) = (greeted(limits()), Vec::new(), requests);
+/// Shards that were asked for what the samples ask.
+fn shards() -> Vec<Shard> {
+    let asked = |mut requests: Vec<u8>| {
+        let mut shard = greeted(limits());
         for request in each(&mut requests) {
             let header = Header::decode(request).expect("it was just made");
             let peer = PeerId(header.client as u32);
             shard.handle(peer, &header, &request[HEADER_BYTES..], begin(), &mut Vec::new());
         }
+        shard
+    };
+    requests().into_iter().map(asked).collect()
+}
+
+fn chunks() -> Vec<Vec<u8>> {
+    let state = |mut shard: Shard| {
+        let mut out = Vec::new();
         shard.chunks(begin()).iter().for_each(|chunk| frame(chunk, &mut out));
         out
     };
-    requests().into_iter().map(state).collect()
+    shards().into_iter().map(state).collect()
+}
+
+fn files() -> Vec<Vec<u8>> {
+    shards().iter_mut().map(exported).collect()
+}
+
+fn exported(shard: &mut Shard) -> Vec<u8> {
+    let images: Vec<_> = shard.table_ids().into_iter().filter_map(|id| shard.image(id, begin())).collect();
+    let clients = shard.members_chunks();
+    let all = tensors(&images, &clients).expect("no two tables have one name");
+    safetensors::serialize(all, Some(metadata(&images, "checkpoint-1"))).expect("each tensor is as long as it says")
+}
+
+fn file(bytes: &[u8]) {
+    let builder = Builder::new(limits(), 8, (0, 1), begin());
+    if let Ok(mut shard) = shard_of_file(bytes, builder, begin()) {
+        assert!(shard.status(0).memory_bytes <= MEMORY_BYTES, "it holds more than it may");
+        let again = Builder::new(limits(), 8, (0, 1), begin());
+        assert!(
+            shard_of_file(&exported(&mut shard), again, begin()).is_ok(),
+            "what was taken in does not go out again"
+        );
+    }
 }
 
 /// The checksum of each chunk fits.
