@@ -24,6 +24,7 @@ BELOW = {
     "ps": {"transport"},
     "python": {"transport", "collectives", "ps"},
     "bench": {"transport", "collectives", "ps"},
+    "fuzz": {"transport", "collectives", "ps"},
 }
 #: The fence: unsafe code lives here and nowhere else.
 UNSAFE = re.compile(

@@ -1,5 +1,6 @@
 //! Does: times push, pull and push_pull of a dense table, in turns with a plain TCP echo of messages as long.
 
+mod snapshot;
 mod workers;
 
 use crate::echo::{self, Echo};
@@ -8,12 +9,12 @@ use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
 use crate::{machine, plural, sizes};
 use clap::{Args, ValueEnum};
-use gradwire_ps::{Client, ClientSettings, DType, DenseTable, LocalServers, ServerSettings, TableOptions};
+use gradwire_ps::{Checkpoints, Client, ClientSettings, DType, DenseTable, LocalServers, ServerSettings, TableOptions};
 use gradwire_transport::{FileStore, Region, Store};
 use serde::Serialize;
 use std::error::Error;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,6 +41,9 @@ pub(crate) struct Options {
     /// Time push_pull by so many workers at once instead, in turns: 1,2,4,8
     #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), conflicts_with_all = ["against", "report"])]
     workers: Vec<u32>,
+    /// Time pushes to a state of --bytes in all instead, while a checkpoint of it is written and while none is, in turns
+    #[arg(long, conflicts_with_all = ["against", "report", "workers"])]
+    snapshot: bool,
     /// What is timed in turns with it
     #[arg(long, value_enum)]
     against: Option<Against>,
@@ -64,6 +68,9 @@ pub(crate) struct PeerOptions {
     folder: PathBuf,
     #[arg(long)]
     shards: u32,
+    /// Where checkpoints are kept, if any are
+    #[arg(long)]
+    checkpoints: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -99,7 +106,8 @@ struct Row {
 
 /// Serves until its standard input ends: with whoever started it.
 pub(crate) fn peer(options: &PeerOptions) -> Result<(), Box<dyn Error>> {
-    let servers = LocalServers::start(options.shards, ServerSettings::default())?;
+    let checkpoints = options.checkpoints.clone().map(|place| Checkpoints { place, keep: 1 });
+    let servers = LocalServers::start(options.shards, ServerSettings { checkpoints, ..ServerSettings::default() })?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let store = FileStore::new(&options.folder)?;
     store.set("echo", listener.local_addr()?.to_string().as_bytes())?;
@@ -117,15 +125,16 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         return Err("give at least one shard and one round, and --bytes in multiples of 4 up to 1g".into());
     }
     let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
-    let mut family = Family::default();
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("ps-peer").arg("--folder").arg(folder.path()).args(["--shards", &options.shards.to_string()]);
-    family.start("the servers".to_owned(), command.stdin(Stdio::piped()))?;
+    let checkpoints = folder.path().join("checkpoints");
+    let _family = servers(options, folder.path(), options.snapshot.then_some(&checkpoints))?;
     let store = FileStore::new(folder.path())?;
     let read = |key| Ok::<_, Box<dyn Error>>(String::from_utf8(store.get(key, Instant::now() + PATIENCE)?)?);
     let addresses: Vec<String> = read("servers")?.split(' ').map(str::to_owned).collect();
     if !options.workers.is_empty() {
         return workers::run(&addresses, &options.workers, &options.bytes, options.rounds, options.json);
+    }
+    if options.snapshot {
+        return snapshot::run(&addresses, &checkpoints, &options.bytes, options.json);
     }
     let client = Client::connect(&addresses, ClientSettings { timeout: PATIENCE, ..ClientSettings::default() })?;
     let mut echo = match options.against {
@@ -166,6 +175,18 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         Some(folder) => Report::open(folder)?.add(section(options, &title, &rows)?),
         None => Ok(()),
     }
+}
+
+/// Starts the process with the servers, which ends with what is given back.
+fn servers(options: &Options, folder: &Path, checkpoints: Option<&PathBuf>) -> Result<Family, Box<dyn Error>> {
+    let mut family = Family::default();
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("ps-peer").arg("--folder").arg(folder).args(["--shards", &options.shards.to_string()]);
+    if let Some(checkpoints) = checkpoints {
+        command.arg("--checkpoints").arg(checkpoints);
+    }
+    family.start("the servers".to_owned(), command.stdin(Stdio::piped()))?;
+    Ok(family)
 }
 
 /// A table, and what ought to be in it.

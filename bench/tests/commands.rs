@@ -64,6 +64,14 @@ fn copies_are_priced_beside_none_and_killed_servers_lose_nothing() {
 }
 
 #[test]
+fn pushes_are_timed_with_and_without_a_checkpoint_and_the_checkpoint_is_verified() {
+    let rows = rows(&["ps", "--bytes", "3m", "--shards", "2", "--snapshot"]);
+    assert_eq!((rows.len(), &rows[0]["tables"]), (1, &1.into()));
+    positive(&rows[0], &["snapshot_s", "pushes", "without_p50_us", "with_p50_us"]);
+    assert!(rows[0]["snapshot_bytes"].as_u64() >= Some(3 << 20) && rows[0]["slower"].is_number(), "{rows:?}");
+}
+
+#[test]
 fn all_reduce_and_memory_have_a_row_for_each_size() {
     let sizes = ["all-reduce", "--ranks", "3", "--wire", "tcp", "--max-bytes", "2048", "--rounds", "10"];
     let rows_of_all_reduce = rows(&sizes);

@@ -9,6 +9,8 @@ mod collective;
 mod communicator;
 mod control;
 mod cost;
+#[doc(hidden)]
+pub mod decoders;
 mod describe;
 mod device;
 mod direct;

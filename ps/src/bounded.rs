@@ -29,6 +29,11 @@ impl Progress {
         Self { staleness: staleness.into(), pushed: vec![0; workers as usize], slowest: 0 }
     }
 
+    /// Memory that the pushes of so many workers take.
+    pub(crate) const fn bytes(workers: u32) -> u64 {
+        8 * workers as u64
+    }
+
     pub(crate) fn encode(&self, out: &mut Writer) {
         self.pushed.iter().for_each(|&pushed| out.number(pushed));
     }

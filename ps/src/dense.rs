@@ -119,8 +119,7 @@ impl Table {
         let sums = spec.clipped || matches!(spec.mode, Mode::Sync { workers: 2.. });
         let each = values::bytes_per_element(spec.dtype, &spec.rule, sums) + encoded_bytes(spec.compression.pull);
         let count = keys.len().div_ceil(spec.part_elements);
-        // A part costs something even where it holds one element.
-        let memory_bytes = keys.len().saturating_mul(each).saturating_add(count.saturating_mul(256));
+        let memory_bytes = keys.len().saturating_mul(each).saturating_add(count.saturating_mul(part_bytes(spec.mode)));
         if !memory.take(memory_bytes) {
             let left = format!("at most {} bytes, of which {} are taken", memory.limit, memory.used);
             return Err(Refusal::new(Reason::Limit, spec.subject(), "memory", left, format!("{memory_bytes} bytes")));
@@ -340,6 +339,15 @@ impl Order {
             Self::Bounded { progress, .. } => progress.slowest(),
             Self::Arrival { applied, .. } => *applied,
         }
+    }
+}
+
+/// What a part takes beside its elements, even where it holds one: itself, and what it remembers of each worker.
+fn part_bytes(mode: Mode) -> u64 {
+    1280 + match mode {
+        Mode::Sync { workers } => ClockLedger::bytes(workers),
+        Mode::Ssp { workers, .. } => Progress::bytes(workers),
+        Mode::Async => 0,
     }
 }
 

@@ -32,6 +32,10 @@ enum Command {
     Config(command::config::Check),
     /// Makes running servers write a checkpoint, once or again and again
     Snapshot(command::snapshot::Snapshot),
+    /// Writes a checkpoint as a file of safetensors
+    Export(command::exchange::Export),
+    /// Makes a checkpoint of a file that `export` wrote
+    Import(command::exchange::Import),
 }
 
 const EXAMPLES: &str = "\
@@ -62,6 +66,10 @@ Examples:
       gradwire-ps serve --shards 2 --checkpoint-dir /data/run1 --checkpoint-every 10m --restore latest
       gradwire-ps snapshot --servers 127.0.0.1:PORT,127.0.0.1:PORT
 
+  Take the latest checkpoint elsewhere, and begin there with it:
+      gradwire-ps export /data/run1 run1.safetensors
+      gradwire-ps import run1.safetensors /data/run2 && gradwire-ps serve --checkpoint-dir /data/run2 --restore latest
+
 `gradwire-ps serve --help` explains every flag. Stop a server with Ctrl-C or SIGTERM.";
 
 /// `serve` with what the file says, and `typed` behind it.
@@ -91,6 +99,8 @@ fn main() -> ExitCode {
             with_file(check.file(), std::iter::empty()).and_then(|serve| serve.check()).map(|()| check.praise())
         }
         Command::Snapshot(snapshot) => snapshot.run(),
+        Command::Export(export) => export.run(),
+        Command::Import(import) => import.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -120,6 +120,11 @@ impl ClockLedger {
         Self { workers, completed: 0, summed: 0, one_before_zero: false, seen: std::array::from_fn(|_| vec![0; words]) }
     }
 
+    /// Memory that the contributions of so many workers take.
+    pub(crate) const fn bytes(workers: u32) -> u64 {
+        (CLOCKS_AHEAD + 1) * 8 * workers.div_ceil(64) as u64
+    }
+
     /// A ledger of which clocks up to `completed` are done, and nothing has come since.
     pub(crate) fn at(workers: u32, completed: u64) -> Self {
         Self { completed, ..Self::new(workers) }

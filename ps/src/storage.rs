@@ -27,6 +27,8 @@ pub(crate) struct Storage {
     runtime: Runtime,
     place: String,
     cancelled: Arc<AtomicBool>,
+    /// For so many parts of rest one of work.
+    rest: u32,
 }
 
 impl Storage {
@@ -37,11 +39,19 @@ impl Storage {
         if path.contains("://") {
             return Err(wrong("only folders can be written to, as a path or file:// address".into()));
         }
-        std::fs::create_dir_all(path).map_err(|error| wrong(error.to_string()))?;
+        make_folder(std::path::Path::new(path)).map_err(|error| wrong(error.to_string()))?;
         let store = LocalFileSystem::new_with_prefix(path).map_err(|error| wrong(error.to_string()))?;
+        // An object, and the folders above it, are on the disk before its writing ends; so a manifest, which comes last, names
+        // none that a power cut could take back.
+        let store = store.with_fsync(true);
         let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(UPLOADS).build();
         let runtime = runtime.map_err(|error| wrong(error.to_string()))?;
-        Ok(Self { store: Box::new(store), runtime, place: place.to_owned(), cancelled: Arc::default() })
+        Ok(Self { store: Box::new(store), runtime, place: place.to_owned(), cancelled: Arc::default(), rest: REST })
+    }
+
+    /// The same, where nobody else wants the processor: without rest.
+    pub(crate) fn alone(self) -> Self {
+        Self { rest: 0, ..self }
     }
 
     /// Once set, writing ends with an error.
@@ -96,7 +106,7 @@ impl Storage {
                 return Err(BadCheckpoint::new(path.to_string(), "the server is being stopped"));
             }
             if begun.elapsed() > Duration::from_millis(2) {
-                std::thread::sleep(begun.elapsed() * REST);
+                std::thread::sleep(begun.elapsed() * self.rest);
                 begun = Instant::now();
             }
         }
@@ -226,4 +236,18 @@ impl Storage {
         }
         Ok(())
     }
+}
+
+/// Makes the folder and those above it that are missing, each on the disk before it counts.
+fn make_folder(path: &std::path::Path) -> std::io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    // The parent of a relative path of one part is the folder that the program runs in.
+    let above = path.parent().map(|above| if above.as_os_str().is_empty() { std::path::Path::new(".") } else { above });
+    if let Some(above) = above {
+        make_folder(above)?;
+    }
+    std::fs::create_dir(path).or_else(|error| if path.is_dir() { Ok(()) } else { Err(error) })?;
+    above.map_or(Ok(()), |above| std::fs::File::open(above)?.sync_all())
 }

@@ -226,6 +226,52 @@ impl Drop for Process {
     }
 }
 
+/// Every object that a manifest names is there, as long as it says; how many were looked at. A manifest that goes while it is
+/// looked at is being removed, which begins with it.
+fn named_objects_are_there(folder: &Path) -> usize {
+    let manifests = std::fs::read_dir(folder).unwrap().flatten().flat_map(|entry| {
+        let files = std::fs::read_dir(entry.path()).into_iter().flatten().flatten().map(|file| file.path());
+        files.filter(|file| file.extension().is_some_and(|end| end == "manifest")).collect::<Vec<_>>()
+    });
+    let mut seen = 0;
+    for manifest in manifests {
+        let Ok(text) = std::fs::read_to_string(&manifest) else { continue };
+        let told: serde_json::Value = serde_json::from_str(text.split_once('\n').unwrap().1).unwrap();
+        for object in told["objects"].as_array().unwrap() {
+            let file = manifest.with_file_name(object["file"].as_str().unwrap());
+            let bytes = file.metadata().map(|data| data.len()).ok();
+            let fits = bytes == object["bytes"].as_u64();
+            assert!(fits || !manifest.exists(), "{manifest:?} names {object}, and there are {bytes:?} bytes");
+            seen += usize::from(fits);
+        }
+    }
+    seen
+}
+
+#[test]
+fn a_manifest_never_names_what_is_not_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let servers = LocalServers::start(3, settings(folder.path())).unwrap();
+    let workers = workers(servers.addresses());
+    let seen = std::thread::scope(|scope| {
+        let snapshots = scope.spawn(|| {
+            for step in 1..=6 {
+                train(&workers, step..=step);
+                workers[0].client.snapshot(PATIENCE).unwrap();
+            }
+        });
+        let mut seen = 0;
+        while !snapshots.is_finished() {
+            seen += named_objects_are_there(folder.path());
+        }
+        snapshots.join().unwrap();
+        seen
+    });
+    // Two are kept, each of three shards with their clients and two tables.
+    assert!(named_objects_are_there(folder.path()) >= 2 * 3 * 3);
+    assert!(seen > 0);
+}
+
 #[test]
 fn a_server_killed_while_it_writes_leaves_no_checkpoint_or_a_whole_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -257,6 +303,7 @@ fn a_server_killed_while_it_writes_leaves_no_checkpoint_or_a_whole_one() {
                 server.child.kill().unwrap();
                 server.child.wait().unwrap();
             }
+            named_objects_are_there(folder.path());
             if let Ok(written) = told.join().unwrap() {
                 clock = written.clocks["w"];
             } else {

@@ -431,7 +431,7 @@ fn a_second_process_of_a_worker_takes_its_place() {
 #[test]
 fn a_push_that_finds_no_room_goes_again_until_there_is_some() {
     // Room for the table, and for none of the gradients that have to wait for their turn.
-    let limits = Limits { memory_bytes: 1000 * 12 + 256 + 100, ..Limits::default() };
+    let limits = Limits { memory_bytes: 1000 * 12 + 1304 + 100, ..Limits::default() };
     let servers = LocalServers::start(1, ServerSettings { limits, ..ServerSettings::default() }).unwrap();
     let tables: Vec<_> = (0..3)
         .map(|worker| {

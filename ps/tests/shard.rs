@@ -199,7 +199,7 @@ fn a_push_ahead_of_others_is_acknowledged_when_its_clock_begins() {
 fn contributions_that_find_no_room_change_nothing_and_may_come_again() {
     let spec = spec(2, Mode::Sync { workers: 3 }, UpdateRule::Sum);
     let each = 2 * 4 + 4;
-    let mut bench = Bench::with(3, Limits { memory_bytes: 2 * each + 256 + 4, ..Limits::default() });
+    let mut bench = Bench::with(3, Limits { memory_bytes: 2 * each + 1304 + 4, ..Limits::default() });
     bench.open(0, &spec).unwrap();
     let later = bench.send(2, push(2, 1, TWO), &bytes(&[4.0; 2]));
     assert!(matches!(&later[..], [Action::Reply { header, .. }] if header.kind == Kind::Later));

@@ -232,6 +232,7 @@ class PsClient:
     def barrier(self, name: str, clients: int, timeout_s: float | None = None) -> None:
         """Waits until `clients` clients have come."""
 
+    def snapshot(self, timeout_s: float) -> tuple[str, int, float, dict[str, int]]: ...
     def status(self) -> list[dict[str, Any]]:
         """What each server holds."""
 

@@ -109,6 +109,17 @@ def _compression(compression):
     return compression._native()
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was written: its name, which `--restore` takes, its bytes, the seconds that it took, and the clock of
+    each synchronous table in it, by name."""
+
+    name: str
+    bytes: int
+    seconds: float
+    clocks: dict[str, int]
+
+
 class PsWork:
     """A push or pull under way. Leave its arrays alone until `wait()` returns."""
 
@@ -297,6 +308,20 @@ class Client:
     def barrier(self, name, clients, timeout_s=None):
         """Waits until `clients` clients have come to the barrier `name`."""
         self._native.barrier(name, clients, timeout_s)
+
+    def snapshot(self, timeout_s=600.0):
+        """Writes a `Checkpoint` of all tables where the servers keep theirs, and returns it. Blocks; training goes on meanwhile.
+
+        Synchronous tables are taken at one clock on all servers, others as they are. When a server is lost, its clients raise
+        `ServerLostError`: start all of them with `gradwire-ps serve --checkpoint-dir FOLDER --restore latest`, connect anew,
+        open the tables as before, and go on behind `table.clock`, the last push of this worker that the checkpoint holds.
+        `gradwire-ps export` makes a file of safetensors of it.
+
+        Raises:
+            ServerRefusedError: a server keeps no checkpoints (`--checkpoint-dir`), or could not write.
+            ServerTimeoutError: a worker does not push, so the clock did not come within `timeout_s`.
+        """
+        return Checkpoint(*self._native.snapshot(float(timeout_s)))
 
     def status(self):
         """What each server holds: a dict per shard, with its tables, clients and memory."""

@@ -15,6 +15,7 @@ use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 /// A connection to all servers.
@@ -201,6 +202,13 @@ impl PsClient {
     fn barrier(&self, py: Python<'_>, name: &str, clients: u32, timeout_s: Option<f64>) -> PyResult<()> {
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
         py.detach(|| self.inner.barrier(name, clients, timeout)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// Writes a checkpoint: its name, its bytes, how many seconds it took, and the clocks of synchronous tables.
+    fn snapshot(&self, py: Python<'_>, timeout_s: f64) -> PyResult<(String, u64, f64, BTreeMap<String, u64>)> {
+        let timeout = seconds(timeout_s, "timeout_s")?;
+        let written = py.detach(|| self.inner.snapshot(timeout)).map_err(|error| errors::ps(py, &error))?;
+        Ok((written.name, written.bytes, written.took.as_secs_f64(), written.clocks))
     }
 
     /// What each server holds: a list of dicts.

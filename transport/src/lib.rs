@@ -9,6 +9,8 @@ mod completion;
 mod config;
 mod credit;
 pub mod cuda;
+#[doc(hidden)]
+pub mod decoders;
 mod error;
 mod flights;
 mod frame;

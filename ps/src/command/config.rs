@@ -31,6 +31,16 @@ pub(crate) fn arguments(
     environment: impl Fn(&str) -> bool,
 ) -> Result<Vec<OsString>, String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("--config {}: {error}", path.display()))?;
+    in_text(command, &text, path, environment)
+}
+
+/// The same, of the file's text.
+fn in_text(
+    command: &Command,
+    text: &str,
+    path: &Path,
+    environment: impl Fn(&str) -> bool,
+) -> Result<Vec<OsString>, String> {
     let table: Table = text.parse().map_err(|error| format!("{}: {error}", path.display()))?;
     let mut all = Vec::new();
     for (key, value) in &table {
@@ -63,4 +73,42 @@ fn hint(command: &Command, key: &str) -> String {
     nearest
         .filter(|(likeness, _)| *likeness > 0.7)
         .map_or_else(String::new, |(_, name)| format!("; did you mean {name}?"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{CommandFactory, Parser};
+    use proptest::prelude::*;
+
+    fn lines() -> impl Strategy<Value = String> {
+        let command = crate::Arguments::command();
+        let serve = command.find_subcommand("serve").unwrap();
+        let known: Vec<String> = flags(serve).map(|(name, _)| name.to_owned()).collect();
+        let key = prop_oneof![proptest::sample::select(known), "[a-z-]{0,12}", ".{0,8}"];
+        let value =
+            prop_oneof!["true|false", "-?[0-9]{1,20}", "\"[^\"\n]{0,20}\"", "[0-9.]{1,8}", "\\[.{0,5}", ".{0,10}"];
+        let line = (key, prop_oneof![Just(" = "), Just(""), Just("=\n")], value);
+        let line = line.prop_map(|(key, is, value)| format!("{key}{is}{value}\n"));
+        proptest::collection::vec(line, 0..8).prop_map(|lines| lines.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn a_file_of_any_kind_is_refused_with_its_name_or_means_flags(text in lines(), noise in ".{0,60}") {
+            let command = crate::Arguments::command();
+            let serve = command.find_subcommand("serve").unwrap();
+            for text in [text, noise] {
+                match in_text(serve, &text, Path::new("ps.toml"), |_| false) {
+                    Ok(arguments) => {
+                        let all = ["gradwire-ps", "serve"].map(OsString::from).into_iter().chain(arguments.clone());
+                        let _ = crate::Arguments::try_parse_from(all).map(|_| ());
+                        let flag = |argument: &OsString| argument.to_string_lossy().starts_with("--");
+                        prop_assert!(arguments.iter().all(flag));
+                    }
+                    Err(error) => prop_assert!(error.starts_with("ps.toml: "), "{error}"),
+                }
+            }
+        }
+    }
 }

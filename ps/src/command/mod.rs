@@ -4,6 +4,7 @@ mod admin;
 pub(crate) mod config;
 pub(crate) mod coordinate;
 pub(crate) mod drain;
+pub(crate) mod exchange;
 mod metrics;
 pub(crate) mod serve;
 mod servers;
@@ -72,6 +73,14 @@ impl Certificates {
         };
         Tls::load(&files).map_err(|error| format!("--{error}"))
     }
+}
+
+/// The machine's memory in bytes; 16 GiB where it does not say.
+pub(crate) fn memory_of_machine() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = total.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.map_or(16 << 30, |kib| kib * 1024)
 }
 
 const UNITS: [(&str, u64); 9] = [

@@ -2,7 +2,7 @@
 
 use super::snapshot::Periodic;
 use super::wire::Wires;
-use super::{Certificates, Token, admin, parse_bytes, parse_duration, show_bytes};
+use super::{Certificates, Token, admin, memory_of_machine, parse_bytes, parse_duration, show_bytes};
 use clap::{Args, ValueEnum};
 use gradwire_ps::{Checkpoints, ClusterServers, Limits, LocalServers, Monitor, ServerSettings};
 use gradwire_transport::Config;
@@ -205,7 +205,7 @@ impl Serve {
     }
 
     fn memory(&self) -> u64 {
-        self.max_memory.unwrap_or_else(half_of_memory)
+        self.max_memory.unwrap_or_else(|| memory_of_machine() / 2)
     }
 
     fn begin_log(&self) {
@@ -264,12 +264,4 @@ fn name_of(signal: i32) -> &'static str {
         SIGTERM => "SIGTERM",
         _ => "another",
     }
-}
-
-/// Half of the machine's memory; 8 GiB where it does not say.
-fn half_of_memory() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib = total.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.map_or(8 << 30, |kib| kib * 1024 / 2)
 }

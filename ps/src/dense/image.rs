@@ -191,6 +191,19 @@ pub(crate) fn merge_windows(mut windows: HashMap<u64, Window>, others: HashMap<u
 }
 
 impl TableImage {
+    /// Which numbers it holds, with their bytes, part after part.
+    pub(crate) fn fields(&self) -> impl Iterator<Item = (Field, impl Iterator<Item = Vec<u8>> + '_)> + '_ {
+        let known = self.parts.first().map_or(&[][..], |part| &part.fields).iter();
+        known.enumerate().map(|(at, (field, _))| {
+            let bytes = self.parts.iter().filter_map(move |part| part.fields.get(at)).map(|(_, numbers)| {
+                let mut out = Vec::with_capacity(numbers.bytes());
+                numbers.append(0..numbers.bytes(), &mut out);
+                out
+            });
+            (*field, bytes)
+        })
+    }
+
     /// The clock that every part has completed.
     pub(crate) fn completed(&self) -> u64 {
         self.parts.iter().map(|part| part.order.completed()).min().unwrap_or(0)

@@ -107,6 +107,11 @@ impl Gathering {
         Self { workers, completed: 0, whole: Default::default(), contributions: BTreeMap::new() }
     }
 
+    /// Memory that the contributions of so many workers take beside their payloads, each in a few parts.
+    pub(crate) const fn bytes(workers: u32) -> u64 {
+        (CLOCKS_AHEAD + 1) * 256 * workers as u64
+    }
+
     /// All clocks up to `completed` are applied, and nothing has come since.
     pub(crate) fn at(workers: u32, completed: u64) -> Self {
         Self { completed, ..Self::new(workers) }

@@ -7,12 +7,14 @@ pub(crate) use image::{Restore, RowsImage};
 use super::admission::Sketch;
 use super::arena::Arena;
 use super::evicted::Evicted;
+use super::gathering::Gathering;
 use super::index::Index;
 use super::initial::table_key;
 use super::usage::Usage;
 use super::{Batch, Ids, Initializer, SparseSpec};
+use crate::bounded::Progress;
 use crate::kernel::{self, Real, Step};
-use crate::{Adam, DType, UpdateRule};
+use crate::{Adam, DType, Mode, UpdateRule};
 use hashbrown::HashTable;
 
 /// Rows that are looked for at a time, so that the memory of many is on its way at once.
@@ -63,8 +65,13 @@ pub(crate) fn least_bytes(spec: &SparseSpec) -> u64 {
     let row = ((spec.dim as usize + first + second) * computed) as u64 + MOST_EXTRA;
     let full = spec.share().map_or(0, |share| share.saturating_mul(row));
     let sketch = if spec.admission > 1 { Sketch::bytes_for(expected_rows(spec)) } else { 0 };
+    let of_workers = match spec.mode {
+        Mode::Sync { workers } => Gathering::bytes(workers),
+        Mode::Ssp { workers, .. } => Progress::bytes(workers),
+        Mode::Async => 0,
+    };
     // A table costs something even while it holds nothing.
-    full.saturating_add(sketch).saturating_add(8192)
+    full.saturating_add(sketch).saturating_add(8192 + of_workers)
 }
 
 /// About how many rows there will be.

@@ -4,6 +4,7 @@
 
 mod accessor;
 mod calling;
+pub(crate) mod decoders;
 mod exposer;
 mod request;
 mod serving;

@@ -4,6 +4,7 @@ mod file;
 mod interfaces;
 mod memory;
 mod record;
+pub(crate) mod requests;
 mod tcp_store;
 mod url;
 

@@ -47,7 +47,7 @@ impl Record {
         let mut text = || lines.next().map(str::to_owned);
         let home = HostIdentity { host: text()?, boot_id: text()?, net_namespace: text()? };
         let (pid, nonce) = (text()?.parse().ok()?, text()?.parse().ok()?);
-        let addresses = lines.map(|line| line.parse().ok()).collect::<Option<Vec<_>>>()?;
+        let addresses = lines.take(MAX_ADDRESSES + 1).map(|line| line.parse().ok()).collect::<Option<Vec<_>>>()?;
         (addresses.len() <= MAX_ADDRESSES).then_some(Self { home, pid, nonce, addresses })
     }
 

@@ -1,5 +1,6 @@
 //! Does: a store that rank 0 serves over TCP.
 
+use super::requests::{self, GET, SET, read_part};
 use super::{MAX_KEY_BYTES, MAX_VALUE_BYTES, MemoryStore, Store, timeout};
 use crate::TransportError;
 use std::io::{self, ErrorKind, Read, Write};
@@ -9,8 +10,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const MARK: [u8; 4] = *b"GWS1";
-const SET: u8 = 1;
-const GET: u8 = 2;
 const FOUND: u8 = 1;
 const MISSING: u8 = 2;
 /// Connections served at once; more are closed at once.
@@ -143,12 +142,7 @@ fn write_request(stream: &mut TcpStream, kind: u8, key: &str, value: &[u8]) -> i
     if key.len() > MAX_KEY_BYTES || value.len() > MAX_VALUE_BYTES {
         return Err(io::Error::new(ErrorKind::InvalidInput, "a key or value is too long"));
     }
-    let mut out = vec![kind];
-    for part in [key.as_bytes(), value] {
-        out.extend(u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
-        out.extend(part);
-    }
-    stream.write_all(&out)
+    stream.write_all(&requests::write(kind, key, value))
 }
 
 fn read_answer(stream: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
@@ -161,18 +155,6 @@ fn read_answer(stream: &mut TcpStream) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-fn read_part(stream: &mut TcpStream, most: usize) -> io::Result<Vec<u8>> {
-    let mut length = [0; 4];
-    stream.read_exact(&mut length)?;
-    let length = u32::from_le_bytes(length) as usize;
-    if length > most {
-        return Err(io::Error::new(ErrorKind::InvalidData, format!("{length} bytes, of at most {most}")));
-    }
-    let mut part = vec![0; length];
-    stream.read_exact(&mut part)?;
-    Ok(part)
-}
-
 fn serve_one(mut stream: TcpStream, values: &MemoryStore) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
@@ -183,11 +165,8 @@ fn serve_one(mut stream: TcpStream, values: &MemoryStore) -> io::Result<()> {
     }
     stream.set_read_timeout(Some(IDLE))?;
     loop {
-        let mut kind = [0];
-        stream.read_exact(&mut kind)?;
-        let key = String::from_utf8(read_part(&mut stream, MAX_KEY_BYTES)?).map_err(|_| ErrorKind::InvalidData)?;
-        let value = read_part(&mut stream, MAX_VALUE_BYTES)?;
-        let found = match kind[0] {
+        let (kind, key, value) = requests::read(&mut stream)?;
+        let found = match kind {
             SET => values.set(&key, &value).ok().map(|()| Vec::new()),
             GET => values.get(&key, Instant::now() + TURN).ok(),
             _ => return Err(ErrorKind::InvalidData.into()),

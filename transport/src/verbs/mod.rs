@@ -8,6 +8,7 @@ mod async_events;
 pub mod bare;
 mod completion_queue;
 mod context;
+pub(crate) mod decoders;
 pub mod device;
 mod dma_buf;
 mod fault;

@@ -102,6 +102,11 @@ impl SparseImage {
         self.completed
     }
 
+    /// How many rows there are.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
     pub(crate) fn chunks(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
         let id = self.spec.id();
         let mut head = chunk(ChunkKind::Sparse, id);

@@ -1,0 +1,4 @@
+//! Does: hands libFuzzer's inputs to the decoders of `collectives`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| gradwire_fuzz::read(&gradwire_collectives::decoders::all(), input));
