@@ -11,6 +11,8 @@ mod dense;
 mod dial;
 mod dtype;
 mod error;
+#[allow(dead_code)]
+mod etcd;
 mod exact_sum;
 mod gauges;
 pub mod header;
