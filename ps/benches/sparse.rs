@@ -50,6 +50,7 @@ fn spec() -> SparseSpec {
         capacity: None,
         eviction: None,
         admission: 1,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
     }

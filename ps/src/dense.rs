@@ -268,6 +268,11 @@ impl Table {
         self.forget_squares(peer);
     }
 
+    /// Takes out the pushes that are not counted yet.
+    pub(crate) fn take_parked(&mut self, memory: &mut Memory) -> Vec<Wait> {
+        self.parts.iter_mut().flat_map(|part| part.unpark_all(memory)).collect()
+    }
+
     /// Takes out the requests that have waited too long, with who they waited for.
     pub(crate) fn expire(&mut self, now: Instant, memory: &mut Memory, mut refuse: impl FnMut(Wait, Refusal)) {
         let subject = self.spec.subject();

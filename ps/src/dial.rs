@@ -52,17 +52,36 @@ pub(crate) fn dialer(config: &Config, addresses: &[String]) -> Result<Box<dyn Di
     })
 }
 
+/// What asks one question, by sockets.
+pub(crate) fn plain_dialer(config: &Config) -> Result<Box<dyn Dialer>, TransportError> {
+    let nonce = random().map_err(|error| TransportError::io("draw a random number", std::io::Error::other(error)))?;
+    Ok(Box::new(TcpWire::new(config, identity(nonce, false), Acceptance::Nobody)?))
+}
+
+/// Refuses to listen off loopback where the port is `open` to everybody.
+///
+/// # Errors
+/// `Invalid`, with the remedies.
+pub(crate) fn check_open(listen: SocketAddr, open: bool) -> Result<(), PsError> {
+    if listen.ip().is_loopback() || !open {
+        return Ok(());
+    }
+    let reason = "off loopback everybody who reaches the port could read and change the tables: set a token \
+                  (GRADWIRE_TOKEN), give certificates (--tls-cert), or say that you want it insecure";
+    Err(PsError::invalid(format!("listening at {listen}"), reason))
+}
+
 /// What a server answers by, and where it listens.
 pub(crate) fn listener(
     config: &Config,
     listen: SocketAddr,
     (instance, max_peers): (u64, usize),
-) -> Result<(Box<dyn Wire>, SocketAddr), PsError> {
+) -> Result<(Box<dyn Dialer>, SocketAddr), PsError> {
     let local: Vec<IpAddr> = Some(listen.ip()).filter(|ip| !ip.is_unspecified()).into_iter().collect();
     let verbs = open_verbs(config, &local)?;
     let mut tcp = TcpWire::new(config, identity(instance, verbs.is_some()), Acceptance::Anyone { max_peers })?;
     let address = tcp.listen(listen)?;
-    let wire: Box<dyn Wire> = match verbs {
+    let wire: Box<dyn Dialer> = match verbs {
         Some((verbs, reason)) => {
             tracing::info!(%address, device = reason, "RDMA is offered to clients");
             Box::new(Mesh::meeting(tcp, Box::new(verbs), WireChoice::Auto))

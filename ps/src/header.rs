@@ -62,6 +62,16 @@ pub enum Kind {
     SparsePull = 14,
     /// Asks which ids were evicted, from the number in the clock's place on.
     Evicted = 15,
+    /// A seat wants to be the backup: the client is its number.
+    Follow = 32,
+    /// A backup has every entry of the log up to the sequence.
+    Applied = 33,
+    /// A server process tells the coordinator that it is there.
+    Join = 34,
+    /// A seat tells the coordinator what it has seen.
+    Sighting = 35,
+    /// Asks the coordinator for its map.
+    Map = 36,
     /// Asks for the sum of squares of a clipped table's gradient at a clock, once it is whole.
     Norm = 24,
     /// Says by what the gradient of a clock is multiplied before it is applied.
@@ -77,7 +87,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 21] = [
+    const ALL: [Self; 26] = [
         Self::Hello,
         Self::Open,
         Self::ClaimInit,
@@ -93,6 +103,11 @@ impl Kind {
         Self::SparsePush,
         Self::SparsePull,
         Self::Evicted,
+        Self::Follow,
+        Self::Applied,
+        Self::Join,
+        Self::Sighting,
+        Self::Map,
         Self::Norm,
         Self::Scale,
         Self::Snapshot,
@@ -109,6 +124,11 @@ impl Kind {
     /// Whether it is answered with elements.
     pub const fn pulls(self) -> bool {
         matches!(self, Self::Pull | Self::PushPull | Self::SparsePull)
+    }
+
+    /// Whether servers and their coordinator speak so among themselves.
+    pub const fn is_control(self) -> bool {
+        matches!(self, Self::Follow | Self::Applied | Self::Join | Self::Sighting | Self::Map)
     }
 
     /// Whether it is an answer.

@@ -110,7 +110,7 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-fn address_of(first: SocketAddr, shard: u32) -> Result<SocketAddr, PsError> {
+pub(crate) fn address_of(first: SocketAddr, shard: u32) -> Result<SocketAddr, PsError> {
     if first.port() == 0 {
         return Ok(first);
     }

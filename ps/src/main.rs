@@ -22,6 +22,8 @@ struct Arguments {
 enum Command {
     /// Serves one or more shards until it is stopped
     Serve(Box<command::serve::Serve>),
+    /// Keeps the map of servers that have backups, and has one take over when another dies
+    Coordinate(Box<command::coordinate::Coordinate>),
     /// Prints what running servers hold, and who is connected
     Status(command::status::Status),
     /// Checks a configuration file
@@ -44,6 +46,10 @@ Examples:
 
   The same from a file of flags without their dashes (`listen = \"0.0.0.0:7000\"`), checked first; flags win over it:
       gradwire-ps config --check ps.toml && gradwire-ps serve --config ps.toml --admin 0.0.0.0:9100 --log-format json
+  Let tables outlive a server (recovery=\"replicate\"): a coordinator, and at least two servers on different machines:
+      gradwire-ps coordinate --listen 10.0.0.1:7000 --shards 2
+      gradwire-ps serve --listen 10.0.0.2:7000 --shards 2 --coordinator 10.0.0.1:7000      (and so on 10.0.0.3, ...)
+      gradwire-ps status --coordinator 10.0.0.1:7000
 
   See what is there, for people and for programs:
       GRADWIRE_TOKEN=$(cat secret) gradwire-ps status --servers host1:7000,host2:7000
@@ -75,6 +81,7 @@ fn main() -> ExitCode {
             Some(path) => with_file(path, std::env::args_os().skip(2)).and_then(|serve| serve.run()),
             None => serve.run(),
         },
+        Command::Coordinate(coordinate) => coordinate.run(),
         Command::Status(status) => status.run(),
         Command::Config(check) => {
             with_file(check.file(), std::iter::empty()).and_then(|serve| serve.check()).map(|()| check.praise())

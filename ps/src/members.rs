@@ -186,6 +186,11 @@ impl Members {
         Ok(arrived)
     }
 
+    /// Takes out all who wait at barriers.
+    pub(crate) fn take_waiting(&mut self) -> impl Iterator<Item = Wait> + '_ {
+        self.barriers.drain().flat_map(|(_, barrier)| barrier.arrived)
+    }
+
     /// Takes out those who have waited too long, with who had come.
     pub(crate) fn expire(&mut self, now: std::time::Instant, mut refuse: impl FnMut(Wait, Refusal)) {
         self.barriers.retain(|id, barrier| {

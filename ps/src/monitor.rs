@@ -11,18 +11,25 @@ use std::time::Duration;
 #[derive(Clone)]
 pub struct Monitor {
     questions: Arc<Questions>,
-    waker: Arc<dyn Wake>,
+    /// Of the server that answers now.
+    waker: Arc<Mutex<Arc<dyn Wake>>>,
 }
 
 impl Monitor {
     pub(crate) fn new(questions: Arc<Questions>, waker: Arc<dyn Wake>) -> Self {
-        Self { questions, waker }
+        Self { questions, waker: Arc::new(Mutex::new(waker)) }
+    }
+
+    /// From now on another server answers: its waker, for the questions that it is to answer.
+    pub(crate) fn turn_to(&self, waker: Arc<dyn Wake>) -> Arc<Questions> {
+        *self.waker.lock().unwrap_or_else(PoisonError::into_inner) = waker;
+        Arc::clone(&self.questions)
     }
 
     /// What the server tells; `None` where it does not answer within `patience`, or has stopped.
     pub fn report(&self, patience: Duration) -> Option<Report> {
         let answer = self.questions.ask()?;
-        self.waker.wake();
+        self.waker.lock().unwrap_or_else(PoisonError::into_inner).wake();
         answer.recv_timeout(patience).ok()
     }
 }

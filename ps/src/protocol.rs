@@ -15,6 +15,9 @@ pub(crate) const PAYLOAD: Tag = Tag(2);
 /// Answers without elements.
 pub(crate) const REPLY: Tag = Tag(3);
 
+/// Entries of a primary's log.
+pub(crate) const LOG: Tag = Tag(4);
+
 /// The longest payload that travels behind its header: about where copying costs as much as another message.
 pub(crate) const INLINE_BYTES: usize = 8 << 10;
 /// The longest request.
@@ -28,6 +31,7 @@ pub(crate) const REPLY_BYTES: usize = HEADER_BYTES + (2 << 20);
 pub(crate) const POSTED_REQUESTS: usize = 16;
 pub(crate) const POSTED_PAYLOADS: usize = 8;
 pub(crate) const POSTED_REPLIES: usize = 16;
+pub(crate) const POSTED_ENTRIES: usize = 16;
 /// Payloads, or values, that are posted to one peer and not yet sent: more would only lengthen a queue.
 pub(crate) const POSTED_SENDS: usize = 16;
 

@@ -1,20 +1,23 @@
-//! Does: serves one shard over a wire, on the thread that runs it. Sleeps while nobody asks.
+//! Does: serves one seat over a wire, on the thread that runs it. Sleeps while nobody asks.
 
-use crate::gauges::{Gauges, Report};
+mod copying;
+mod telling;
+
+use crate::control::Line;
+use crate::gauges::Gauges;
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use crate::keeper::{Checkpoints, Keeper};
 use crate::monitor::{Monitor, Questions};
 use crate::patience::{self, Patience};
 use crate::protocol::{
-    INLINE_BYTES, PAYLOAD, PAYLOAD_BYTES, POSTED_PAYLOADS, POSTED_REQUESTS, POSTED_SENDS, REPLY, REQUEST,
+    INLINE_BYTES, LOG, PAYLOAD, PAYLOAD_BYTES, POSTED_PAYLOADS, POSTED_REQUESTS, POSTED_SENDS, REPLY, REQUEST,
     REQUEST_BYTES, check_lengths, value,
 };
+use crate::replica::Seat;
 use crate::shard::{Action, Limits, Shard};
-use crate::status::{ClientStatus, PAGE, ShardStatus};
-use crate::{PsError, dial};
+use crate::{Dialer, PsError, dial};
 use gradwire_transport::{
     Completion, Config, CreditSettings, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TransportError, Wake,
-    Wire,
 };
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -73,12 +76,7 @@ impl ServerSettings {
     /// `Invalid` off loopback without a token and without TLS.
     pub fn check(&self) -> Result<(), PsError> {
         let open = self.token.as_ref().is_none_or(String::is_empty) && self.transport.tls.is_none();
-        if !self.listen.ip().is_loopback() && open && !self.insecure {
-            let reason = "off loopback everybody who reaches the port could read and change the tables: set a token \
-                          (GRADWIRE_TOKEN), give certificates (--tls-cert), or say that you want it insecure";
-            return Err(PsError::invalid(format!("listening at {}", self.listen), reason));
-        }
-        Ok(())
+        dial::check_open(self.listen, open && !self.insecure)
     }
 }
 
@@ -90,6 +88,10 @@ pub struct Stopper {
 }
 
 impl Stopper {
+    pub(crate) fn new(flag: Arc<AtomicBool>, waker: Arc<dyn Wake>) -> Self {
+        Self { flag, waker }
+    }
+
     /// Makes [`Server::run`] say goodbye and return.
     pub fn stop(&self) {
         self.flag.store(true, Ordering::Release);
@@ -104,13 +106,18 @@ struct Connection {
     payloads: VecDeque<RecvLoan>,
     values: VecDeque<(Header, RegionSlice)>,
     sending: usize,
+    /// Entries of our log that have not gone.
+    log: VecDeque<Vec<u8>>,
 }
 
-/// A server of one shard.
+/// A server of one shard, or of a copy of one.
 pub struct Server {
-    wire: Box<dyn Wire>,
+    wire: Box<dyn Dialer>,
     address: SocketAddr,
-    shard: Shard,
+    seat: Seat,
+    /// To the coordinator, where there is one.
+    line: Option<Arc<Line>>,
+    copying: copying::Copying,
     connections: HashMap<PeerId, Connection>,
     outbox: VecDeque<Action>,
     actions: Vec<Action>,
@@ -137,21 +144,33 @@ impl Server {
     /// # Errors
     /// As [`Server::bind`].
     pub fn bind_with(settings: ServerSettings, shard: Shard) -> Result<Self, PsError> {
+        let instance = shard.instance();
+        Self::bind_seat(settings, instance, Seat::alone(shard))
+    }
+
+    /// Listens for a seat.
+    pub(crate) fn bind_seat(settings: ServerSettings, instance: u64, seat: Seat) -> Result<Self, PsError> {
         settings.check()?;
         let token = settings.token.filter(|token| !token.is_empty());
         let config = Config { token, ..settings.transport };
-        let who = (shard.instance(), settings.limits.clients);
+        let who = (instance, settings.limits.clients);
         let (wire, address) = dial::listener(&config, settings.listen, who)?;
         let keeper = settings.checkpoints.map(|kept| Keeper::start(&kept, wire.waker())).transpose()?;
-        Ok(Self { keeper, ..Self::on(wire, address, shard, settings.spin) })
+        Ok(Self { keeper, ..Self::seated(wire, address, seat, settings.spin) })
     }
 
     /// Serves `shard` on `wire`, which accepts peers by itself; looks for more for `spin` at most before it sleeps.
-    pub fn on(wire: Box<dyn Wire>, address: SocketAddr, shard: Shard, spin: Duration) -> Self {
+    pub fn on(wire: Box<dyn Dialer>, address: SocketAddr, shard: Shard, spin: Duration) -> Self {
+        Self::seated(wire, address, Seat::alone(shard), spin)
+    }
+
+    fn seated(wire: Box<dyn Dialer>, address: SocketAddr, seat: Seat, spin: Duration) -> Self {
         Self {
             wire,
             address,
-            shard,
+            seat,
+            line: None,
+            copying: copying::Copying::default(),
             connections: HashMap::new(),
             outbox: VecDeque::new(),
             actions: Vec::new(),
@@ -171,7 +190,7 @@ impl Server {
 
     /// A handle to stop it with.
     pub fn stopper(&self) -> Stopper {
-        Stopper { flag: Arc::clone(&self.stop), waker: self.wire.waker() }
+        Stopper::new(Arc::clone(&self.stop), self.wire.waker())
     }
 
     /// What others ask for its reports; from now on it counts for them.
@@ -181,22 +200,31 @@ impl Server {
         Monitor::new(Arc::clone(&self.questions), self.wire.waker())
     }
 
-    /// Serves until it is stopped.
+    /// Answers the questions of a monitor of the server before.
+    pub(crate) fn answer_to(&mut self, monitor: &Monitor) {
+        self.gauges.get_or_insert_default();
+        self.questions = monitor.turn_to(self.wire.waker());
+        self.questions.open();
+    }
+
+    /// Serves until it is stopped, or its seat has ended.
     pub fn run(&mut self) {
         let mut last = Instant::now();
         let mut tick = last + TICK;
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.load(Ordering::Acquire) && self.seat.over().is_none() {
             let now = Instant::now();
             let moved = self.turn(now);
             for asker in self.questions.take() {
                 // Who does not wait any more needs no answer.
                 let _ = asker.send(self.report(now));
             }
-            if now >= tick && !self.connections.is_empty() {
-                tick = now + TICK;
-                self.shard.expire(now, &mut self.actions);
+            let quiet = self.connections.is_empty() && self.line.is_none();
+            if now >= tick && !quiet {
+                tick = now + self.pause();
+                self.seat.tick(now, &mut self.actions);
                 self.act();
             }
+            self.mind_the_line(now);
             let idle = now.saturating_duration_since(last);
             if moved {
                 self.patience.learn(idle);
@@ -205,7 +233,6 @@ impl Server {
                 // Whoever is waited for may want this very core.
                 std::thread::yield_now();
             } else {
-                let quiet = self.connections.is_empty();
                 self.wire.park(if quiet { now + NAP } else { tick.max(now) });
             }
         }
@@ -230,6 +257,9 @@ impl Server {
             self.actions.extend(self.outbox.drain(..));
             self.act();
         }
+        if self.line.is_some() {
+            self.copy(now);
+        }
         moved
     }
 
@@ -246,6 +276,7 @@ impl Server {
                     self.serve(arrival.from.peer, now);
                 }
             }
+            Completion::Arrived(arrival) if arrival.from.tag == LOG => self.take_entry(arrival, now),
             Completion::Sent { to, slice } => {
                 drop(slice);
                 self.sent(to.peer);
@@ -258,7 +289,7 @@ impl Server {
             Completion::RecvFailed { peer, error: TransportError::MessageTooLong { bytes, capacity, .. }, .. } => {
                 self.close(peer, format!("a request of {bytes} bytes, of which {capacity} are taken"));
             }
-            Completion::PeerDown { peer, error } => self.farewell(peer, &error),
+            Completion::PeerDown { peer, error } => self.farewell(peer, &error, now),
             _ => {}
         }
     }
@@ -275,15 +306,16 @@ impl Server {
         tracing::info!(host = name.host, pid = name.pid, address = name.address, %wire, "a client has connected");
     }
 
-    fn farewell(&mut self, peer: PeerId, error: &TransportError) {
-        if self.connections.remove(&peer).is_some() {
+    fn farewell(&mut self, peer: PeerId, error: &TransportError, now: Instant) {
+        if let Some(connection) = self.connections.remove(&peer) {
+            self.copying.forget(&connection);
             let name = self.wire.name(peer);
-            tracing::info!(host = name.host, pid = name.pid, address = name.address, why = %error, "a client has left");
+            tracing::info!(host = name.host, pid = name.pid, address = name.address, why = %error, "a connection has ended");
         }
         if let Some(gauges) = &mut self.gauges {
             gauges.gone(peer);
         }
-        self.shard.gone(peer, &mut self.actions);
+        self.seat.gone(peer, now, &mut self.actions);
         self.act();
     }
 
@@ -313,6 +345,11 @@ impl Server {
         loop {
             let Some(connection) = self.connections.get_mut(&peer) else { return };
             let Some((header, _)) = connection.requests.front() else { return };
+            if !header.kind.is_control() && (self.copying.is_full() || self.seat.is_full()) {
+                // What the backup has not taken yet is bounded; clients wait meanwhile.
+                self.copying.stalled = true;
+                return;
+            }
             let apart = !header.is_inline() && header.payload_bytes > 0;
             if apart && connection.payloads.is_empty() {
                 return;
@@ -327,7 +364,7 @@ impl Server {
             if let Some(gauges) = &mut self.gauges {
                 gauges.ask(peer, &header, now);
             }
-            self.shard.handle(peer, &header, bytes, now, &mut self.actions);
+            self.seat.handle(peer, &header, bytes, now, &mut self.actions);
             drop((inline, payload));
             self.receive(peer, REQUEST, REQUEST_BYTES);
             if apart {
@@ -352,7 +389,13 @@ impl Server {
                         self.send_values(to);
                     }
                 }
-                Action::Close { peer, reason } => self.close(peer, reason),
+                Action::Close { peer, reason } => {
+                    if self.connections.contains_key(&peer) {
+                        self.close(peer, reason);
+                    }
+                }
+                Action::Ship { to, bytes } => self.ship(to, bytes),
+                Action::Tell { to, header } => self.tell(to, header),
                 Action::Store { to, header, cut } => match &mut self.keeper {
                     Some(keeper) => keeper.store(to, header, cut),
                     None => {
@@ -423,49 +466,10 @@ impl Server {
         let name = self.wire.name(peer);
         tracing::warn!(host = name.host, pid = name.pid, address = name.address, reason, "closing a connection");
         let cause = LossCause::Aborted(reason);
-        self.connections.remove(&peer);
+        if let Some(connection) = self.connections.remove(&peer) {
+            self.copying.forget(&connection);
+        }
         self.wire.disconnect(peer, TransportError::PeerLost { peer: Box::new(name), cause });
-    }
-
-    fn status(&self, first: usize) -> Vec<u8> {
-        let mut status = self.shard.status(first);
-        let clients = self.shard.clients().skip(first).take(PAGE);
-        status.clients = clients.map(|(client, peer)| self.client(client, peer)).collect();
-        status.encode()
-    }
-
-    fn client(&self, client: u64, peer: PeerId) -> ClientStatus {
-        let (name, traffic) = (self.wire.name(peer), self.wire.traffic(peer));
-        ClientStatus {
-            client,
-            host: name.host,
-            pid: name.pid,
-            address: name.address,
-            received_bytes: traffic.received_bytes,
-            sent_bytes: traffic.sent_bytes,
-        }
-    }
-
-    /// All that is told to who watches.
-    fn report(&self, now: Instant) -> Report {
-        let mut status = self.shard.status(0);
-        for first in (PAGE..).step_by(PAGE) {
-            let ShardStatus { tables, sparse, .. } = self.shard.status(first);
-            if tables.is_empty() && sparse.is_empty() {
-                break;
-            }
-            status.tables.extend(tables);
-            status.sparse.extend(sparse);
-        }
-        let (clients, peers): (Vec<_>, Vec<_>) =
-            self.shard.clients().map(|(client, peer)| (self.client(client, peer), peer)).unzip();
-        status.clients = clients;
-        let waiting_bytes = status.clients.iter().map(|client| self.shard.waiting_bytes(client.client)).collect();
-        let report = match &self.gauges {
-            Some(gauges) => gauges.report(status, &peers, now),
-            None => Gauges::default().report(status, &peers, now),
-        };
-        Report { waiting_bytes, ..report }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Pure: one shard of the parameter server. A request and its payload go in, what is to be sent comes out.
 
+mod checks;
+mod copies;
 mod image;
 mod limits;
 mod snapshot;
@@ -17,9 +19,10 @@ use crate::memory::{Memory, Shelf};
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, MAX_PART_BYTES};
 use crate::sparse::{Means, SparseTable};
-use crate::status::{PAGE, ShardStatus, TableStatus};
+use crate::status::{PAGE, ShardStatus, Standing, TableStatus};
 use crate::unpacking::{Unpacking, check_answer_codec};
-use crate::{Mode, Schedule, SparseSpec, TableId, TableSpec};
+use crate::{Schedule, SparseSpec, TableId, TableSpec};
+use checks::{check_pusher, expect_elements, not_for_a_shard, unknown};
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -71,6 +74,20 @@ pub enum Action {
         /// The reply, without a body.
         header: Header,
     },
+    /// Send this entry of the log to the backup.
+    Ship {
+        /// The backup.
+        to: PeerId,
+        /// The entry.
+        bytes: Vec<u8>,
+    },
+    /// Send this header to the primary, as a request.
+    Tell {
+        /// The primary.
+        to: PeerId,
+        /// The request.
+        header: Header,
+    },
 }
 
 /// One shard: its tables and clients.
@@ -78,6 +95,8 @@ pub struct Shard {
     limits: Limits,
     epoch: Epoch,
     instance: u64,
+    /// Any number that clients do not know; a copy's is the first one's, so that both do alike.
+    key: u64,
     pub(crate) tables: BTreeMap<TableId, Table>,
     pub(crate) sparse: BTreeMap<TableId, SparseTable>,
     pub(crate) members: Members,
@@ -97,6 +116,7 @@ impl Shard {
             memory: Memory::new(limits.memory_bytes).with_client_limit(limits.client_bytes),
             epoch: Epoch(1),
             instance,
+            key: instance,
             tables: BTreeMap::new(),
             sparse: BTreeMap::new(),
             shelf: Shelf::default(),
@@ -110,12 +130,27 @@ impl Shard {
 
     /// Takes one request. What is to be done is appended to `out`.
     pub fn handle(&mut self, from: PeerId, header: &Header, payload: &[u8], now: Instant, out: &mut Vec<Action>) {
+        match self.check(from, header, payload) {
+            Ok(()) => self.replay(from, header, payload, now, out),
+            Err(refusal) => refuse(from, header, &refusal, out),
+        }
+    }
+
+    /// Takes one request that has been checked, here or where it came first.
+    pub(crate) fn replay(
+        &mut self,
+        from: PeerId,
+        header: &Header,
+        payload: &[u8],
+        now: Instant,
+        out: &mut Vec<Action>,
+    ) {
         let patience = match header.wait_ms {
             0 => self.limits.patience,
             ms => self.limits.patience.min(Duration::from_millis(ms.into())),
         };
         let wait = Wait { to: from, header: *header, until: now + patience };
-        if let Err(refusal) = self.check(from, header, payload).and_then(|()| self.dispatch(&wait, payload, now, out)) {
+        if let Err(refusal) = self.dispatch(&wait, payload, now, out) {
             refuse(from, header, &refusal, out);
         }
         if self.awaited.is_some() {
@@ -135,8 +170,8 @@ impl Shard {
         let malformed = |what: &str, expected: String, got: String| {
             Err(Refusal::new(Reason::Malformed, "request", what, expected, got))
         };
-        if header.kind.is_reply() {
-            return malformed("kind", "a request".to_owned(), format!("{:?}", header.kind));
+        if header.kind.is_reply() || header.kind.is_control() {
+            return malformed("kind", "a client's request".to_owned(), format!("{:?}", header.kind));
         }
         if header.payload_bytes != payload.len() as u64 {
             return malformed("payload", format!("{} bytes", header.payload_bytes), format!("{} bytes", payload.len()));
@@ -202,7 +237,8 @@ impl Shard {
                 out.push(Action::Status { to: wait.to, header: header.reply(Kind::Done) });
                 Ok(())
             }
-            Kind::Done | Kind::Refused | Kind::Later => unreachable!("replies were refused before"),
+            Kind::Follow | Kind::Applied | Kind::Join | Kind::Sighting | Kind::Map => Err(not_for_a_shard(header)),
+            Kind::Done | Kind::Refused | Kind::Later => Err(not_for_a_shard(header)),
         }
     }
 
@@ -245,6 +281,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
+            spec.recovery.check(self.limits.replicas, spec.subject())?;
             self.tables.insert(header.table, Table::new(spec, &mut self.memory)?);
         }
         let pushed = self.table(header)?.pushed_by(header.client);
@@ -366,7 +403,8 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
-            let table = SparseTable::new(spec, self.instance, now, &mut self.memory)?;
+            spec.recovery.check(self.limits.replicas, spec.subject())?;
+            let table = SparseTable::new(spec, self.key, now, &mut self.memory)?;
             self.sparse.insert(header.table, table);
         }
         let table = self.sparse.get(&header.table).ok_or_else(|| unknown(header))?;
@@ -462,6 +500,7 @@ impl Shard {
         ShardStatus {
             memory_bytes: self.memory.used,
             memory_limit_bytes: self.memory.limit,
+            standing: Standing::default(),
             tables: tables.collect(),
             sparse: self.sparse.values().skip(first).take(PAGE).map(SparseTable::status).collect(),
             clients: Vec::new(),
@@ -480,47 +519,11 @@ fn done(wait: &Wait, clock: u64, out: &mut Vec<Action>) {
     out.push(Action::Reply { to: wait.to, header, body: Vec::new() });
 }
 
-fn refuse(to: PeerId, header: &Header, refusal: &Refusal, out: &mut Vec<Action>) {
+pub(crate) fn refuse(to: PeerId, header: &Header, refusal: &Refusal, out: &mut Vec<Action>) {
     let body = refusal.encode();
     let mut header = header.reply(Kind::Refused);
     header.flags = FLAG_INLINE;
     header.status = refusal.reason as u16;
     header.payload_bytes = body.len() as u64;
     out.push(Action::Reply { to, header, body });
-}
-
-/// Checks that the payload holds the elements that the header speaks of, of a type that may come here.
-fn expect_elements(table: &Table, header: &Header, dtype_fits: bool) -> Result<(), Refusal> {
-    let subject = || table.spec.subject();
-    let got = header.dtype.map_or("none", |dtype| dtype.name());
-    if !dtype_fits {
-        return Err(Refusal::new(Reason::Mismatch, subject(), "dtype", table.spec.dtype, got));
-    }
-    let each = header.dtype.map_or(0, |dtype| dtype.bytes() as u64);
-    if header.keys.len().checked_mul(each) != Some(header.payload_bytes) {
-        let expected = format!("{} elements of {got}", header.keys.len());
-        let got = format!("{} bytes", header.payload_bytes);
-        return Err(Refusal::new(Reason::Malformed, subject(), "payload", expected, got));
-    }
-    Ok(())
-}
-
-/// Checks that a push says by whom it is, and which one.
-fn check_pusher(header: &Header, mode: Mode, subject: impl Fn() -> String) -> Result<(), Refusal> {
-    if let Some(workers) = mode.workers()
-        && (header.client >= workers.into() || header.clock == 0)
-    {
-        let expected = format!("a worker from 0 to {}, and a clock from 1", workers - 1);
-        let got = format!("client {} at clock {}", header.client, header.clock);
-        return Err(Refusal::new(Reason::Mismatch, subject(), "who pushes", expected, got));
-    }
-    if header.sequence == 0 {
-        return Err(Refusal::new(Reason::Malformed, subject(), "sequence", "from 1", 0));
-    }
-    Ok(())
-}
-
-fn unknown(header: &Header) -> Refusal {
-    let (expected, got) = ("one that was opened here", "another (was the server started anew?)");
-    Refusal::new(Reason::UnknownTable, format!("table {:#x}", header.table.0), "table", expected, got)
 }

@@ -5,7 +5,7 @@ use crate::key::MAX_NAME_BYTES;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::MAX_PART_BYTES;
 use crate::staleness::MAX_WORKERS;
-use crate::{Adagrad, Codec, Compression, DType, Mode, TableId, UpdateRule};
+use crate::{Adagrad, Codec, Compression, DType, Mode, Recovery, TableId, UpdateRule};
 
 /// Most dimensions of a table.
 pub const MAX_DIMENSIONS: usize = 16;
@@ -48,6 +48,8 @@ pub struct TableSpec {
     pub combine: Combine,
     /// Whether the gradient of a clock waits to be told its scale before it is applied.
     pub clipped: bool,
+    /// What becomes of it when a server dies.
+    pub recovery: Recovery,
     /// How gradients and values travel.
     pub compression: Compression,
     /// Number of shards that it is cut over.
@@ -127,6 +129,7 @@ impl TableSpec {
             .or_else(|| differ("mode", self.mode.to_string(), other.mode.to_string()))
             .or_else(|| differ("combine", format!("{:?}", self.combine), format!("{:?}", other.combine)))
             .or_else(|| differ("clipping", self.clipped.to_string(), other.clipped.to_string()))
+            .or_else(|| differ("recovery", self.recovery.to_string(), other.recovery.to_string()))
             .or_else(|| differ("compression", self.compression.to_string(), other.compression.to_string()))
             .or_else(|| differ("number of servers", self.shards.to_string(), other.shards.to_string()))
             .or_else(|| differ("place in the list of servers", self.shard.to_string(), other.shard.to_string()))
@@ -147,6 +150,7 @@ impl TableSpec {
         self.mode.encode(out);
         out.byte((self.combine == Combine::Mean).into());
         out.byte(self.clipped.into());
+        self.recovery.encode(out);
         self.compression.push.write(out);
         self.compression.pull.write(out);
         out.number(self.shards.into());
@@ -169,6 +173,7 @@ impl TableSpec {
             flag @ (0 | 1) => flag == 1,
             _ => return Err(BadBody("a flag is neither 0 nor 1")),
         };
+        let recovery = Recovery::decode(from)?;
         let compression = Compression { push: Codec::read(from)?, pull: Codec::read(from)? };
         let small = |number: u64| u32::try_from(number).map_err(|_| BadBody("a number is too large"));
         let (shards, shard) = (small(from.number()?)?, small(from.number()?)?);
@@ -180,6 +185,7 @@ impl TableSpec {
             mode,
             combine,
             clipped,
+            recovery,
             compression,
             shards,
             shard,
@@ -210,6 +216,7 @@ mod tests {
             mode: Mode::Sync { workers: 4 },
             combine: Combine::Mean,
             clipped: false,
+            recovery: Recovery::Replicate,
             compression: Compression { push: Codec::TopK { share: 0.25 }, pull: Codec::Int8 },
             shards: 3,
             shard: 2,

@@ -1,7 +1,7 @@
 //! Pure: what a server tells of itself, and how it travels.
 
 use crate::body::{BadBody, Reader, Writer};
-use crate::{SparseSpec, TableSpec};
+use crate::{Epoch, SparseSpec, TableSpec};
 
 /// One shard as it is now.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -10,12 +10,85 @@ pub struct ShardStatus {
     pub memory_bytes: u64,
     /// The most that may be taken.
     pub memory_limit_bytes: u64,
+    /// What the server is to the shard.
+    pub standing: Standing,
     /// The tables it holds a share of, by name.
     pub tables: Vec<TableStatus>,
     /// The sparse tables it holds a share of, by name.
     pub sparse: Vec<SparseStatus>,
     /// The clients that are connected.
     pub clients: Vec<ClientStatus>,
+}
+
+/// What a server is to a shard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// It has the shard by itself, without a coordinator.
+    #[default]
+    Alone,
+    /// It has none yet.
+    Spare,
+    /// It has a copy, and takes over.
+    Backup,
+    /// It answers clients.
+    Primary,
+    /// It has lost its backup, and answers once the coordinator has heard so: that one may have taken over.
+    Fenced,
+}
+
+impl Role {
+    const ALL: [Self; 5] = [Self::Alone, Self::Spare, Self::Backup, Self::Primary, Self::Fenced];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Alone => "alone",
+            Self::Spare => "spare",
+            Self::Backup => "backup",
+            Self::Primary => "primary",
+            Self::Fenced => "primary, waiting for the coordinator",
+        }
+    }
+}
+
+/// What a server is to a shard, and at which place of the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// What it is.
+    pub role: Role,
+    /// To which shard.
+    pub shard: u32,
+    /// The epoch of the map that it has heard last.
+    pub epoch: Epoch,
+    /// Entries of the log since its primary became that, as far as it has them.
+    pub log: u64,
+    /// How many of them the backup has; none without a backup.
+    pub backup: Option<u64>,
+}
+
+impl Standing {
+    /// Entries of the log that the backup does not have yet; none without a backup.
+    pub fn lag(&self) -> Option<u64> {
+        Some(self.log.saturating_sub(self.backup?))
+    }
+
+    fn encode(&self, out: &mut Writer) {
+        out.byte(self.role as u8);
+        out.number(self.shard.into());
+        out.number(self.epoch.0);
+        out.number(self.log);
+        out.byte(self.backup.is_some().into());
+        out.number(self.backup.unwrap_or(0));
+    }
+
+    fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
+        let role = from.byte()?;
+        let role =
+            Role::ALL.into_iter().find(|known| *known as u8 == role).ok_or(BadBody("no such part of a server"))?;
+        let (shard, epoch, log) = (from.small()?, Epoch(from.number()?), from.number()?);
+        let (has_backup, backup) = (from.byte()? != 0, from.number()?);
+        Ok(Self { role, shard, epoch, log, backup: has_backup.then_some(backup) })
+    }
 }
 
 /// A table's share of a shard.
@@ -155,6 +228,7 @@ impl ShardStatus {
         let mut out = Writer::default();
         out.number(self.memory_bytes);
         out.number(self.memory_limit_bytes);
+        self.standing.encode(&mut out);
         out.number(self.tables.len() as u64);
         self.tables.iter().for_each(|table| table.encode(&mut out));
         out.number(self.sparse.len() as u64);
@@ -174,6 +248,7 @@ impl ShardStatus {
     pub(crate) fn decode(body: &[u8]) -> Result<Self, BadBody> {
         let mut from = Reader(body);
         let (memory_bytes, memory_limit_bytes) = (from.number()?, from.number()?);
+        let standing = Standing::decode(&mut from)?;
         let tables = (0..from.count(64)?).map(|_| TableStatus::decode(&mut from)).collect::<Result<_, _>>()?;
         let sparse = (0..from.count(64)?).map(|_| SparseStatus::decode(&mut from)).collect::<Result<_, _>>()?;
         let clients = (0..from.count(32)?)
@@ -189,7 +264,7 @@ impl ShardStatus {
             })
             .collect::<Result<_, BadBody>>()?;
         from.end()?;
-        Ok(Self { memory_bytes, memory_limit_bytes, tables, sparse, clients })
+        Ok(Self { memory_bytes, memory_limit_bytes, standing, tables, sparse, clients })
     }
 }
 
@@ -208,6 +283,7 @@ mod tests {
             mode: Mode::Async,
             combine: Combine::Sum,
             clipped: false,
+            recovery: crate::Recovery::None,
             compression: Compression::default(),
             shards: 1,
             shard: 0,
@@ -247,6 +323,7 @@ mod tests {
             capacity: None,
             eviction: None,
             admission: 1,
+            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
         };
@@ -267,6 +344,7 @@ mod tests {
         ShardStatus {
             memory_bytes: 1,
             memory_limit_bytes: 2,
+            standing: Standing { role: Role::Primary, shard: 3, epoch: Epoch(4), log: 9, backup: Some(7) },
             tables: vec![table; 2],
             sparse: vec![sparse; 2],
             clients: vec![client; 3],

@@ -61,6 +61,7 @@ mod tests {
             mode: Mode::Async,
             combine: Combine::Sum,
             clipped: false,
+            recovery: crate::Recovery::None,
             compression: Compression { push, pull: Codec::Bf16 },
             shards: 1,
             shard: 0,

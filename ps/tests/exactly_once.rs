@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
 use gradwire_ps::{
-    Adam, Client, ClientSettings, Codec, Combine, Compression, DType, LocalServers, Mode, ServerSettings,
+    Adam, Client, ClientSettings, Codec, Combine, Compression, DType, LocalServers, Mode, Recovery, ServerSettings,
     SparseOptions, SparseTable, TableOptions, UpdateRule,
 };
 use gradwire_transport::Region;
@@ -247,6 +247,7 @@ const BOUNDED: TableOptions = TableOptions {
     mode: Mode::Ssp { workers: 3, staleness: 1 },
     combine: Combine::Sum,
     clipped: false,
+    recovery: Recovery::None,
     compression: Compression::NONE,
 };
 /// Ones, and sums of 120 of them, are exact in every codec here.

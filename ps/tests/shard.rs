@@ -28,6 +28,7 @@ fn spec(elements: u64, mode: Mode, rule: UpdateRule) -> TableSpec {
         mode,
         combine: Combine::Sum,
         clipped: false,
+        recovery: gradwire_ps::Recovery::None,
         compression: Compression::default(),
         shards: 1,
         shard: 0,
@@ -453,6 +454,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         capacity: None,
         eviction: None,
         admission: 1,
+        recovery: gradwire_ps::Recovery::None,
         shards: 1,
         shard: 0,
     }

@@ -7,8 +7,9 @@ use gradwire_ps::shard::{Action, Limits, Shard};
 use gradwire_ps::shard_map::{MAX_PART_BYTES, parts};
 use gradwire_ps::state::{BadState, Builder, MAX_CHUNK_BYTES};
 use gradwire_ps::{
-    Adagrad, Adam, Combine, Compression, Course, DType, Epoch, Eviction, Ftrl, Initializer, KeyRange, Mode, Schedule,
-    Sgd, ShardMap, SparseSpec, TableSpec, UpdateRule, WarmUp, open_body, open_sparse_body, rate_body, shard_of,
+    Adagrad, Adam, Combine, Compression, Course, DType, Epoch, Eviction, Ftrl, Initializer, KeyRange, Mode, Recovery,
+    Schedule, Sgd, ShardMap, SparseSpec, TableSpec, UpdateRule, WarmUp, open_body, open_sparse_body, rate_body,
+    shard_of,
 };
 use gradwire_transport::PeerId;
 use proptest::prelude::*;
@@ -52,6 +53,7 @@ fn dense(rule: UpdateRule, mode: Mode, dtype: DType) -> TableSpec {
         combine: Combine::Mean,
         // Where a clock can wait for its scale, some tables do.
         clipped: matches!((mode, rule), (Mode::Sync { .. }, UpdateRule::Adam(_))),
+        recovery: Recovery::None,
         compression: Compression::default(),
         shards: 1,
         shard: 0,
@@ -67,6 +69,7 @@ fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>, admission: u
         rule,
         mode,
         combine: Combine::Sum,
+        recovery: Recovery::None,
         initializer: Initializer::Uniform { low: -1.0, high: 1.0 },
         seed: 3,
         capacity: eviction.map(|_| 6),

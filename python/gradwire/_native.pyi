@@ -212,6 +212,7 @@ class PsClient:
         average: bool,
         staleness: int | None,
         clipped: bool,
+        recovery_name: str,
         compression: tuple[tuple[str, float], tuple[str, float]],
     ) -> PsTable:
         """Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous."""

@@ -218,6 +218,7 @@ class Client:
         average=False,
         staleness=None,
         clipped=False,
+        recovery="none",
         compression=None,
     ):
         """Makes the table `name`, or finds it; all clients must describe it alike. Blocks.
@@ -234,13 +235,15 @@ class Client:
                 of another: its pushes and pulls wait until the others are near enough.
             compression: None, "bf16", "fp16" or "int8" for both directions, `TopK(ratio)` for gradients, or `Compression(push, pull)`.
             clipped: with `workers`: each clock's gradient is applied only after `clip_grad_norm`, which every worker calls.
+            recovery: what becomes of it when a server dies: "none", what no checkpoint holds is gone. "replicate", another server
+                has all of it and takes its place; needs servers that have backups (`gradwire-ps serve --coordinator`).
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
         dtype, how, short = _dtype(dtype), _rule(rule), _compression(compression)
-        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness, clipped, short)
+        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness, clipped, recovery, short)
         return DenseTable(native, name, shape, dtype)
 
     def sparse(
@@ -258,6 +261,7 @@ class Client:
         workers=None,
         staleness=None,
         average=False,
+        recovery="none",
     ):
         """Makes the sparse table `name`, or finds it; all clients must describe it alike. Blocks.
 
@@ -272,13 +276,13 @@ class Client:
             capacity: most rows over all servers; None: as many as there is memory for.
             eviction: which rows make room: None (a push that needs more room is refused), `LRU()`, `LFU()` or `TTL(seconds)`.
             admission: how many pushes an id must come in before it gets a row; until then its gradients are dropped.
-            workers, staleness, average: as for `dense`. With `workers`, every worker pushes at every clock, if only no ids.
+            workers, staleness, average, recovery: as for `dense`. With `workers`, every worker pushes at every clock, if only no ids.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         dtype = _dtype(dtype)
-        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average)
+        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average, recovery)
         native = self._native.sparse(name, dim, dtype, _rule(optimizer), how)
         return SparseTable(native, PsWork, name, dim, dtype)
 

@@ -65,9 +65,10 @@ class Making:
     workers: int | None
     staleness: int | None
     average: bool
+    recovery: str
 
 
-def making(initializer, seed, capacity, eviction, admission, workers, staleness, average):
+def making(initializer, seed, capacity, eviction, admission, workers, staleness, average, recovery):
     """What `Client.sparse` was told, for the engine."""
     if initializer == "zeros":
         first = ("zeros", [])
@@ -80,7 +81,7 @@ def making(initializer, seed, capacity, eviction, admission, workers, staleness,
     if eviction is not None and not hasattr(eviction, "_native"):
         raise ValueError(f"eviction {eviction!r}: pass None, LRU(), LFU() or TTL(seconds)")
     evicts = None if eviction is None else eviction._native()
-    return Making(first, seed, capacity, evicts, admission, workers, staleness, average)
+    return Making(first, seed, capacity, evicts, admission, workers, staleness, average, recovery)
 
 
 class SparseTable:

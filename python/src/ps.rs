@@ -7,7 +7,7 @@ use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
 use crate::wait::{by_turns, maybe_seconds, seconds};
 use gradwire_ps::{
-    Adagrad, Adam, ClientSettings, Codec, Combine, Compression, DType, Ftrl, LocalServers, Mode, PsError,
+    Adagrad, Adam, ClientSettings, Codec, Combine, Compression, DType, Ftrl, LocalServers, Mode, PsError, Recovery,
     ServerSettings, Sgd, SparseStatus, TableOptions, UpdateRule,
 };
 use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
@@ -102,6 +102,15 @@ pub(crate) fn mode(workers: Option<u32>, staleness: Option<u32>) -> PyResult<Mod
     }
 }
 
+/// What becomes of a table when a server of it dies.
+pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
+    match name {
+        "none" => Ok(Recovery::None),
+        "replicate" => Ok(Recovery::Replicate),
+        _ => Err(PyValueError::new_err(format!("recovery is \"none\" or \"replicate\", not {name:?}"))),
+    }
+}
+
 /// The type of that name.
 pub(crate) fn table_type(name: &str) -> PyResult<DType> {
     DType::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
@@ -144,6 +153,7 @@ impl PsClient {
         average: bool,
         staleness: Option<u32>,
         clipped: bool,
+        recovery_name: &str,
         compression: (Shortening, Shortening),
     ) -> PyResult<PsTable> {
         let options = TableOptions {
@@ -151,6 +161,7 @@ impl PsClient {
             mode: mode(workers, staleness)?,
             combine: if average { Combine::Mean } else { Combine::Sum },
             clipped,
+            recovery: recovery(recovery_name)?,
             compression: Compression { push: compression.0.codec()?, pull: compression.1.codec()? },
         };
         let dtype = table_type(dtype_name)?;

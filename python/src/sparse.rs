@@ -2,7 +2,7 @@
 
 use crate::buffer::{Access, Memory};
 use crate::errors;
-use crate::ps::{PsPending, Rule, in_use, mode, reading, same_type, table_type};
+use crate::ps::{PsPending, Rule, in_use, mode, reading, recovery, same_type, table_type};
 use crate::schedule::Described;
 use crate::wait::seconds;
 use gradwire_ps::{Combine, Eviction, Initializer, SparseOptions};
@@ -29,6 +29,7 @@ pub(crate) struct Making {
     workers: Option<u32>,
     staleness: Option<u32>,
     average: bool,
+    recovery: String,
 }
 
 impl Making {
@@ -58,6 +59,7 @@ impl Making {
             capacity: self.capacity,
             eviction,
             admission: self.admission,
+            recovery: recovery(&self.recovery)?,
         })
     }
 }

@@ -3,6 +3,7 @@
 use super::lane::Lane;
 use super::pending::{Call, Done};
 use super::reach::Reach;
+use crate::control::Directory;
 use crate::dial::Dialer;
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use crate::protocol::{PAYLOAD, REPLY, REPLY_BYTES, slot_of};
@@ -102,6 +103,8 @@ pub(super) struct Engine {
     pub(super) reconnect: Duration,
     /// The client's part of every header.
     pub(super) me: Header,
+    /// Where to ask for shards that have moved, if anywhere.
+    pub(super) directory: Option<Directory>,
     /// Why a server would not have us, if one would not.
     pub(super) refused_hello: Option<PsError>,
 }
@@ -127,6 +130,7 @@ impl Engine {
             timeout,
             reconnect,
             me,
+            directory: None,
             refused_hello: None,
         }
     }

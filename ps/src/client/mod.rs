@@ -18,13 +18,14 @@ pub use snapshot::Checkpoint;
 pub use sparse::{SparseOptions, SparseTable};
 pub use table::{DenseTable, TableOptions};
 
+use crate::control::Directory;
 use crate::dial::{self, Dialer};
 use crate::header::{Header, Kind};
 use crate::key::TableId;
 use crate::patience;
 use crate::shard_map::{Epoch, MAX_PART_BYTES, ShardMap};
 use crate::status::{PAGE, ShardStatus};
-use crate::{DType, KeyRange, Mode, PsError};
+use crate::{ClusterMap, DType, KeyRange, Mode, PsError};
 use driver::Driver;
 use engine::{Cargo, Engine, NewRequest};
 use gradwire_transport::{Config, CreditSettings};
@@ -142,11 +143,43 @@ impl Client {
         Self::over(dial::dialer(&config, addresses)?, addresses, settings)
     }
 
+    /// Connects to the cluster whose coordinator is at one of `coordinators`, and finds its shards again when they move.
+    ///
+    /// # Errors
+    /// As [`Client::connect`]; `Timeout` where no coordinator answers within `settings.reconnect`, or not all shards are
+    /// there by then.
+    pub fn through(coordinators: &[String], settings: ClientSettings) -> Result<Self, PsError> {
+        let token = settings.token.clone().filter(|token| !token.is_empty());
+        let config = Config { token, ..settings.transport.clone() };
+        let directory = Directory::new(coordinators, &config);
+        let (_, addresses) = directory.wait(Instant::now() + settings.reconnect)?;
+        Self::begin(dial::dialer(&config, &addresses)?, &addresses, settings, Some(directory))
+    }
+
+    /// What the coordinator at one of `coordinators` says: who serves which shard. Blocks for `settings.timeout` at most.
+    ///
+    /// # Errors
+    /// `Authentication`; `Timeout` where no coordinator answers.
+    pub fn map_of(coordinators: &[String], settings: ClientSettings) -> Result<ClusterMap, PsError> {
+        let token = settings.token.filter(|token| !token.is_empty());
+        let config = Config { token, ..settings.transport };
+        Directory::new(coordinators, &config).ask(Instant::now() + settings.timeout)
+    }
+
     /// Connects over a given wire.
     ///
     /// # Errors
     /// As [`Client::connect`].
     pub fn over(wire: Box<dyn Dialer>, addresses: &[String], settings: ClientSettings) -> Result<Self, PsError> {
+        Self::begin(wire, addresses, settings, None)
+    }
+
+    fn begin(
+        wire: Box<dyn Dialer>,
+        addresses: &[String],
+        settings: ClientSettings,
+        directory: Option<Directory>,
+    ) -> Result<Self, PsError> {
         let shards = u32::try_from(addresses.len()).unwrap_or(0);
         let map = ShardMap::new(Epoch(1), shards);
         let map = map.ok_or_else(|| PsError::invalid("connecting", "give the address of at least one server"))?;
@@ -160,6 +193,7 @@ impl Client {
         let me = Header { client, incarnation, epoch: map.epoch, ..Header::new(Kind::Hello) };
         let waker = wire.waker();
         let mut engine = Engine::new(wire, addresses, me, settings.timeout, settings.reconnect);
+        engine.directory = directory;
         engine.reach_all(Instant::now() + settings.reconnect)?;
         let most_bytes = engine.shards.iter().map(|shard| shard.most_bytes).min().unwrap_or(0);
         let most_bytes = usize::try_from(most_bytes).unwrap_or(usize::MAX).min(MAX_PART_BYTES);
@@ -255,6 +289,7 @@ impl Client {
                 more |= [page.tables.len(), page.sparse.len(), page.clients.len()].contains(&PAGE);
                 let whole = &mut all[shard as usize];
                 (whole.memory_bytes, whole.memory_limit_bytes) = (page.memory_bytes, page.memory_limit_bytes);
+                whole.standing = page.standing;
                 whole.tables.append(&mut page.tables);
                 whole.sparse.append(&mut page.sparse);
                 whole.clients.append(&mut page.clients);

@@ -37,6 +37,7 @@ impl Engine {
         }
         let bytes = entry.request.cargo.bytes();
         let mut header = entry.request.header;
+        header.epoch = self.shards[peer.index()].epoch;
         header.payload_bytes = bytes.len() as u64;
         let behind = if bytes.len() <= INLINE_BYTES { bytes } else { &[] };
         if !behind.is_empty() {

@@ -4,7 +4,8 @@ use super::engine::{Engine, Phase};
 use crate::PsError;
 use crate::header::{HEADER_BYTES, Header, Kind};
 use crate::protocol::{POSTED_REPLIES, REPLY, REPLY_BYTES, REQUEST};
-use crate::refusal::Refusal;
+use crate::refusal::{Reason, Refusal};
+use crate::shard_map::Epoch;
 use gradwire_transport::{Envelope, LossCause, PeerId, TransportError};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,6 +14,10 @@ use std::time::{Duration, Instant};
 const DIAL: Duration = Duration::from_millis(250);
 /// Pause between two attempts.
 const AGAIN: Duration = Duration::from_millis(20);
+/// Pauses until a coordinator is asked about a lost shard, and until the shard is called where it was though nothing is said
+/// of its having moved.
+const GLANCE: Duration = Duration::from_millis(5);
+const PATIENCE: Duration = Duration::from_millis(300);
 /// How long a server has to answer a hello.
 const GREETING: Duration = Duration::from_secs(5);
 
@@ -38,8 +43,14 @@ pub(super) struct Reach {
     pub(super) sending: usize,
     /// Whether another process answers at its address than the one we began with.
     pub(super) restarted: bool,
+    /// The epoch in which it began to answer.
+    pub(super) epoch: Epoch,
     /// The longest payload that it takes.
     pub(super) most_bytes: u64,
+    /// Since when it is not up, though needed.
+    trying_since: Option<Instant>,
+    /// When it is called next though the coordinator does not say that it has moved.
+    blind_call: Instant,
     state: State,
     attempts: u64,
     instance: Option<u64>,
@@ -53,6 +64,9 @@ impl Reach {
             resting: VecDeque::new(),
             sending: 0,
             restarted: false,
+            epoch: Epoch::default(),
+            trying_since: None,
+            blind_call: Instant::now(),
             most_bytes: 0,
             state: State::Down { since: None, next: Instant::now(), cause: "it was never reached".to_owned() },
             attempts: 0,
@@ -86,16 +100,26 @@ impl Engine {
         while !self.shards.iter().all(Reach::is_up) {
             for at in 0..self.shards.len() {
                 let State::Down { cause, .. } = &self.shards[at].state else { continue };
-                let (shard, address, cause) = (at as u32, self.shards[at].address.clone(), cause.clone());
+                let (shard, cause) = (at as u32, cause.clone());
+                let clustered = self.directory.is_some();
+                if clustered && self.shards[at].attempts > 0 {
+                    self.look_up(at, Instant::now());
+                }
+                let address = self.shards[at].address.clone();
                 if let Some(error) = self.refused_hello.take() {
                     return Err(error);
                 }
                 if self.shards[at].attempts > 0 && Instant::now() >= deadline {
                     return Err(PsError::ServerLost { shard, address, cause });
                 }
-                let called = self.wire.call(PeerId(shard), &address, deadline);
-                called.map_err(|error| lost_error(shard, &address, error, None))?;
-                self.greet(at);
+                let until = if clustered { deadline.min(Instant::now() + DIAL) } else { deadline };
+                match self.wire.call(PeerId(shard), &address, until) {
+                    Ok(()) => self.greet(at),
+                    Err(TransportError::Unreachable { .. }) if clustered && Instant::now() < deadline => {
+                        self.shards[at].attempts += 1;
+                    }
+                    Err(error) => return Err(lost_error(shard, &address, error, None)),
+                }
             }
             let now = Instant::now();
             if !self.turn(now) {
@@ -143,16 +167,24 @@ impl Engine {
         let of_shard = || self.entries.iter().flatten().filter(|entry| entry.request.shard as usize == at);
         let needed = of_shard().any(|entry| entry.outcome.is_none());
         let posted = of_shard().any(|entry| entry.receiving || entry.sending > 0);
-        let State::Down { since, next, cause } = &mut self.shards[at].state else { return false };
+        let Reach { state, trying_since, .. } = &mut self.shards[at];
+        let State::Down { since, next, cause } = state else { return false };
         if !needed {
             *since = None;
             return false;
         }
-        let since = *since.get_or_insert(now);
+        let since = *since.get_or_insert(*trying_since.get_or_insert(now));
         if posted || now < *next {
             return false;
         }
-        let (cause, address, peer) = (cause.clone(), self.shards[at].address.clone(), PeerId(at as u32));
+        let cause = cause.clone();
+        if now < since + self.reconnect && !self.look_up(at, now) {
+            if let State::Down { next, .. } = &mut self.shards[at].state {
+                *next = Instant::now() + AGAIN;
+            }
+            return true;
+        }
+        let (address, peer) = (self.shards[at].address.clone(), PeerId(at as u32));
         match self.wire.call(peer, &address, now + DIAL) {
             Ok(()) => {
                 tracing::info!(shard = at, address, "reached the server again");
@@ -195,6 +227,11 @@ impl Engine {
     pub(super) fn greeted(&mut self, peer: PeerId, header: &Header, body: &[u8]) {
         if header.kind == Kind::Refused {
             let (shard, address) = (peer.0, self.shards[peer.index()].address.clone());
+            let moved = self.directory.is_some() && Reason::of_status(header.status) == Reason::WrongEpoch;
+            if moved {
+                // It is not the shard's server, not yet or not any more: the coordinator will tell who is.
+                return self.turn_away(peer);
+            }
             let error = match Refusal::decode(header.status, body) {
                 Ok(refusal) => PsError::Refused { shard, address, refusal: Box::new(refusal) },
                 Err(bad) => PsError::Protocol { shard, address, reason: bad.to_string() },
@@ -219,8 +256,42 @@ impl Engine {
         let shard = &mut self.shards[peer.index()];
         shard.restarted |= shard.instance.is_some_and(|instance| instance != header.clock);
         shard.instance.get_or_insert(header.clock);
+        shard.epoch = header.epoch;
         shard.most_bytes = header.keys.len();
+        shard.trying_since = None;
         shard.state = State::Up;
+    }
+
+    /// A server does not serve the shard: another is asked for.
+    fn turn_away(&mut self, peer: PeerId) {
+        let name = Box::new(self.wire.name(peer));
+        let cause = LossCause::Aborted("it does not serve this shard".to_owned());
+        self.wire.disconnect(peer, TransportError::PeerLost { peer: name, cause });
+    }
+
+    /// Looks whether a shard has moved. False where it has not, and was called lately.
+    fn look_up(&mut self, at: usize, now: Instant) -> bool {
+        let Some(directory) = &self.directory else { return true };
+        let map = match directory.ask(Instant::now() + DIAL) {
+            Ok(map) => map,
+            Err(error) => {
+                tracing::warn!(shard = at, %error, "calling the shard where it was before");
+                return true;
+            }
+        };
+        let primary = map.shards.get(at).and_then(|seats| seats.primary.as_ref());
+        let Some(primary) = primary else { return false };
+        let shard = &mut self.shards[at];
+        let moved = shard.address != primary.address || shard.epoch < map.shards[at].term;
+        if moved && shard.address != primary.address {
+            tracing::info!(shard = at, from = shard.address, to = primary.address, "the shard has moved");
+            shard.address.clone_from(&primary.address);
+        }
+        if moved || now >= shard.blind_call {
+            shard.blind_call = now + PATIENCE;
+            return true;
+        }
+        false
     }
 
     /// A connection is gone. What the server had of us goes again over the next one.
@@ -249,7 +320,10 @@ impl Engine {
         shard.resting.clear();
         shard.queue.clear();
         shard.queue.extend(again.into_iter().map(|(_, slot)| slot));
-        shard.state = State::Down { since: None, next: now, cause };
+        // Who has a coordinator gives it a moment to see what has happened.
+        let next = if self.directory.is_some() { now + GLANCE } else { now };
+        shard.blind_call = now + PATIENCE;
+        shard.state = State::Down { since: None, next, cause };
         settled.into_iter().for_each(|slot| self.settle(slot));
     }
 

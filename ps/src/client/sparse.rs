@@ -10,7 +10,9 @@ use crate::schedule::rate_body;
 use crate::shard::MOST_EVICTED;
 use crate::sparse::open_sparse_body;
 use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES};
-use crate::{Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, Schedule, SparseSpec, UpdateRule};
+use crate::{
+    Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, Recovery, Schedule, SparseSpec, UpdateRule,
+};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,6 +40,8 @@ pub struct SparseOptions {
     pub eviction: Option<Eviction>,
     /// How many pushes an id must come in before it gets a row. Default 1: at once.
     pub admission: u8,
+    /// What becomes of it when a server dies. Default: it is gone.
+    pub recovery: Recovery,
 }
 
 impl Default for SparseOptions {
@@ -51,6 +55,7 @@ impl Default for SparseOptions {
             capacity: None,
             eviction: None,
             admission: 1,
+            recovery: Recovery::None,
         }
     }
 }
@@ -89,7 +94,7 @@ pub(super) fn open(
 ) -> Result<SparseTable, PsError> {
     let mut tables = core.sparse.lock().unwrap_or_else(PoisonError::into_inner);
     let shards = core.map.shards();
-    let SparseOptions { rule, mode, combine, initializer, seed, capacity, eviction, admission } = options;
+    let SparseOptions { rule, mode, combine, initializer, seed, capacity, eviction, admission, recovery } = options;
     let spec = SparseSpec {
         name: name.to_owned(),
         dim: dim as u64,
@@ -102,6 +107,7 @@ pub(super) fn open(
         capacity,
         eviction,
         admission,
+        recovery,
         shards,
         shard: 0,
     };

@@ -8,7 +8,9 @@ use crate::header::{Header, Kind};
 use crate::schedule::rate_body;
 use crate::shard_map::{part_elements, parts};
 use crate::spec::open_body;
-use crate::{Codec, Combine, Compression, DType, KeyRange, Mode, PsError, Schedule, TableId, TableSpec, UpdateRule};
+use crate::{
+    Codec, Combine, Compression, DType, KeyRange, Mode, PsError, Recovery, Schedule, TableId, TableSpec, UpdateRule,
+};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +25,8 @@ pub struct TableOptions {
     pub combine: Combine,
     /// Whether each clock's gradient waits for [`crate::Client::clip`] before it is applied. Default: it does not.
     pub clipped: bool,
+    /// What becomes of it when a server dies. Default: it is gone.
+    pub recovery: Recovery,
     /// How gradients and values travel. Default: as they are.
     pub compression: Compression,
 }
@@ -34,6 +38,7 @@ impl Default for TableOptions {
             mode: Mode::Async,
             combine: Combine::Sum,
             clipped: false,
+            recovery: Recovery::None,
             compression: Compression::default(),
         }
     }
@@ -77,6 +82,7 @@ pub(super) fn open(
         mode: options.mode,
         combine: options.combine,
         clipped: options.clipped,
+        recovery: options.recovery,
         compression: options.compression,
         shards,
         shard: 0,

@@ -2,6 +2,7 @@
 
 mod admin;
 pub(crate) mod config;
+pub(crate) mod coordinate;
 mod metrics;
 pub(crate) mod serve;
 mod servers;

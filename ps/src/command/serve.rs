@@ -4,7 +4,7 @@ use super::snapshot::Periodic;
 use super::wire::Wires;
 use super::{Certificates, Token, admin, parse_bytes, parse_duration, show_bytes};
 use clap::{Args, ValueEnum};
-use gradwire_ps::{Checkpoints, Limits, LocalServers, ServerSettings};
+use gradwire_ps::{Checkpoints, ClusterServers, Limits, LocalServers, Monitor, ServerSettings};
 use gradwire_transport::Config;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -37,6 +37,13 @@ pub(crate) struct Serve {
     /// Shards to serve, each with a thread and an address of its own. One for each core that may be busy is a good number
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     shards: u32,
+    /// Coordinators of the cluster to join, such as 10.0.0.1:7000: it says which shards are served here, and which are
+    /// copied here for the case that their server dies; --shards is how many there is room for
+    #[arg(long, value_delimiter = ',', value_name = "HOST:PORT,...")]
+    coordinator: Vec<String>,
+    /// Host name or address by which others call this machine, where it is not the one listened at
+    #[arg(long, value_name = "HOST", requires = "coordinator")]
+    advertise: Option<String>,
     #[command(flatten)]
     token: Token,
     #[command(flatten)]
@@ -83,6 +90,28 @@ pub(crate) struct Serve {
     json: bool,
 }
 
+/// What was started.
+enum Servers {
+    Alone(LocalServers),
+    Clustered(ClusterServers),
+}
+
+impl Servers {
+    fn addresses(&self) -> &[String] {
+        match self {
+            Self::Alone(servers) => servers.addresses(),
+            Self::Clustered(servers) => servers.addresses(),
+        }
+    }
+
+    fn monitors(&self) -> &[Monitor] {
+        match self {
+            Self::Alone(servers) => servers.monitors(),
+            Self::Clustered(servers) => servers.monitors(),
+        }
+    }
+}
+
 impl Serve {
     /// The file that holds more flags.
     pub(crate) fn config(&self) -> Option<&Path> {
@@ -91,13 +120,25 @@ impl Serve {
 
     /// Whether a server could start with these flags.
     pub(crate) fn check(&self) -> Result<(), String> {
+        self.fits()?;
         self.settings()?.check().map_err(|error| error.to_string())
+    }
+
+    /// Refuses flags that cannot be kept together.
+    fn fits(&self) -> Result<(), String> {
+        if !self.coordinator.is_empty() && self.checkpoint_dir.is_some() {
+            let reason = "servers with a coordinator keep copies and no checkpoints: a checkpoint is restored by all servers of \
+                          a map at once, and these come one by one. Leave out one of the two";
+            return Err(format!("--coordinator with --checkpoint-dir: {reason}"));
+        }
+        Ok(())
     }
 
     pub(crate) fn run(self) -> Result<(), String> {
         self.begin_log();
         // Before anything is served, so that no signal is missed.
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
+        self.fits()?;
         let settings = self.settings()?;
         let (secured, memory) = (settings.token.is_some(), self.memory());
         let tls = settings.transport.tls.as_ref().map_or("no", |tls| if tls.is_mutual() { "mutual" } else { "yes" });
@@ -120,7 +161,7 @@ impl Serve {
         ready.store(false, Ordering::Release);
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");
         drop(periodic);
-        servers.stop();
+        drop(servers);
         tracing::info!("stopped");
         Ok(())
     }
@@ -157,9 +198,15 @@ impl Serve {
         }
     }
 
-    fn start(&self, settings: ServerSettings) -> Result<LocalServers, String> {
+    fn start(&self, settings: ServerSettings) -> Result<Servers, String> {
+        if !self.coordinator.is_empty() {
+            let (coordinators, advertise) = (self.coordinator.clone(), self.advertise.as_deref());
+            let joined = ClusterServers::join(self.shards, &settings, coordinators, advertise);
+            return joined.map(Servers::Clustered).map_err(|error| error.to_string());
+        }
         let Some(which) = &self.restore else {
-            return LocalServers::start(self.shards, settings).map_err(|error| error.to_string());
+            let started = LocalServers::start(self.shards, settings);
+            return started.map(Servers::Alone).map_err(|error| error.to_string());
         };
         let name = Some(which.as_str()).filter(|&which| which != "latest");
         let restored = LocalServers::restore(self.shards, settings, name).map_err(|error| error.to_string())?;
@@ -167,17 +214,18 @@ impl Serve {
             Some(name) => tracing::info!(name, "restored a checkpoint"),
             None => tracing::info!("there is no whole checkpoint yet: beginning empty"),
         }
-        Ok(restored.0)
+        Ok(Servers::Alone(restored.0))
     }
 
-    /// One line a shard, at once, for whoever started us.
+    /// One line a shard, or seat, at once, for whoever started us.
     fn announce(&self, addresses: &[String], admin: Option<SocketAddr>) -> std::io::Result<()> {
         let mut out = std::io::stdout().lock();
-        for (shard, address) in addresses.iter().enumerate() {
+        let what = if self.coordinator.is_empty() { "shard" } else { "seat" };
+        for (number, address) in addresses.iter().enumerate() {
             if self.json {
-                writeln!(out, "{}", serde_json::json!({ "shard": shard, "address": address }))?;
+                writeln!(out, "{}", serde_json::json!({ what: number, "address": address }))?;
             } else {
-                writeln!(out, "shard {shard} listens at {address}")?;
+                writeln!(out, "{what} {number} listens at {address}")?;
             }
         }
         if let Some(admin) = admin {

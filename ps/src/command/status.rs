@@ -1,9 +1,11 @@
 //! Does: `gradwire-ps status`: prints what running servers hold, as tables or as JSON.
 
+mod cluster;
+
 use super::servers::Servers;
 use super::show_bytes;
 use clap::Args;
-use gradwire_ps::{ClientSettings, ShardStatus, SparseStatus, TableStatus};
+use gradwire_ps::{ClientSettings, ClusterMap, ShardStatus, SparseStatus, TableStatus};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -25,16 +27,21 @@ impl Status {
     pub(crate) fn run(self) -> Result<(), String> {
         let timeout = Duration::from_secs(self.timeout);
         let settings = ClientSettings { timeout, reconnect: timeout, ..ClientSettings::default() };
-        let client = self.servers.connect(settings)?;
-        let addresses = &self.servers.addresses;
-        let status = client.status().map_err(|error| error.to_string())?;
+        let map = self.servers.map(settings.clone())?;
+        // Of a cluster that is not complete yet, only the map can be told.
+        let addresses = map.as_ref().map_or_else(|| Some(self.servers.addresses.clone()), ClusterMap::addresses);
+        let status = match &addresses {
+            Some(_) => self.servers.connect(settings)?.status().map_err(|error| error.to_string())?,
+            None => Vec::new(),
+        };
+        let addresses = addresses.unwrap_or_default();
+        let shards = status.iter().zip(&addresses).map(|(shard, address)| to_json(shard, address));
         let mut out = std::io::stdout().lock();
-        let written = if self.json {
-            let shards: Vec<Value> =
-                status.iter().zip(addresses).map(|(shard, address)| to_json(shard, address)).collect();
-            writeln!(out, "{}", Value::from(shards))
-        } else {
-            write!(out, "{}", to_text(&status, addresses))
+        let written = match (&map, self.json) {
+            (None, true) => writeln!(out, "{}", Value::from(shards.collect::<Vec<_>>())),
+            (Some(map), true) => writeln!(out, "{}", cluster::to_json(map, &status, shards.collect())),
+            (None, false) => write!(out, "{}", to_text(&status, &addresses)),
+            (Some(map), false) => write!(out, "{}{}", cluster::to_text(map, &status), to_text(&status, &addresses)),
         };
         written.map_err(|error| format!("writing the status: {error}"))
     }
@@ -47,6 +54,7 @@ fn sparse_to_json(table: &SparseStatus) -> Value {
         "dtype": table.spec.dtype.name(),
         "rule": table.spec.rule.to_string(),
         "mode": table.spec.mode.to_string(),
+        "recovery": table.spec.recovery.to_string(),
         "rows": table.rows,
         "capacity": table.spec.share(),
         "bytes": table.bytes,
@@ -70,6 +78,7 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
             "dtype": table.spec.dtype.name(),
             "rule": table.spec.rule.to_string(),
             "mode": table.spec.mode.to_string(),
+            "recovery": table.spec.recovery.to_string(),
             "elements": table.elements,
             "bytes": table.bytes,
             "clock": table.clock,

@@ -87,6 +87,11 @@ impl Part {
         self.unpark(|parked| parked.from.to == peer, memory);
     }
 
+    /// Takes out all pushes that wait.
+    pub(super) fn unpark_all(&mut self, memory: &mut Memory) -> Vec<Wait> {
+        self.unpark(|_| true, memory)
+    }
+
     /// Takes out the pushes that have waited too long.
     pub(super) fn unpark_late(&mut self, now: Instant, memory: &mut Memory) -> Vec<Wait> {
         self.unpark(|parked| parked.from.until <= now, memory)

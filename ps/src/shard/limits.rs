@@ -17,6 +17,8 @@ pub struct Limits {
     pub clients: usize,
     /// Requests of all clients that may wait on one part of a table, so that nobody fills the memory by asking. Default 65,536.
     pub waiting: usize,
+    /// Copies of the shard that its cluster keeps beside the first. Default 0.
+    pub replicas: u32,
     /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
     pub patience: Duration,
 }
@@ -29,6 +31,7 @@ impl Default for Limits {
             tables: 1 << 16,
             clients: 4096,
             waiting: 1 << 16,
+            replicas: 0,
             patience: Duration::from_secs(3600),
         }
     }

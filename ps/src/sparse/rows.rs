@@ -347,6 +347,7 @@ mod tests {
             capacity: None,
             eviction: None,
             admission: 1,
+            recovery: crate::Recovery::None,
             shards: 1,
             shard: 0,
         }

@@ -5,7 +5,7 @@ use super::admission;
 use crate::body::{BadBody, Reader, Writer};
 use crate::key::MAX_NAME_BYTES;
 use crate::refusal::{Reason, Refusal};
-use crate::{Combine, DType, Mode, Sgd, TableId, UpdateRule};
+use crate::{Combine, DType, Mode, Recovery, Sgd, TableId, UpdateRule};
 use std::fmt;
 use std::time::Duration;
 
@@ -59,6 +59,8 @@ pub struct SparseSpec {
     pub eviction: Option<Eviction>,
     /// How many pushes an id must come in before it gets a row; until then its gradients are dropped. From 1.
     pub admission: u8,
+    /// What becomes of it when a server dies.
+    pub recovery: Recovery,
     /// Number of shards that it is cut over.
     pub shards: u32,
     /// Which of them the receiver is.
@@ -137,6 +139,7 @@ impl SparseSpec {
             .or_else(|| differ("update rule", at_rest(self.rule), at_rest(other.rule)))
             .or_else(|| differ("mode", self.mode.to_string(), other.mode.to_string()))
             .or_else(|| differ("combine", format!("{:?}", self.combine), format!("{:?}", other.combine)))
+            .or_else(|| differ("recovery", self.recovery.to_string(), other.recovery.to_string()))
             .or_else(|| differ("initializer", self.initializer.to_string(), other.initializer.to_string()))
             .or_else(|| differ("seed", self.seed.to_string(), other.seed.to_string()))
             .or_else(|| differ("capacity", holds(self), holds(other)))
@@ -170,6 +173,7 @@ impl SparseSpec {
         out.byte(kind);
         out.number(u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX));
         out.byte(self.admission);
+        self.recovery.encode(out);
         out.number(self.shards.into());
         out.number(self.shard.into());
     }
@@ -193,6 +197,7 @@ impl SparseSpec {
             _ => return Err(BadBody("no such eviction")),
         };
         let admission = from.byte()?;
+        let recovery = Recovery::decode(from)?;
         let mut small = || u32::try_from(from.number()?).map_err(|_| BadBody("a number is too large"));
         let (shards, shard) = (small()?, small()?);
         Ok(Self {
@@ -207,6 +212,7 @@ impl SparseSpec {
             capacity,
             eviction,
             admission,
+            recovery,
             shards,
             shard,
         })
@@ -239,6 +245,7 @@ mod tests {
             capacity: Some(1000),
             eviction: Some(Eviction::Ttl(Duration::from_secs(60))),
             admission: 2,
+            recovery: Recovery::None,
             shards: 3,
             shard: 1,
         }

@@ -420,6 +420,16 @@ impl SparseTable {
         self.kept_out(|wait| wait.to == peer, memory);
     }
 
+    /// Takes out the pushes that are not counted yet.
+    pub(crate) fn take_parked(&mut self, memory: &mut Memory) -> Vec<Wait> {
+        let Order::Bounded { parked, .. } = &mut self.order else { return Vec::new() };
+        let kept = parked.drain(..).map(|kept| {
+            memory.give_back(kept.payload);
+            kept.from
+        });
+        kept.collect()
+    }
+
     /// Takes out what waits and is so.
     fn kept_out(&mut self, so: impl Fn(&Wait) -> bool, memory: &mut Memory) -> Vec<Wait> {
         let mut kept: Vec<Kept> = self.readers.extract_if(.., |kept| so(&kept.from)).collect();

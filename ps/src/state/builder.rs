@@ -89,7 +89,7 @@ impl Builder {
     /// Where something is missing, by its table's name.
     pub fn finish(self) -> Result<Shard, BadState> {
         let mut shard = Shard::new(self.limits, self.instance);
-        let mut memory = self.memory;
+        let mut memory = self.memory.with_client_limit(shard.limits().client_bytes);
         for (id, dense) in self.dense {
             shard.tables.insert(id, dense.finish()?);
         }

@@ -1,0 +1,162 @@
+//! Does: the seats of one server process in a cluster, each on its own thread: what the coordinator gives them, they serve.
+
+use crate::control::Agent;
+use crate::replica::Seat;
+use crate::{Monitor, PsError, Server, ServerSettings, Stopper, dial};
+use gradwire_transport::TransportError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Pause before a seat that could not be begun anew is tried again.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// Running seats. They stop when this is dropped.
+pub struct ClusterServers {
+    addresses: Vec<String>,
+    running: Vec<(Arc<Place>, JoinHandle<()>)>,
+    monitors: Vec<Monitor>,
+    /// After the seats, so that nobody hears that one has gone before it has.
+    _agent: Arc<Agent>,
+}
+
+/// Where one seat after the other is.
+struct Place {
+    stop: AtomicBool,
+    now: Mutex<Option<Stopper>>,
+}
+
+impl ClusterServers {
+    /// Offers `seats` seats to the coordinator at one of `coordinators`. Where it cannot be reached yet, they wait for it.
+    ///
+    /// `advertise`: the host by which others reach these seats, where it is not the address listened at.
+    ///
+    /// # Errors
+    /// As [`Server::bind`]; `Invalid` for no seat, for more ports than there are, for an address that nobody can call, and
+    /// where checkpoints are to be kept.
+    pub fn join(
+        seats: u32,
+        settings: &ServerSettings,
+        coordinators: Vec<String>,
+        advertise: Option<&str>,
+    ) -> Result<Self, PsError> {
+        if seats == 0 || (settings.listen.ip().is_unspecified() && advertise.is_none()) {
+            let reason =
+                "it takes at least 1 seat, and an address that others can call: listen at one, or advertise one";
+            return Err(PsError::invalid(format!("joining with {seats} seats at {}", settings.listen), reason));
+        }
+        if settings.checkpoints.is_some() {
+            let reason = "servers with a coordinator keep copies and no checkpoints: a checkpoint is restored by all servers \
+                          of a map at once, and seats come one by one. Leave out one of the two";
+            return Err(PsError::invalid("joining a coordinator with a folder for checkpoints", reason));
+        }
+        let mut settings = settings.clone();
+        // Whether there are any, the coordinator tells whoever becomes a primary.
+        settings.limits.replicas = 1;
+        let config = gradwire_transport::Config {
+            token: settings.token.clone().filter(|token| !token.is_empty()),
+            ..settings.transport.clone()
+        };
+        let agent = Arc::new(Agent::start(coordinators, &config)?);
+        let mut servers =
+            Self { addresses: Vec::new(), running: Vec::new(), monitors: Vec::new(), _agent: Arc::clone(&agent) };
+        for number in 0..seats {
+            let mut settings = settings.clone();
+            settings.listen = crate::local::address_of(settings.listen, number)?;
+            let (mut server, id) = bind(&settings)?;
+            settings.listen = server.address();
+            let monitor = settings.watched.then(|| server.monitor());
+            servers.monitors.extend(monitor.clone());
+            let address = match advertise {
+                Some(host) => format!("{host}:{}", settings.listen.port()),
+                None => settings.listen.to_string(),
+            };
+            servers.addresses.push(address.clone());
+            let place = Arc::new(Place { stop: AtomicBool::new(false), now: Mutex::new(Some(server.stopper())) });
+            let life = Life { settings, address, agent: Arc::clone(&agent), place: Arc::clone(&place), monitor };
+            let thread = std::thread::Builder::new().name(format!("gradwire-seat-{number}"));
+            let thread = thread.spawn(move || life.run((server, id)));
+            let thread = thread.map_err(|error| TransportError::io("start a seat's thread", error))?;
+            servers.running.push((place, thread));
+        }
+        Ok(servers)
+    }
+
+    /// Where the seats listen.
+    pub fn addresses(&self) -> &[String] {
+        &self.addresses
+    }
+
+    /// What tells of them, in that order, where they are watched.
+    pub fn monitors(&self) -> &[Monitor] {
+        &self.monitors
+    }
+
+    /// Stops them all and waits until they are gone.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for ClusterServers {
+    fn drop(&mut self) {
+        for (place, _) in &self.running {
+            place.stop.store(true, Ordering::Release);
+            if let Some(stopper) = &*place.now.lock().unwrap_or_else(PoisonError::into_inner) {
+                stopper.stop();
+            }
+        }
+        for (_, thread) in self.running.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a seat's thread panicked");
+            }
+        }
+    }
+}
+
+fn bind(settings: &ServerSettings) -> Result<(Server, u64), PsError> {
+    let id = dial::random()?;
+    Ok((Server::bind_seat(settings.clone(), id, Seat::spare(id, settings.limits.clone()))?, id))
+}
+
+/// One seat after the other at the same address.
+struct Life {
+    settings: ServerSettings,
+    address: String,
+    agent: Arc<Agent>,
+    place: Arc<Place>,
+    monitor: Option<Monitor>,
+}
+
+impl Life {
+    fn run(self, first: (Server, u64)) {
+        let mut next = Some(first);
+        while !self.place.stop.load(Ordering::Acquire) {
+            let Some((mut server, id)) = next.take().or_else(|| self.begin_anew()) else { continue };
+            server.join(self.agent.seat(id, self.address.clone(), server.waker()));
+            server.run();
+            self.agent.leave(id);
+            if let Some(why) = server.over() {
+                tracing::warn!(address = self.address, why, "this seat has lost its part, and begins anew without one");
+            }
+        }
+    }
+
+    fn begin_anew(&self) -> Option<(Server, u64)> {
+        match bind(&self.settings) {
+            Ok((mut server, id)) => {
+                if let Some(monitor) = &self.monitor {
+                    server.answer_to(monitor);
+                }
+                *self.place.now.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.stopper());
+                Some((server, id))
+            }
+            Err(error) => {
+                tracing::error!(address = self.address, %error, "a seat cannot begin anew yet");
+                std::thread::sleep(AGAIN);
+                None
+            }
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Does: `gradwire-ps coordinate`: keeps the map of a cluster until it is stopped by a signal.
+
+use super::{Certificates, Token};
+use clap::Args;
+use gradwire_ps::{Coordinator, CoordinatorSettings};
+use gradwire_transport::Config;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::Write;
+use std::net::SocketAddr;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Flags of `coordinate`.
+#[derive(Args)]
+pub(crate) struct Coordinate {
+    /// Address to listen at; servers and clients are given it. Port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDRESS:PORT")]
+    listen: SocketAddr,
+    /// Shards that tables are cut over
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    shards: u32,
+    /// Copies of each shard beside the first, 0 or 1. It begins once servers offer enough seats for all
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1))]
+    replicas: u32,
+    #[command(flatten)]
+    token: Token,
+    #[command(flatten)]
+    certificates: Certificates,
+    /// Listen off loopback without a token or TLS: everybody who reaches the port may join
+    #[arg(long)]
+    insecure: bool,
+    /// How much to log to standard error: off, error, warn, info, debug or trace
+    #[arg(long, env = "GRADWIRE_LOG", default_value = "info", value_name = "LEVEL")]
+    log: LevelFilter,
+    /// Print the address as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Coordinate {
+    pub(crate) fn run(self) -> Result<(), String> {
+        tracing_subscriber::fmt().with_max_level(self.log).with_writer(std::io::stderr).init();
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
+        let settings = CoordinatorSettings {
+            listen: self.listen,
+            token: self.token.read()?,
+            insecure: self.insecure,
+            shards: self.shards,
+            replicas: self.replicas,
+            transport: Config { tls: self.certificates.load()?, ..Config::default() },
+        };
+        let mut coordinator = Coordinator::bind(settings).map_err(|error| error.to_string())?;
+        let address = coordinator.address();
+        let mut out = std::io::stdout().lock();
+        let said = match self.json {
+            true => writeln!(out, "{}", serde_json::json!({ "coordinator": address.to_string() })),
+            false => writeln!(out, "the coordinator listens at {address}"),
+        };
+        said.and_then(|()| out.flush()).map_err(|error| format!("writing the address: {error}"))?;
+        let stopper = coordinator.stopper();
+        let waiting = std::thread::spawn(move || {
+            signals.forever().next();
+            stopper.stop();
+        });
+        coordinator.run();
+        tracing::info!("stopped");
+        waiting.join().map_err(|_| "the thread that waits for signals panicked".to_owned())
+    }
+}

@@ -1,0 +1,16 @@
+//! Pure: the control plane: who serves which shard, who takes over, and how everybody comes to know.
+
+mod agent;
+mod cluster;
+mod coordinator;
+mod directory;
+mod map;
+mod words;
+
+pub(crate) use agent::{Agent, Line};
+pub use cluster::Cluster;
+pub use coordinator::{Coordinator, CoordinatorSettings};
+pub(crate) use directory::Directory;
+pub(crate) use map::Part as SeatPart;
+pub use map::{ClusterMap, Seating, ShardSeats};
+pub use words::{Join, Sighting};

@@ -1,0 +1,285 @@
+//! Pure: what the coordinator decides: which seat serves which shard, who takes over when one is gone.
+//!
+//! A primary whose backup is gone acknowledges nothing until it hears a map without that backup, and a backup that takes over
+//! has closed its log first: so two seats that each say that the other is gone are both heard, and only the first one counts.
+
+use super::map::{ClusterMap, Part, Seating, ShardSeats};
+use super::words::{Join, Sighting};
+use crate::Epoch;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+/// Silence after which a process counts as gone, where no other end of a log has said so before.
+pub const LEASE: Duration = Duration::from_secs(3);
+
+struct Process {
+    heard: Instant,
+    /// Seats and addresses, and whether each has ever had a part: those that lost theirs get none again.
+    seats: Vec<(u64, String, bool)>,
+}
+
+/// The coordinator's knowledge.
+pub struct Cluster {
+    map: ClusterMap,
+    shards: u32,
+    processes: HashMap<u64, Process>,
+}
+
+impl Cluster {
+    /// A cluster of `shards` shards with `replicas` copies of each beside the primary, 0 or 1, that nobody has joined.
+    pub fn new(shards: u32, replicas: u32) -> Self {
+        let map = ClusterMap { replicas, ..ClusterMap::default() };
+        Self { map, shards, processes: HashMap::new() }
+    }
+
+    /// The map as it is.
+    pub fn map(&self) -> &ClusterMap {
+        &self.map
+    }
+
+    /// Processes that are there, and the seats without a part.
+    pub fn spare_seats(&self) -> usize {
+        self.processes.values().flat_map(|process| &process.seats).filter(|(.., used)| !used).count()
+    }
+
+    /// A process is there. Whether the map has changed.
+    pub fn join(&mut self, join: Join, now: Instant) -> bool {
+        let before = self.map.epoch;
+        if join.known.epoch > self.map.epoch && join.known.shards.len() == self.shards as usize {
+            self.adopt(join.known, now);
+        }
+        let known = self.processes.remove(&join.process).map_or_else(Vec::new, |process| process.seats);
+        let used =
+            |seat| self.map.part_of(seat).is_some() || known.iter().any(|&(other, _, used)| other == seat && used);
+        let seats = join.seats.into_iter().map(|(seat, address)| (seat, address, used(seat))).collect();
+        self.processes.insert(join.process, Process { heard: now, seats });
+        self.assign(now);
+        self.map.epoch != before
+    }
+
+    /// A seat tells what it has seen. What does not fit the map any more changes nothing. Whether the map has changed.
+    pub fn report(&mut self, report: Sighting, now: Instant) -> bool {
+        let before = self.map.epoch;
+        let (Sighting::Lost { shard, by, whom } | Sighting::Synced { shard, by, whom }) = report;
+        let (Some((at, by)), Some((other, whom))) = (self.map.part_of(by), self.map.part_of(whom)) else {
+            return false;
+        };
+        if at != shard || other != shard {
+            return false;
+        }
+        match (report, by, whom) {
+            (Sighting::Lost { .. }, Part::Backup, Part::Primary) => self.promote(shard),
+            (Sighting::Lost { .. }, Part::Primary, Part::Backup) => self.change(shard, |seats| seats.backup = None),
+            (Sighting::Lost { .. }, Part::Primary, Part::Candidate)
+            | (Sighting::Lost { .. }, Part::Candidate, Part::Primary) => {
+                self.change(shard, |seats| seats.candidate = None)
+            }
+            (Sighting::Synced { .. }, Part::Primary, Part::Candidate) => self.change(shard, |seats| {
+                seats.backup = seats.candidate.take();
+                seats.formed = true;
+            }),
+            _ => {}
+        }
+        self.assign(now);
+        self.map.epoch != before
+    }
+
+    /// Time passes: who was not heard for [`LEASE`] is gone. Whether the map has changed.
+    pub fn tick(&mut self, now: Instant) -> bool {
+        let before = self.map.epoch;
+        self.processes.retain(|_, process| now.saturating_duration_since(process.heard) < LEASE);
+        for shard in 0..self.map.shards.len() as u32 {
+            let is_gone =
+                |who: &Option<Seating>| who.as_ref().is_some_and(|who| !self.processes.contains_key(&who.process));
+            let seats = &self.map.shards[shard as usize];
+            let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate].map(is_gone);
+            if candidate {
+                self.change(shard, |seats| seats.candidate = None);
+            }
+            match (primary, backup) {
+                (true, false) if self.map.shards[shard as usize].backup.is_some() => self.promote(shard),
+                (false, true) => self.change(shard, |seats| seats.backup = None),
+                _ => {}
+            }
+        }
+        self.assign(now);
+        self.map.epoch != before
+    }
+
+    /// What was, before this coordinator was started. Its processes have a lease to say that they are there.
+    fn adopt(&mut self, map: ClusterMap, now: Instant) {
+        self.map = map;
+        let seated = |seats: &ShardSeats| [seats.primary.clone(), seats.backup.clone(), seats.candidate.clone()];
+        for who in self.map.shards.iter().flat_map(seated).flatten() {
+            self.processes.entry(who.process).or_insert(Process { heard: now, seats: Vec::new() });
+        }
+        for process in self.processes.values_mut() {
+            for (seat, _, used) in &mut process.seats {
+                *used |= self.map.part_of(*seat).is_some();
+            }
+        }
+    }
+
+    fn change(&mut self, shard: u32, change: impl FnOnce(&mut ShardSeats)) {
+        change(&mut self.map.shards[shard as usize]);
+        self.map.epoch.0 += 1;
+    }
+
+    fn promote(&mut self, shard: u32) {
+        let term = Epoch(self.map.epoch.0 + 1);
+        self.change(shard, |seats| {
+            seats.primary = seats.backup.take();
+            seats.candidate = None;
+            seats.term = term;
+        });
+    }
+
+    /// Gives parts to seats that have none.
+    fn assign(&mut self, now: Instant) {
+        if self.map.shards.is_empty() {
+            let wanted = self.shards as usize * (1 + self.map.replicas as usize);
+            if self.spare_seats() < wanted || self.processes.len() <= self.map.replicas as usize {
+                return;
+            }
+            self.map.shards = vec![ShardSeats::default(); self.shards as usize];
+        }
+        for shard in 0..self.shards {
+            let is_there = |who: &Seating| {
+                self.processes.get(&who.process).is_some_and(|it| now.saturating_duration_since(it.heard) < LEASE)
+            };
+            let seats = &self.map.shards[shard as usize];
+            let lost = seats.primary.as_ref().is_none_or(|primary| !is_there(primary)) && seats.backup.is_none();
+            if lost && let Some(seating) = self.take_seat(None) {
+                // What it held is gone: whoever comes begins anew, and clients are told by its tables' absence.
+                let (term, formed) = (Epoch(self.map.epoch.0 + 1), self.map.replicas == 0);
+                let seats = ShardSeats { term, primary: Some(seating), formed, ..ShardSeats::default() };
+                self.change(shard, |shard| *shard = seats);
+            }
+        }
+        for shard in 0..self.shards {
+            let seats = &self.map.shards[shard as usize];
+            let wanted = self.map.replicas > 0 && seats.backup.is_none() && seats.candidate.is_none();
+            if let Some(primary) = seats.primary.as_ref().filter(|_| wanted)
+                && let Some(seating) = self.take_seat(Some(primary.process))
+            {
+                self.change(shard, |seats| seats.candidate = Some(seating));
+            }
+        }
+    }
+
+    /// A seat without a part, of a process other than `but`: of the one with the fewest parts.
+    fn take_seat(&mut self, but: Option<u64>) -> Option<Seating> {
+        let free = |process: &Process| process.seats.iter().any(|(.., used)| !used);
+        let parts = |process: &Process| process.seats.iter().filter(|(.., used)| *used).count();
+        let able = self.processes.iter().filter(|&(&number, process)| Some(number) != but && free(process));
+        let process = able.min_by_key(|&(&number, process)| (parts(process), number)).map(|(&number, _)| number)?;
+        let seats = &mut self.processes.get_mut(&process)?.seats;
+        let (seat, address, used) = seats.iter_mut().find(|(.., used)| !used)?;
+        *used = true;
+        Some(Seating { seat: *seat, process, address: address.clone() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Bench {
+        cluster: Cluster,
+        now: Instant,
+    }
+
+    impl Bench {
+        fn new(shards: u32) -> Self {
+            Self { cluster: Cluster::new(shards, 1), now: Instant::now() }
+        }
+
+        fn join(&mut self, process: u64, seats: &[u64]) -> bool {
+            self.join_knowing(process, seats, ClusterMap::default())
+        }
+
+        fn join_knowing(&mut self, process: u64, seats: &[u64], known: ClusterMap) -> bool {
+            let seats = seats.iter().map(|&seat| (seat, format!("host:{seat}"))).collect();
+            self.cluster.join(Join { process, seats, known }, self.now)
+        }
+
+        fn seats(&self, shard: usize) -> [u64; 3] {
+            let seats = &self.cluster.map().shards[shard];
+            [&seats.primary, &seats.backup, &seats.candidate].map(|who| who.as_ref().map_or(0, |who| who.seat))
+        }
+
+        fn formed() -> Self {
+            let mut bench = Self::new(1);
+            assert!(!bench.join(1, &[10]) && bench.join(2, &[20]));
+            assert_eq!(bench.seats(0), [10, 0, 20]);
+            assert_eq!(bench.cluster.map().addresses(), None);
+            assert!(bench.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 20 }, bench.now));
+            assert_eq!((bench.seats(0), bench.cluster.map().addresses().unwrap().len()), ([10, 20, 0], 1));
+            bench
+        }
+    }
+
+    #[test]
+    fn parts_go_to_different_processes_and_only_once_all_seats_are_there() {
+        let mut bench = Bench::new(2);
+        assert!(!bench.join(1, &[10, 11, 12, 13]), "one process is no backup of itself");
+        assert!(bench.join(2, &[20, 21]));
+        let map = bench.cluster.map();
+        for shard in &map.shards {
+            assert_ne!(shard.primary.as_ref().unwrap().process, shard.candidate.as_ref().unwrap().process);
+        }
+        assert_ne!(map.shards[0].primary.as_ref().unwrap().process, map.shards[1].primary.as_ref().unwrap().process);
+        let before = map.clone();
+        assert!(!bench.join(2, &[20, 21]), "said again, it changes nothing");
+        assert_eq!(*bench.cluster.map(), before);
+    }
+
+    #[test]
+    fn of_two_ends_that_each_say_the_other_is_gone_the_first_is_believed() {
+        let lost = |by, whom| Sighting::Lost { shard: 0, by, whom };
+        let mut bench = Bench::formed();
+        let term = bench.cluster.map().shards[0].term;
+        assert!(bench.cluster.report(lost(20, 10), bench.now));
+        assert!(bench.cluster.map().shards[0].term > term);
+        assert!(!bench.cluster.report(lost(10, 20), bench.now));
+        assert_eq!(bench.seats(0), [20, 0, 0]);
+        let mut bench = Bench::formed();
+        assert!(bench.cluster.report(lost(10, 20), bench.now));
+        assert!(!bench.cluster.report(lost(20, 10), bench.now));
+        assert_eq!((bench.seats(0), bench.cluster.map().shards[0].term), ([10, 0, 0], term));
+        assert!(!bench.join(2, &[20]), "a seat that was dropped gets no part again");
+        assert!(bench.join(2, &[21]) && bench.seats(0) == [10, 0, 21]);
+        assert!(!bench.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 20 }, bench.now));
+    }
+
+    #[test]
+    fn silence_hands_over_after_the_lease_and_an_only_copy_waits_for_its_server() {
+        let mut bench = Bench::formed();
+        bench.now += LEASE / 2;
+        bench.join(2, &[20]);
+        assert!(!bench.cluster.tick(bench.now));
+        bench.now += LEASE / 2;
+        assert!(bench.cluster.tick(bench.now) && bench.seats(0) == [20, 0, 0]);
+        bench.now += LEASE;
+        assert!(!bench.cluster.tick(bench.now), "nobody else has it");
+        assert!(!bench.join(2, &[20]) && bench.seats(0) == [20, 0, 0]);
+        bench.now += LEASE;
+        bench.cluster.tick(bench.now);
+        assert!(bench.join(3, &[30]), "a new server begins anew");
+        assert_eq!((bench.seats(0), bench.cluster.map().addresses()), ([30, 0, 0], None));
+    }
+
+    #[test]
+    fn a_coordinator_started_anew_learns_the_map_from_any_server() {
+        let mut bench = Bench::formed();
+        bench.cluster.report(Sighting::Lost { shard: 0, by: 20, whom: 10 }, bench.now);
+        let known = bench.cluster.map().clone();
+        let mut anew = Bench::new(1);
+        assert!(!anew.join(3, &[30]), "alone it makes no cluster");
+        assert!(anew.join_knowing(2, &[20], known.clone()));
+        assert_eq!(anew.seats(0), [20, 0, 30]);
+        assert!(anew.cluster.map().epoch > known.epoch && anew.cluster.map().shards[0].formed);
+        anew.join_knowing(1, &[10], ClusterMap { epoch: Epoch(1), ..known });
+        assert_eq!(anew.seats(0), [20, 0, 30]);
+    }
+}

@@ -1,0 +1,186 @@
+//! Does: the coordinator: hears servers, decides by [`Cluster`], tells the map to them and to whoever asks.
+
+use super::{Cluster, Join, Sighting};
+use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
+use crate::protocol::{REPLY, REQUEST};
+use crate::{Dialer, PsError, Stopper, dial};
+use gradwire_transport::{Completion, Config, Envelope, LossCause, PeerId, TransportError, WireChoice};
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often leases are looked at.
+const TICK: Duration = Duration::from_millis(200);
+/// The longest word of a server: seats and a map.
+const WORD_BYTES: usize = 4 << 20;
+/// Words of one peer that may come at once.
+const LISTENING: usize = 8;
+/// Servers and clients connected at once.
+const MAX_PEERS: usize = 1 << 16;
+
+/// Settings of a coordinator.
+#[derive(Clone, Debug)]
+pub struct CoordinatorSettings {
+    /// Where to listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// The secret of servers and clients. Needed off loopback.
+    pub token: Option<String>,
+    /// Listen off loopback without a token or TLS.
+    pub insecure: bool,
+    /// Shards of the cluster.
+    pub shards: u32,
+    /// Copies of each beside the first: 0 or 1.
+    pub replicas: u32,
+    /// Settings of the wire, of which it takes those about sockets.
+    pub transport: Config,
+}
+
+/// A coordinator.
+pub struct Coordinator {
+    wire: Box<dyn Dialer>,
+    address: SocketAddr,
+    cluster: Cluster,
+    /// The connections of server processes: they are told every map.
+    servers: HashSet<PeerId>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Coordinator {
+    /// Listens; it answers once it runs.
+    ///
+    /// # Errors
+    /// `Invalid` off loopback without a token and without TLS, and for numbers that cannot be; `Transport` when the address cannot be had.
+    pub fn bind(settings: CoordinatorSettings) -> Result<Self, PsError> {
+        let token = settings.token.filter(|token| !token.is_empty());
+        let open = token.is_none() && settings.transport.tls.is_none();
+        dial::check_open(settings.listen, open && !settings.insecure)?;
+        if !(1..=super::map::MAX_SHARDS as u32).contains(&settings.shards) || settings.replicas > 1 {
+            return Err(PsError::invalid(
+                "starting a coordinator",
+                "it takes 1 to 4096 shards, and 0 or 1 replicas of each",
+            ));
+        }
+        let config = Config { token, wire: WireChoice::Tcp, credit: None, ..settings.transport };
+        let (wire, address) = dial::listener(&config, settings.listen, (dial::random()?, MAX_PEERS))?;
+        let cluster = Cluster::new(settings.shards, settings.replicas);
+        Ok(Self { wire, address, cluster, servers: HashSet::new(), stop: Arc::new(AtomicBool::new(false)) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// A handle to stop it with.
+    pub fn stopper(&self) -> Stopper {
+        Stopper::new(Arc::clone(&self.stop), self.wire.waker())
+    }
+
+    /// Coordinates until it is stopped.
+    pub fn run(&mut self) {
+        let mut done = Vec::new();
+        let mut tick = Instant::now() + TICK;
+        while !self.stop.load(Ordering::Acquire) {
+            let now = Instant::now();
+            self.wire.poll(now, &mut done);
+            if done.is_empty() {
+                self.wire.park(if self.servers.is_empty() { now + Duration::from_secs(60) } else { tick });
+            }
+            for completion in done.drain(..) {
+                self.complete(completion, Instant::now());
+            }
+            if now >= tick {
+                tick = now + TICK;
+                if self.cluster.tick(now) {
+                    self.tell_all();
+                }
+            }
+        }
+        self.wire.shutdown(Instant::now() + TICK);
+    }
+
+    fn complete(&mut self, completion: Completion, now: Instant) {
+        match completion {
+            Completion::PeerUp(peer) => (0..LISTENING).for_each(|_| self.listen(peer)),
+            Completion::Arrived(arrival) if arrival.from.tag == REQUEST => {
+                let peer = arrival.from.peer;
+                let heard = self.take(peer, &arrival.loan, now);
+                drop(arrival);
+                match heard {
+                    Ok(()) => self.listen(peer),
+                    Err(reason) => self.close(peer, reason),
+                }
+            }
+            Completion::RecvFailed { peer, error: TransportError::MessageTooLong { bytes, .. }, .. } => {
+                self.close(peer, format!("a word of {bytes} bytes, of which {WORD_BYTES} are taken"));
+            }
+            Completion::PeerDown { peer, .. } => drop(self.servers.remove(&peer)),
+            _ => {}
+        }
+    }
+
+    fn take(&mut self, peer: PeerId, bytes: &[u8], now: Instant) -> Result<(), String> {
+        let header = Header::decode(bytes).map_err(|error| error.to_string())?;
+        let body = &bytes[HEADER_BYTES..];
+        let (changed, known) = match header.kind {
+            Kind::Join => {
+                let join = Join::decode(body).map_err(|bad| bad.to_string())?;
+                let is_new = self.servers.insert(peer);
+                let known = join.known.epoch;
+                (self.cluster.join(join, now), (!is_new).then_some(known))
+            }
+            Kind::Sighting => {
+                let report = Sighting::decode(body).map_err(|bad| bad.to_string())?;
+                let changed = self.cluster.report(report, now);
+                match report {
+                    Sighting::Lost { .. } => tracing::warn!(?report, changed, "a server has lost another"),
+                    Sighting::Synced { .. } => tracing::info!(?report, changed, "a backup is complete"),
+                }
+                (changed, None)
+            }
+            Kind::Map => (false, None),
+            kind => return Err(format!("a {kind:?}, which is for servers: this is the coordinator")),
+        };
+        if changed {
+            self.tell_all();
+        } else if known != Some(self.cluster.map().epoch) {
+            self.tell(peer, &header);
+        }
+        Ok(())
+    }
+
+    fn listen(&mut self, peer: PeerId) {
+        // A peer that is lost meanwhile is reported by its own completion.
+        let _ = self.wire.post_recv_loan(peer, REQUEST, WORD_BYTES);
+    }
+
+    fn close(&mut self, peer: PeerId, reason: String) {
+        let name = self.wire.name(peer);
+        tracing::warn!(host = name.host, pid = name.pid, address = name.address, reason, "closing a connection");
+        self.wire
+            .disconnect(peer, TransportError::PeerLost { peer: Box::new(name), cause: LossCause::Aborted(reason) });
+    }
+
+    fn tell_all(&mut self) {
+        let map = self.cluster.map();
+        for (shard, seats) in map.shards.iter().enumerate() {
+            let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate]
+                .map(|who| who.as_ref().map_or("none", |who| &*who.address));
+            tracing::info!(epoch = map.epoch.0, shard, primary, backup, candidate, "map");
+        }
+        let servers: Vec<PeerId> = self.servers.iter().copied().collect();
+        servers.into_iter().for_each(|peer| self.tell(peer, &Header::new(Kind::Join)));
+    }
+
+    /// Tells the map. A server that has no room for it now says again what it knows, and is told then.
+    fn tell(&mut self, peer: PeerId, request: &Header) {
+        let body = self.cluster.map().encode();
+        let header = Header { flags: FLAG_INLINE, payload_bytes: body.len() as u64, ..request.reply(Kind::Done) };
+        let Some(mut loan) = self.wire.lend(peer, HEADER_BYTES + body.len()) else { return };
+        loan[..HEADER_BYTES].copy_from_slice(&header.encode());
+        loan[HEADER_BYTES..].copy_from_slice(&body);
+        let _ = self.wire.post_loan(Envelope { peer, tag: REPLY, note: 0 }, loan);
+    }
+}

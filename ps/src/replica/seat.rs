@@ -1,0 +1,248 @@
+//! Pure: one place of a server process: without a shard, with one, or with a copy of one that another has.
+
+use super::backup::Backup;
+use super::lead::Lead;
+use crate::control::{SeatPart, Sighting};
+use crate::header::{Header, Kind};
+use crate::refusal::{Reason, Refusal};
+use crate::shard::{Action, Limits, Shard, refuse};
+use crate::{ClusterMap, Epoch, Role, Standing};
+use gradwire_transport::PeerId;
+use std::time::Instant;
+
+/// The connection that a backup has made to its primary; all others were made to us.
+pub const PRIMARY: PeerId = PeerId(1 << 30);
+
+enum Part {
+    /// A shard by itself, without a coordinator.
+    Alone,
+    /// Nothing yet.
+    Spare,
+    Backup(Box<Backup>),
+    Primary(Box<Lead>),
+}
+
+/// A seat. All that it does is a function of what it is told, so that a backup that is told the same is the same.
+pub struct Seat {
+    id: u64,
+    shard: Shard,
+    part: Part,
+    map: ClusterMap,
+    at: u32,
+    over: Option<String>,
+}
+
+impl Seat {
+    /// A shard without copies.
+    pub fn alone(shard: Shard) -> Self {
+        Self { id: 0, shard, part: Part::Alone, map: ClusterMap::default(), at: 0, over: None }
+    }
+
+    /// A seat that a coordinator will give a part to. `id`: a number that no other seat ever had.
+    pub fn spare(id: u64, limits: Limits) -> Self {
+        let shard = Shard::new(limits, id);
+        Self { id, shard, part: Part::Spare, map: ClusterMap::default(), at: 0, over: None }
+    }
+
+    /// The shard, or the copy.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    /// Why this seat has ended, if it has: begin a new one in its place.
+    pub fn over(&self) -> Option<&str> {
+        self.over.as_deref()
+    }
+
+    /// Takes a request of a client, or of a backup.
+    pub fn handle(&mut self, from: PeerId, header: &Header, payload: &[u8], now: Instant, out: &mut Vec<Action>) {
+        match &mut self.part {
+            Part::Alone => self.shard.handle(from, header, payload, now, out),
+            Part::Primary(lead) => match header.kind {
+                Kind::Follow => {
+                    let named = self.map.part_of(header.client) == Some((self.at, SeatPart::Candidate));
+                    lead.follow(&mut self.shard, (from, header.client), named, now, out);
+                }
+                Kind::Applied => lead.applied(from, header.sequence, now, out),
+                _ => {
+                    let first = out.len();
+                    self.shard.handle(from, header, payload, now, out);
+                    lead.took(&self.shard, (from, header, payload), now, (first, out));
+                }
+            },
+            Part::Spare | Part::Backup(_) if header.kind == Kind::Follow => {}
+            Part::Spare | Part::Backup(_) => {
+                let who = self.map.shards.get(self.at as usize).and_then(|seats| seats.primary.as_ref());
+                let expected = format!("the primary, {}", who.map_or("which is not known yet", |who| &who.address));
+                let refusal =
+                    Refusal::new(Reason::WrongEpoch, format!("shard {}", self.at), "server", expected, "another");
+                refuse(from, header, &refusal, out);
+            }
+        }
+    }
+
+    /// A connection is closed.
+    pub fn gone(&mut self, peer: PeerId, now: Instant, out: &mut Vec<Action>) {
+        match &mut self.part {
+            Part::Alone => self.shard.gone(peer, out),
+            Part::Spare => {}
+            Part::Backup(backup) => {
+                if peer == PRIMARY {
+                    backup.closed();
+                    self.end_where_useless();
+                }
+            }
+            Part::Primary(lead) => {
+                if !lead.lost(peer) {
+                    let first = out.len();
+                    self.shard.gone(peer, out);
+                    lead.gone(&self.shard, peer, now, (first, out));
+                }
+            }
+        }
+    }
+
+    /// Time passes; to be called some times a second.
+    pub fn tick(&mut self, now: Instant, out: &mut Vec<Action>) {
+        match &mut self.part {
+            Part::Alone => self.shard.expire(now, out),
+            Part::Spare => {}
+            Part::Backup(backup) => {
+                let follow = backup.tick(self.id, now);
+                out.extend(follow.map(|header| Action::Tell { to: PRIMARY, header }));
+                self.end_where_useless();
+            }
+            Part::Primary(lead) => {
+                let first = out.len();
+                self.shard.expire(now, out);
+                lead.expired(&self.shard, now, (first, out));
+                lead.tick(now, out);
+            }
+        }
+    }
+
+    /// Where the primary is to be called, if it is.
+    pub fn dial(&self) -> Option<&str> {
+        match &self.part {
+            Part::Backup(backup) => backup.dial(),
+            _ => None,
+        }
+    }
+
+    /// The primary has been called.
+    pub fn dialled(&mut self, now: Instant, out: &mut Vec<Action>) {
+        if let Part::Backup(backup) = &mut self.part {
+            backup.dialled(now);
+            out.extend(backup.tick(self.id, now).map(|header| Action::Tell { to: PRIMARY, header }));
+        }
+    }
+
+    /// The primary has sent an entry of its log.
+    pub fn take_entry(&mut self, bytes: &[u8], now: Instant) {
+        if let Part::Backup(backup) = &mut self.part
+            && let Err(reason) = backup.take(&mut self.shard, (self.at, self.map.shards.len() as u32), bytes, now)
+        {
+            self.over = Some(reason);
+        }
+    }
+
+    /// Tells the primary how far the copy is: once for all entries since last asked.
+    pub fn answer(&mut self, out: &mut Vec<Action>) {
+        if let Part::Backup(backup) = &mut self.part
+            && self.over.is_none()
+        {
+            out.extend(backup.answer(self.id).map(|header| Action::Tell { to: PRIMARY, header }));
+        }
+    }
+
+    /// What the coordinator is to be told, again and again until the map shows that it has heard.
+    pub fn report(&self) -> Option<Sighting> {
+        match &self.part {
+            Part::Backup(backup) if backup.lost => {
+                Some(Sighting::Lost { shard: self.at, by: self.id, whom: backup.primary.seat })
+            }
+            Part::Primary(lead) => lead.report(self.at, self.id, &self.map),
+            _ => None,
+        }
+    }
+
+    /// A map has come.
+    pub fn hear(&mut self, map: &ClusterMap, now: Instant, out: &mut Vec<Action>) {
+        if map.epoch <= self.map.epoch || matches!(self.part, Part::Alone) {
+            return;
+        }
+        self.map.clone_from(map);
+        let Some((at, part)) = self.map.part_of(self.id) else {
+            if !matches!(self.part, Part::Spare) {
+                self.over = Some(format!("shard {} has gone to another server", self.at));
+            }
+            return;
+        };
+        self.at = at;
+        let seats = &self.map.shards[at as usize];
+        let term = seats.term;
+        match (&mut self.part, part) {
+            (Part::Primary(lead), SeatPart::Primary) if lead.term() == term => lead.hear(map, out),
+            (Part::Spare, SeatPart::Primary) => self.lead(term, out),
+            (Part::Backup(backup), SeatPart::Primary) if backup.is_whole() => {
+                out.push(Action::Close { peer: PRIMARY, reason: "this seat has taken over".to_owned() });
+                self.shard.forget_connections();
+                self.lead(term, out);
+            }
+            (Part::Spare, SeatPart::Candidate) => {
+                if let Some(primary) = seats.primary.clone() {
+                    self.part = Part::Backup(Box::new(Backup::new(primary, term, now)));
+                }
+            }
+            (Part::Backup(backup), SeatPart::Backup | SeatPart::Candidate)
+                if seats.primary.as_ref().is_some_and(|primary| primary.seat == backup.primary.seat) =>
+            {
+                self.end_where_useless();
+            }
+            _ => self.over = Some(format!("shard {at} has another primary than the one this seat knew")),
+        }
+    }
+
+    /// A seat whose primary is gone before the copy was whole can never take over. With a whole copy the coordinator decides: it
+    /// may have heard that this is the backup before we have.
+    fn end_where_useless(&mut self) {
+        if let Part::Backup(backup) = &self.part
+            && backup.lost
+            && !backup.is_whole()
+        {
+            self.over = Some(format!("the primary of shard {} was gone before this copy was complete", self.at));
+        }
+    }
+
+    fn lead(&mut self, term: Epoch, out: &mut Vec<Action>) {
+        self.shard.begin_epoch(term, self.map.replicas);
+        let mut lead = Box::new(Lead::new(term));
+        lead.hear(&self.map, out);
+        self.part = Part::Primary(lead);
+    }
+
+    /// There is room for more of the log: tells a new backup more of what was before. Whether there was any.
+    pub fn tell_more(&mut self, now: Instant, out: &mut Vec<Action>) -> bool {
+        match &mut self.part {
+            Part::Primary(lead) => lead.tell_more(now, out),
+            _ => false,
+        }
+    }
+
+    /// Whether too much waits for the backup to take more from clients.
+    pub fn is_full(&self) -> bool {
+        matches!(&self.part, Part::Primary(lead) if lead.is_full())
+    }
+
+    /// What the seat is, and at which place of the log.
+    pub fn standing(&self) -> Standing {
+        let (role, (log, backup)) = match &self.part {
+            Part::Alone => (Role::Alone, (0, None)),
+            Part::Spare => (Role::Spare, (0, None)),
+            Part::Backup(backup) => (Role::Backup, (backup.place(), None)),
+            Part::Primary(lead) if lead.is_fenced() => (Role::Fenced, lead.place()),
+            Part::Primary(lead) => (Role::Primary, lead.place()),
+        };
+        Standing { role, shard: self.at, epoch: self.map.epoch, log, backup }
+    }
+}
