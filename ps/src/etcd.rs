@@ -22,7 +22,7 @@ const ANSWER_BYTES: u64 = 8 << 20;
 
 /// What is wrong with etcd.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum EtcdError {
+pub(crate) enum EtcdError {
     /// No endpoint answers.
     #[error("no etcd answers: {why}; see that it runs there, and that --etcd names its client port")]
     Unreachable {

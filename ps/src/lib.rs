@@ -13,7 +13,6 @@ mod dense;
 mod dial;
 mod dtype;
 mod error;
-#[allow(dead_code)]
 mod etcd;
 mod exact_sum;
 mod gauges;
@@ -55,6 +54,7 @@ pub use control::{Cluster, ClusterMap, Coordinator, CoordinatorSettings, Join, S
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;
+pub use etcd::EtcdSettings;
 pub use gauges::{LATENCY_BOUNDS_US, Latencies, Report};
 pub use keeper::Checkpoints;
 pub use key::{KeyRange, MAX_NAME_BYTES, TableId};

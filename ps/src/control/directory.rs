@@ -7,6 +7,8 @@ use crate::{PsError, dial};
 use gradwire_transport::{Completion, Config, Envelope, PeerId, TransportError, WireChoice};
 use std::time::{Duration, Instant};
 
+/// The longest that asking one coordinator may take: one that is gone must not keep us from the next.
+const ASKING: Duration = Duration::from_secs(2);
 const COORDINATOR: PeerId = PeerId(0);
 
 /// Where to ask.
@@ -28,16 +30,17 @@ impl Directory {
     /// `Authentication`; `Timeout` where no coordinator answers, with where it was looked for and why.
     pub(crate) fn ask(&self, deadline: Instant) -> Result<ClusterMap, PsError> {
         let began = Instant::now();
-        let mut why = "no address is known".to_owned();
+        let mut why = Vec::new();
         for address in &self.addresses {
-            match self.ask_one(address, deadline) {
+            match self.ask_one(address, deadline.min(Instant::now() + ASKING)) {
                 Ok(map) => return Ok(map),
                 Err(TransportError::Authentication { reason, .. }) => {
                     return Err(PsError::Authentication { address: address.clone(), reason });
                 }
-                Err(error) => why = format!("{address}: {error}"),
+                Err(error) => why.push(format!("{address}: {error}")),
             }
         }
+        let why = why.join("; ");
         let what = format!("the coordinator to tell where the shards are ({why}); see that it runs there");
         Err(PsError::Timeout { what, waited: began.elapsed() })
     }

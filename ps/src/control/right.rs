@@ -27,7 +27,8 @@ impl Right {
     /// # Errors
     /// `Invalid` where what is to prove who is who cannot be used.
     pub(super) fn new(etcd: Option<&EtcdSettings>, name: String) -> Result<Self, PsError> {
-        let reach = |settings| Etcd::new(settings).map_err(|error| PsError::invalid("reaching etcd", error.to_string()));
+        let reach =
+            |settings| Etcd::new(settings).map_err(|error| PsError::invalid("reaching etcd", error.to_string()));
         let etcd = etcd.map(reach).transpose()?;
         Ok(Self { etcd, office: None, name, next: Instant::now(), other: "etcd was not asked yet".to_owned() })
     }
@@ -55,8 +56,10 @@ impl Right {
         self.next = Instant::now() + AGAIN;
         match outcome {
             Ok(Election::Won(office, left)) => {
-                let strange = |_| PsError::invalid("leading", "what lies at etcd is no map of this version of gradwire");
-                let map = left.map_or_else(|| Ok(ClusterMap::default()), |left| ClusterMap::decode(&left).map_err(strange))?;
+                let strange =
+                    |_| PsError::invalid("leading", "what lies at etcd is no map of this version of gradwire");
+                let map =
+                    left.map_or_else(|| Ok(ClusterMap::default()), |left| ClusterMap::decode(&left).map_err(strange))?;
                 tracing::info!(epoch = map.epoch.0, "this coordinator leads");
                 self.office = Some(office);
                 Ok(Some(map))
