@@ -5,6 +5,7 @@ mod cluster;
 mod coordinator;
 mod directory;
 mod map;
+mod right;
 mod words;
 
 pub(crate) use agent::{Agent, Line};

@@ -62,6 +62,7 @@ fn whole<T>(bytes: &[u8], read: impl Fn(&mut Reader<'_>) -> Result<T, BadBody>) 
 
 fn dense(rule: UpdateRule, mode: Mode) -> TableSpec {
     TableSpec {
+        recovery: crate::Recovery::None,
         name: "w".into(),
         shape: vec![5],
         dtype: DType::F32,
@@ -78,6 +79,7 @@ fn dense(rule: UpdateRule, mode: Mode) -> TableSpec {
 
 fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>) -> SparseSpec {
     SparseSpec {
+        recovery: crate::Recovery::None,
         name: "rows".into(),
         dim: 3,
         dtype: DType::F32,
@@ -198,7 +200,17 @@ fn statuses() -> Vec<Vec<u8>> {
         sent_bytes: 6,
     };
     let (tables, sparse, clients) = (vec![table; 2], vec![rows], vec![client; 2]);
-    vec![ShardStatus { memory_bytes: 1, memory_limit_bytes: 2, tables, sparse, clients }.encode()]
+    vec![
+        ShardStatus {
+            memory_bytes: 1,
+            memory_limit_bytes: 2,
+            tables,
+            sparse,
+            clients,
+            standing: crate::Standing::default(),
+        }
+        .encode(),
+    ]
 }
 
 fn status(bytes: &[u8]) {

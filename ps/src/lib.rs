@@ -15,6 +15,7 @@ mod dense;
 mod dial;
 mod dtype;
 mod error;
+mod etcd;
 mod exact_sum;
 mod exchange;
 mod gauges;
@@ -57,6 +58,7 @@ pub use control::{Cluster, ClusterMap, Coordinator, CoordinatorSettings, Join, S
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;
+pub use etcd::EtcdSettings;
 pub use exchange::{Exchanged, export_checkpoint, import_checkpoint};
 pub use gauges::{LATENCY_BOUNDS_US, Latencies, Report};
 pub use keeper::Checkpoints;

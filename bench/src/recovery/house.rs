@@ -41,6 +41,7 @@ pub(crate) fn peer(options: &PeerOptions) -> Result<(), Box<dyn Error>> {
         insecure: false,
         shards,
         replicas: 1,
+        etcd: None,
         transport: Config::default(),
     })?;
     say(&coordinator.address().to_string())?;
@@ -50,8 +51,7 @@ pub(crate) fn peer(options: &PeerOptions) -> Result<(), Box<dyn Error>> {
         let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
         stopper.stop();
     });
-    coordinator.run();
-    Ok(())
+    Ok(coordinator.run()?)
 }
 
 /// Processes that end when this does: the coordinator first of them.

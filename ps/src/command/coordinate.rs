@@ -2,12 +2,13 @@
 
 use super::{Certificates, Token};
 use clap::Args;
-use gradwire_ps::{Coordinator, CoordinatorSettings};
+use gradwire_ps::{Coordinator, CoordinatorSettings, EtcdSettings};
 use gradwire_transport::Config;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use tracing_subscriber::filter::LevelFilter;
 
 /// Flags of `coordinate`.
@@ -23,6 +24,8 @@ pub(crate) struct Coordinate {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1))]
     replicas: u32,
     #[command(flatten)]
+    etcd: Etcd,
+    #[command(flatten)]
     token: Token,
     #[command(flatten)]
     certificates: Certificates,
@@ -37,6 +40,35 @@ pub(crate) struct Coordinate {
     json: bool,
 }
 
+/// Where several coordinators agree which of them leads.
+#[derive(Args)]
+struct Etcd {
+    /// Keep the map in this etcd. Several coordinators may then run: one leads, and where it dies another goes on. Servers and
+    /// clients are given the addresses of all. A client address each, http:// or https://
+    #[arg(long, env = "GRADWIRE_ETCD", value_name = "ADDRESS,...", value_delimiter = ',')]
+    etcd: Vec<String>,
+    /// Name of this cluster there: its keys are gradwire/NAME/...
+    #[arg(long, default_value = "default", value_name = "NAME", requires = "etcd", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    cluster: String,
+    /// Who must have signed etcd's certificate [default: those that browsers trust]
+    #[arg(long, value_name = "FILE", requires = "etcd")]
+    etcd_ca: Option<PathBuf>,
+    /// Certificate to show to etcd, in PEM
+    #[arg(long, value_name = "FILE", requires = "etcd_key")]
+    etcd_cert: Option<PathBuf>,
+    /// Private key of --etcd-cert
+    #[arg(long, value_name = "FILE", requires = "etcd_cert")]
+    etcd_key: Option<PathBuf>,
+}
+
+impl Etcd {
+    fn settings(self) -> Option<EtcdSettings> {
+        let identity = self.etcd_cert.zip(self.etcd_key);
+        let there = !self.etcd.is_empty();
+        there.then_some(EtcdSettings { endpoints: self.etcd, cluster: self.cluster, ca: self.etcd_ca, identity })
+    }
+}
+
 impl Coordinate {
     pub(crate) fn run(self) -> Result<(), String> {
         tracing_subscriber::fmt().with_max_level(self.log).with_writer(std::io::stderr).init();
@@ -47,6 +79,7 @@ impl Coordinate {
             insecure: self.insecure,
             shards: self.shards,
             replicas: self.replicas,
+            etcd: self.etcd.settings(),
             transport: Config { tls: self.certificates.load()?, ..Config::default() },
         };
         let mut coordinator = Coordinator::bind(settings).map_err(|error| error.to_string())?;
@@ -62,7 +95,7 @@ impl Coordinate {
             signals.forever().next();
             stopper.stop();
         });
-        coordinator.run();
+        coordinator.run().map_err(|error| error.to_string())?;
         tracing::info!("stopped");
         waiting.join().map_err(|_| "the thread that waits for signals panicked".to_owned())
     }

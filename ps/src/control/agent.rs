@@ -17,6 +17,8 @@ const BEAT: Duration = Duration::from_millis(500);
 /// The longest that calling the coordinator may take, and the pause after it.
 const DIAL: Duration = Duration::from_millis(500);
 const AGAIN: Duration = Duration::from_millis(100);
+/// How long no coordinator may lead before it is said, and said again.
+const SILENCE: Duration = Duration::from_secs(5);
 const COORDINATOR: PeerId = PeerId(0);
 
 /// What a seat and the agent of its process share.
@@ -97,6 +99,8 @@ impl Agent {
             connected: false,
             turn: 0,
             told_of_leaving: false,
+            heard: false,
+            why: String::new(),
         };
         let thread = std::thread::Builder::new().name("gradwire-agent".to_owned()).spawn(move || talk.run());
         let thread =
@@ -160,6 +164,10 @@ struct Talk {
     shared: Arc<Shared>,
     map: Arc<ClusterMap>,
     connected: bool,
+    /// Whether this connection has brought a map.
+    heard: bool,
+    /// Why the last one brought none.
+    why: String,
     turn: usize,
     /// Whether the coordinator was told that this process wants to end.
     told_of_leaving: bool,
@@ -168,12 +176,23 @@ struct Talk {
 impl Talk {
     fn run(mut self) {
         let mut beat = Instant::now();
+        let mut said = Instant::now();
         let mut done = Vec::new();
         while !self.shared.stop.load(Ordering::Acquire) {
             let now = Instant::now();
             if !self.connected && now >= beat {
                 self.call();
                 beat = if self.connected { now } else { Instant::now() + AGAIN };
+            }
+            if self.heard {
+                said = now;
+            } else if now.saturating_duration_since(said) >= SILENCE {
+                said = now;
+                tracing::warn!(
+                    addresses = self.addresses.join(","),
+                    why = self.why,
+                    "no coordinator leads: data goes on"
+                );
             }
             let changed = self.shared.changed.swap(false, Ordering::AcqRel);
             if self.connected && (now >= beat || changed) {
@@ -194,8 +213,15 @@ impl Talk {
                         let _ = self.wire.post_recv_loan(COORDINATOR, REPLY, REPLY_BYTES);
                     }
                     Completion::PeerDown { error, .. } => {
-                        tracing::warn!(%error, "the coordinator is gone: data goes on, but nobody takes over meanwhile");
-                        self.connected = false;
+                        match self.heard {
+                            true => {
+                                tracing::warn!(%error, "the coordinator is gone: data goes on, but nobody takes over meanwhile")
+                            }
+                            // One of several, that does not lead.
+                            false => self.why = error.to_string(),
+                        }
+                        (self.connected, self.heard) = (false, false);
+                        beat = beat.min(Instant::now() + AGAIN);
                     }
                     _ => {}
                 }
@@ -209,12 +235,11 @@ impl Talk {
         self.turn += 1;
         match self.wire.call(COORDINATOR, address, Instant::now() + DIAL) {
             Ok(()) => {
-                tracing::info!(address, "reached the coordinator");
-                self.connected = true;
+                (self.connected, self.heard) = (true, false);
                 // A peer that is lost meanwhile is reported by its own completion.
                 (0..POSTED_REPLIES).for_each(|_| drop(self.wire.post_recv_loan(COORDINATOR, REPLY, REPLY_BYTES)));
             }
-            Err(error) => tracing::info!(address, %error, "the coordinator does not answer"),
+            Err(error) => self.why = error.to_string(),
         }
     }
 
@@ -252,6 +277,11 @@ impl Talk {
             tracing::error!("what the coordinator says is no map: it must be of the same version");
             return;
         };
+        if !self.heard {
+            self.heard = true;
+            let address = &self.addresses[(self.turn - 1) % self.addresses.len()];
+            tracing::info!(address, epoch = map.epoch.0, "reached the coordinator");
+        }
         // A coordinator that was started anew may not know yet what we know.
         if map.epoch >= self.map.epoch {
             self.map = Arc::new(map);

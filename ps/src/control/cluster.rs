@@ -149,6 +149,21 @@ impl Cluster {
         self.map.epoch != before
     }
 
+    /// Goes on from what the coordinator before has decided last.
+    ///
+    /// # Errors
+    /// How many shards that map has, where this cluster has others.
+    pub fn restore(&mut self, map: ClusterMap, now: Instant) -> Result<(), usize> {
+        match map.shards.len() {
+            0 => Ok(()),
+            shards if shards != self.shards as usize => Err(shards),
+            _ => {
+                self.adopt(map, now);
+                Ok(())
+            }
+        }
+    }
+
     /// What was, before this coordinator was started. Its processes have a lease to say that they are there.
     fn adopt(&mut self, map: ClusterMap, now: Instant) {
         self.map = map;

@@ -1,7 +1,9 @@
 //! Does: the coordinator: hears servers, decides by [`Cluster`], tells the map to them and to whoever asks.
 
+use super::right::Right;
 use super::{Cluster, Join, Sighting};
 use crate::body::{Reader, Writer};
+use crate::etcd::EtcdSettings;
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use crate::protocol::{REPLY, REQUEST};
 use crate::refusal::{Reason, Refusal};
@@ -35,6 +37,8 @@ pub struct CoordinatorSettings {
     pub shards: u32,
     /// Copies of each beside the first: 0 or 1.
     pub replicas: u32,
+    /// Where the map is kept, and which of several coordinators leads; without it, this one decides alone.
+    pub etcd: Option<EtcdSettings>,
     /// Settings of the wire, of which it takes those about sockets.
     pub transport: Config,
 }
@@ -44,6 +48,9 @@ pub struct Coordinator {
     wire: Box<dyn Dialer>,
     address: SocketAddr,
     cluster: Cluster,
+    /// Shards, and copies of each.
+    size: (u32, u32),
+    right: Right,
     /// The connections of server processes: they are told every map.
     servers: HashSet<PeerId>,
     stop: Arc<AtomicBool>,
@@ -53,7 +60,8 @@ impl Coordinator {
     /// Listens; it answers once it runs.
     ///
     /// # Errors
-    /// `Invalid` off loopback without a token and without TLS, and for numbers that cannot be; `Transport` when the address cannot be had.
+    /// `Invalid` off loopback without a token and without TLS, for numbers that cannot be, and for certificates that cannot be
+    /// read; `Transport` when the address cannot be had.
     pub fn bind(settings: CoordinatorSettings) -> Result<Self, PsError> {
         let token = settings.token.filter(|token| !token.is_empty());
         let open = token.is_none() && settings.transport.tls.is_none();
@@ -66,8 +74,11 @@ impl Coordinator {
         }
         let config = Config { token, wire: WireChoice::Tcp, credit: None, ..settings.transport };
         let (wire, address) = dial::listener(&config, settings.listen, (dial::random()?, MAX_PEERS))?;
-        let cluster = Cluster::new(settings.shards, settings.replicas);
-        Ok(Self { wire, address, cluster, servers: HashSet::new(), stop: Arc::new(AtomicBool::new(false)) })
+        let size = (settings.shards, settings.replicas);
+        let cluster = Cluster::new(size.0, size.1);
+        let right = Right::new(settings.etcd.as_ref(), address.to_string())?;
+        let stop = Arc::new(AtomicBool::new(false));
+        Ok(Self { wire, address, cluster, size, right, servers: HashSet::new(), stop })
     }
 
     /// Where it listens.
@@ -81,26 +92,59 @@ impl Coordinator {
     }
 
     /// Coordinates until it is stopped.
-    pub fn run(&mut self) {
+    ///
+    /// # Errors
+    /// `Invalid` where the map that etcd keeps is of another cluster, or of another version.
+    pub fn run(&mut self) -> Result<(), PsError> {
         let mut done = Vec::new();
         let mut tick = Instant::now() + TICK;
         while !self.stop.load(Ordering::Acquire) {
+            self.look_at_the_right()?;
             let now = Instant::now();
             self.wire.poll(now, &mut done);
             if done.is_empty() {
-                self.wire.park(if self.servers.is_empty() { now + Duration::from_secs(60) } else { tick });
+                let idle = self.right.next().unwrap_or(now + Duration::from_secs(60));
+                self.wire.park(if self.servers.is_empty() { idle } else { tick });
             }
             for completion in done.drain(..) {
                 self.complete(completion, Instant::now());
             }
             if now >= tick {
                 tick = now + TICK;
-                if self.cluster.tick(now) {
-                    self.tell_all();
+                if self.right.holds() && self.cluster.tick(now) {
+                    self.publish();
                 }
             }
         }
         self.wire.shutdown(Instant::now() + TICK);
+        Ok(())
+    }
+
+    /// Begins to lead where nobody does, and ends where another one may.
+    fn look_at_the_right(&mut self) -> Result<(), PsError> {
+        if !self.right.holds() {
+            self.step_down();
+        }
+        let Some(map) = self.right.stand(Instant::now())? else { return Ok(()) };
+        let restored = self.cluster.restore(map, Instant::now());
+        restored.map_err(|shards| {
+            let reason = format!("the cluster of that name has {shards} shards, and --shards says {}", self.size.0);
+            PsError::invalid("leading", reason)
+        })
+    }
+
+    /// Knows nothing any more, and sends the servers to whoever leads.
+    fn step_down(&mut self) {
+        self.right.give_up();
+        self.cluster = Cluster::new(self.size.0, self.size.1);
+        for peer in std::mem::take(&mut self.servers) {
+            self.turn_away(peer);
+        }
+    }
+
+    /// Keeps the map that was just decided, then tells it: what was told is never forgotten.
+    fn publish(&mut self) {
+        if self.right.keep(self.cluster.map()) { self.tell_all() } else { self.step_down() }
     }
 
     fn complete(&mut self, completion: Completion, now: Instant) {
@@ -124,6 +168,10 @@ impl Coordinator {
     }
 
     fn take(&mut self, peer: PeerId, bytes: &[u8], now: Instant) -> Result<(), String> {
+        if !self.right.holds() {
+            self.turn_away(peer);
+            return Ok(());
+        }
         let header = Header::decode(bytes).map_err(|error| error.to_string())?;
         let body = &bytes[HEADER_BYTES..];
         let (changed, known) = match header.kind {
@@ -166,7 +214,7 @@ impl Coordinator {
             kind => return Err(format!("a {kind:?}, which is for servers: this is the coordinator")),
         };
         if changed {
-            self.tell_all();
+            self.publish();
         } else if known != Some(self.cluster.map().epoch) {
             self.tell(peer, &header);
         }
@@ -181,8 +229,17 @@ impl Coordinator {
     fn close(&mut self, peer: PeerId, reason: String) {
         let name = self.wire.name(peer);
         tracing::warn!(host = name.host, pid = name.pid, address = name.address, reason, "closing a connection");
-        self.wire
-            .disconnect(peer, TransportError::PeerLost { peer: Box::new(name), cause: LossCause::Aborted(reason) });
+        self.end(peer, reason);
+    }
+
+    /// Sends a peer to whoever leads.
+    fn turn_away(&mut self, peer: PeerId) {
+        self.end(peer, self.right.refusal());
+    }
+
+    fn end(&mut self, peer: PeerId, reason: String) {
+        let (peer_name, cause) = (Box::new(self.wire.name(peer)), LossCause::Aborted(reason));
+        self.wire.disconnect(peer, TransportError::PeerLost { peer: peer_name, cause });
     }
 
     fn tell_all(&mut self) {

@@ -9,6 +9,8 @@ use crate::{PsError, dial};
 use gradwire_transport::{Completion, Config, Envelope, PeerId, TransportError, WireChoice};
 use std::time::{Duration, Instant};
 
+/// The longest that asking one coordinator may take: one that is gone must not keep us from the next.
+const ASKING: Duration = Duration::from_secs(2);
 const COORDINATOR: PeerId = PeerId(0);
 
 /// Where to ask.
@@ -53,9 +55,9 @@ impl Directory {
         decode: impl Fn(&[u8]) -> Result<T, BadBody>,
     ) -> Result<T, PsError> {
         let began = Instant::now();
-        let mut why = "no address is known".to_owned();
+        let mut why = Vec::new();
         for address in &self.addresses {
-            match self.ask_one(address, what, deadline, &decode) {
+            match self.ask_one(address, what, deadline.min(Instant::now() + ASKING), &decode) {
                 Ok(Ok(told)) => return Ok(told),
                 Ok(Err(refusal)) => {
                     return Err(PsError::invalid(format!("asking the coordinator at {address}"), refusal.to_string()));
@@ -63,9 +65,10 @@ impl Directory {
                 Err(TransportError::Authentication { reason, .. }) => {
                     return Err(PsError::Authentication { address: address.clone(), reason });
                 }
-                Err(error) => why = format!("{address}: {error}"),
+                Err(error) => why.push(format!("{address}: {error}")),
             }
         }
+        let why = why.join("; ");
         let what = format!("the coordinator to tell where the shards are ({why}); see that it runs there");
         Err(PsError::Timeout { what, waited: began.elapsed() })
     }

@@ -30,7 +30,15 @@ pub(super) const ALL: [Decoder; 3] = [
 
 fn limits() -> Limits {
     let (memory_bytes, client_bytes) = (MEMORY_BYTES, MEMORY_BYTES / 2);
-    Limits { memory_bytes, client_bytes, tables: 8, clients: 8, waiting: 32, patience: Duration::from_secs(60) }
+    Limits {
+        memory_bytes,
+        client_bytes,
+        tables: 8,
+        clients: 8,
+        waiting: 32,
+        patience: Duration::from_secs(60),
+        replicas: 0,
+    }
 }
 
 /// One moment for all inputs: what comes of them does not depend on when they are read.

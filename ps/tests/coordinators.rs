@@ -1,0 +1,131 @@
+//! Does: kills coordinators and etcd itself under workers that push: who serves what outlives both.
+#![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
+
+mod running;
+// The same etcd that the room of etcd is tested with.
+#[path = "../src/etcd/running.rs"]
+mod running_etcd;
+
+use gradwire_ps::{Client, ClientSettings, DType, DenseTable, Mode, Recovery, TableOptions};
+use gradwire_transport::Region;
+use running_etcd::RunningEtcd;
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command};
+use std::sync::Arc;
+use std::time::Duration;
+
+const LONG: Option<Duration> = Some(Duration::from_secs(60));
+const ELEMENTS: usize = 1000;
+
+/// A process of the binary that has told its address. Killed at the end.
+struct Process {
+    child: Child,
+    address: String,
+}
+
+impl Process {
+    fn start(arguments: &[&str]) -> Self {
+        let mut command = running::command(arguments);
+        let mut child =
+            command.args(["--json", "--log", "info"]).stderr(std::process::Stdio::inherit()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let address = line.get("address").or_else(|| line.get("coordinator")).unwrap();
+        Self { child, address: address.as_str().unwrap().to_owned() }
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn terminate(&mut self) {
+        assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn coordinator(etcd: &RunningEtcd, listen: &str) -> Process {
+    Process::start(&["coordinate", "--listen", listen, "--etcd", &etcd.endpoint(), "--cluster", "test"])
+}
+
+fn server(coordinators: &str) -> Process {
+    Process::start(&["serve", "--shards", "1", "--coordinator", coordinators])
+}
+
+fn table(coordinators: &str) -> (Client, DenseTable) {
+    let at: Vec<String> = coordinators.split(',').map(str::to_owned).collect();
+    let (reconnect, timeout) = (Duration::from_secs(40), Duration::from_secs(50));
+    let client = Client::through(&at, ClientSettings { reconnect, timeout, ..ClientSettings::default() }).unwrap();
+    let options = TableOptions { mode: Mode::Async, recovery: Recovery::Replicate, ..TableOptions::default() };
+    let table = client.dense("ones", &[ELEMENTS], DType::F32, options).unwrap();
+    (client, table)
+}
+
+fn push(table: &DenseTable) {
+    let ones = Region::from_vec(1f32.to_le_bytes().repeat(ELEMENTS));
+    table.push(ones.read(0..ones.len()).unwrap()).unwrap().wait(LONG).unwrap();
+}
+
+fn assert_all(table: &DenseTable, expected: f32) {
+    let out: Arc<Region> = Region::from_vec(vec![0; ELEMENTS * 4]);
+    table.pull(out.write(0..out.len()).unwrap()).unwrap().wait(LONG).unwrap();
+    let all = out.read(0..out.len()).unwrap();
+    assert!(all.as_chunks().0.iter().all(|&bytes| f32::from_le_bytes(bytes) == expected));
+}
+
+#[test]
+fn another_coordinator_goes_on_where_one_dies() {
+    let etcd = RunningEtcd::start();
+    let mut first = coordinator(&etcd, "127.0.0.1:0");
+    let mut second = coordinator(&etcd, "127.0.0.1:0");
+    let both = format!("{},{}", first.address, second.address);
+    let mut servers = [server(&both), server(&both)];
+    let (_client, ones) = table(&both);
+    push(&ones);
+    // Whichever led: the other one does in the end, and knows who serves what.
+    first.kill();
+    push(&ones);
+    servers[0].kill();
+    push(&ones);
+    let _third = server(&both);
+    let again = coordinator(&etcd, &first.address);
+    // A signal gives the lead back: nobody waits for a lease.
+    second.terminate();
+    assert_all(&table(&both).1, 3.0);
+    servers[1].kill();
+    push(&ones);
+    assert_all(&ones, 4.0);
+    drop(again);
+}
+
+#[test]
+fn etcd_may_be_gone_for_a_while_and_stops_no_push() {
+    let mut etcd = RunningEtcd::start();
+    let only = coordinator(&etcd, "127.0.0.1:0");
+    let mut servers = [server(&only.address), server(&only.address)];
+    let (_client, ones) = table(&only.address);
+    push(&ones);
+    etcd.kill();
+    push(&ones);
+    // Nobody may decide that the other one takes over, until etcd is there again.
+    servers[0].kill();
+    etcd.restart();
+    push(&ones);
+    assert_all(&ones, 3.0);
+    let mut other = running::command(&["coordinate", "--shards", "7", "--etcd", &etcd.endpoint(), "--cluster", "test"]);
+    let mut other = other.spawn().unwrap();
+    drop(only);
+    let mut log = String::new();
+    other.stderr.take().unwrap().read_to_string(&mut log).unwrap();
+    assert!(!other.wait().unwrap().success());
+    assert!(log.contains("has 1 shards, and --shards says 7"), "{log}");
+}
