@@ -77,6 +77,7 @@ fn ledger() -> f64 {
 fn pushes(mode: Mode, bytes: usize) -> f64 {
     let elements = bytes as u64 / 4;
     let spec = TableSpec {
+        recovery: gradwire_ps::Recovery::None,
         name: "bench".into(),
         shape: vec![elements],
         dtype: DType::F32,
