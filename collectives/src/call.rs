@@ -29,7 +29,8 @@ impl Piece {
 /// fill one output per rank, of any lengths, or one output that holds all ranks' parts (gather: only at the root).
 /// Reduce-scatter and scatter take one input per rank, or one that holds all (scatter: only at the root), and fill
 /// `output[0]`. All-to-all takes and fills one piece per rank, of any lengths, or one that holds equal parts for all, which
-/// says that all ranks do the same.
+/// says that all ranks do the same. Inputs may lie within outputs: all-gather takes its own part of the output as it is, all
+/// else is copied first.
 #[derive(Clone, Debug)]
 pub struct Call {
     /// What to do.
@@ -217,6 +218,12 @@ impl Buffers {
             start -= piece.range.len();
         }
         unreachable!("a span lies within the call's buffers, which were checked against the shape")
+    }
+
+    /// Whether both are the same memory.
+    pub(crate) fn are_same(&self, one: Span, other: Span) -> bool {
+        let ((one, bytes), (other, others)) = (self.resolve(one), self.resolve(other));
+        Arc::ptr_eq(one, other) && bytes == others
     }
 
     /// Gives the scratch back for the next call.

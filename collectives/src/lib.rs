@@ -1,6 +1,7 @@
 //! gradwire-collectives: combines tensors over the ranks of a group, on any wire.
 
 mod algorithm;
+mod apart;
 mod bruck;
 mod call;
 mod choose;

@@ -30,7 +30,9 @@ impl Local {
     /// Carries out `job`, calling `meanwhile` while it waits for other ranks.
     pub(crate) fn run(&mut self, job: &Job, meanwhile: Meanwhile<'_>) -> Result<(), Stop> {
         let call = &job.call;
-        let input: Vec<RegionSlice> = lend(&call.input, |piece| piece.region.read(piece.range.clone()), job)?;
+        // Lent once, as a part of the output.
+        let given: &[Piece] = if self.host.is_in_place(call) { &[] } else { &call.input };
+        let input: Vec<RegionSlice> = lend(given, |piece| piece.region.read(piece.range.clone()), job)?;
         let mut output: Vec<RegionSliceMut> = lend(&call.output, |piece| piece.region.write(piece.range.clone()), job)?;
         let given: Vec<&[u8]> = input.iter().map(|slice| &**slice).collect();
         let mut taken: Vec<&mut [u8]> = output.iter_mut().map(|slice| &mut **slice).collect();

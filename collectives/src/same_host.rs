@@ -3,6 +3,7 @@
 //! Every reduction adds in rank order, whatever the length and the round, and only its owner computes it: the same bits on
 //! every rank, for every cut of the data.
 
+use crate::call::Call;
 use crate::chunk::chunk;
 use crate::reduce::{UnsupportedReduction, copy_streaming, finish, fold};
 use crate::{Collective, DType, Reduction};
@@ -67,7 +68,13 @@ impl SameHost {
         Self { segment, rank, world_size }
     }
 
-    /// Carries out `collective`. `input` and `output` are as in `Call`: one piece, one a rank, or none.
+    /// Whether this rank gives what lies in its part of the output already.
+    pub(crate) fn is_in_place(&self, call: &Call) -> bool {
+        call.is_in_place(self.rank.index(), self.world_size.get() as usize)
+    }
+
+    /// Carries out `collective`. `input` and `output` are as in `Call`: one piece, one a rank, or none; for an all-gather, none
+    /// also where this rank's part of the output holds it already.
     pub(crate) fn run<E>(
         &mut self,
         collective: &Collective,
@@ -81,8 +88,8 @@ impl SameHost {
             Collective::AllReduce { op } => self.all_reduce(op, output[0], turn),
             Collective::Reduce { op, root } => self.reduce(op, root, output[0], turn),
             Collective::Broadcast { root } => self.broadcast(root, output[0], turn),
-            Collective::AllGather => self.gather(None, input[0], output, turn),
-            Collective::Gather { root } => self.gather(Some(root), input[0], output, turn),
+            Collective::AllGather => self.gather(None, input.first().copied(), output, turn),
+            Collective::Gather { root } => self.gather(Some(root), input.first().copied(), output, turn),
             Collective::ReduceScatter { op } => self.reduce_scatter(op, input, output[0], turn),
             Collective::AllToAll => self.all_to_all(input, output, turn),
             Collective::Scatter { root } => self.scatter(root, input, output[0], turn),
@@ -255,24 +262,26 @@ impl SameHost {
     fn gather<E>(
         &mut self,
         root: Option<Rank>,
-        input: &[u8],
+        input: Option<&[u8]>,
         output: &mut [&mut [u8]],
         turn: &mut Turn<'_, E>,
     ) -> Done<E> {
         let takes = root.is_none_or(|root| root == self.rank);
-        if takes {
+        if let Some(input) = input.filter(|_| takes) {
             copy(part_mut(output, self.rank, self.world_size), input, input.len() >= STREAM_MOVED_BYTES);
         }
+        let len = input.map_or_else(|| part_mut(output, self.rank, self.world_size).len(), <[u8]>::len);
         let longest = match root {
             None => {
                 self.world_size.ranks().map(|rank| part_mut(output, rank, self.world_size).len()).max().unwrap_or(0)
             }
-            Some(_) => self.longest(input.len(), turn)?,
+            Some(_) => self.longest(len, turn)?,
         };
         let stream = longest >= STREAM_BYTES;
         for range in self.rounds(longest, turn.dtype, 1) {
-            let mine = within(&range, input.len());
-            self.segment.mine(0..mine.len()).copy_from_slice(&input[mine]);
+            let mine = within(&range, len);
+            let given = input.unwrap_or_else(|| part_mut(output, self.rank, self.world_size));
+            self.segment.mine(0..mine.len()).copy_from_slice(&given[mine]);
             self.step(turn)?;
             if takes {
                 let others = self.segment.others();

@@ -33,6 +33,7 @@ impl Submitter {
             self.chooser.orders(&call.collective, call.dtype),
         );
         let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
+        let call = call.apart(self.rank.index(), self.world_size.get() as usize)?;
         let ticket = Arc::new(Ticket::default());
         self.shared.submit_job(|sequence| Job {
             ticket: Arc::clone(&ticket),

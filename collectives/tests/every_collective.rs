@@ -4,8 +4,9 @@
 mod common;
 
 use common::{Way, call, floats, group, values};
-use gradwire_collectives::{Collective, Reduction, Settings};
+use gradwire_collectives::{Call, Collective, Piece, Reduction, Settings};
 use gradwire_transport::Rank;
+use std::sync::Arc;
 
 const WAYS: [Way; 4] = [Way::Tcp, Way::Credit, Way::Shm, Way::Segment];
 const LENGTHS: [usize; 7] = [0, 1, 2, 3, 1000, 40_000, 300_001];
@@ -159,6 +160,23 @@ fn all_gather_and_gather_keep_every_rank_s_part_in_its_place() {
                     let expected: Vec<f32> = (0..len + rank as usize).map(|i| mark(rank, i)).collect();
                     assert_eq!(values(part), expected, "{way:?}, gathered part of {rank} of {size}");
                 }
+            }
+        });
+    });
+}
+
+#[test]
+fn all_gather_takes_what_lies_in_the_output_already() {
+    everywhere(|way, size| {
+        group(size, way, Settings::default(), |c| {
+            for len in LENGTHS {
+                let (me, n) = (c.rank().index(), size as usize);
+                let all = floats((0..len * n).map(|i| if i / len == me { mark(me as u32, i) } else { -1.0 }));
+                let own = Piece { region: Arc::clone(&all), range: me * len * 4..(me + 1) * len * 4 };
+                let whole = call(Collective::AllGather, &[], &[&all]);
+                c.run(Call { input: vec![own], ..whole }).unwrap();
+                let expected: Vec<f32> = (0..len * n).map(|i| mark((i / len) as u32, i)).collect();
+                assert_eq!(values(&all), expected, "{way:?}, {size} ranks, {len}");
             }
         });
     });

@@ -86,6 +86,14 @@ def moves(rank: int, size: int, url: str, wire: str) -> None:
                 same(out, mine, "scatter")
                 same(group.all_to_all(numpy.stack([mine + r for r in range(size)]).astype(dtype)),
                      numpy.stack([part + rank for part in all_parts]).astype(dtype), "all_to_all")
+        # Views of one another: what a rank gives lies in what it gets, or the other way round.
+        for length in LENGTHS:
+            whole = numpy.zeros((size, length), "float32")
+            whole[rank] = own(rank, length, "float32")
+            group.all_gather(whole[rank], whole)
+            same(whole, numpy.stack([own(r, length, "float32") for r in range(size)]), "all_gather in place")
+            group.reduce_scatter(whole, whole[rank])
+            same(whole[rank], size * own(rank, length, "float32"), "reduce_scatter in place")
         # Parts of different lengths, one of them empty.
         outs = [numpy.zeros(r * 5, "float32") for r in range(size)]
         group.all_gather(own(rank, rank * 5, "float32"), outs)
