@@ -32,9 +32,35 @@ pub struct DenseState(pub(crate) TableImage);
 /// A sparse table as it was at one moment.
 pub struct SparseState(pub(crate) SparseImage);
 
+type Chunks<'a> = Box<dyn Iterator<Item = Vec<u8>> + Send + 'a>;
+
+self_cell::self_cell! {
+    struct ChunksOf {
+        owner: Image,
+        #[not_covariant]
+        dependent: Chunks,
+    }
+}
+
+/// The chunks of an image that it keeps, made one at a time.
+pub(crate) struct Telling(ChunksOf);
+
+impl Iterator for Telling {
+    type Item = Vec<u8>;
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        self.0.with_dependent_mut(|_, chunks| chunks.next())
+    }
+}
+
 impl Image {
+    /// Its chunks, for whoever takes them over time.
+    pub(crate) fn telling(self) -> Telling {
+        Telling(ChunksOf::new(self, Image::chunks))
+    }
+
     /// Its chunks, each at most [`MAX_CHUNK_BYTES`] long.
-    pub fn chunks(&self) -> Box<dyn Iterator<Item = Vec<u8>> + '_> {
+    pub fn chunks(&self) -> Chunks<'_> {
         match self {
             Self::Dense(state) => Box::new(state.0.chunks()),
             Self::Sparse(state) => Box::new(state.0.chunks()),

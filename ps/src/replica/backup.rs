@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Silence after which a primary counts as lost.
 pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// Bytes of the log that may come while the copy is made.
-const MAX_EARLY_BYTES: usize = 256 << 20;
+pub(super) const MAX_EARLY_BYTES: usize = 256 << 20;
 /// Marks the primary's connections in the copy, so that none is taken for one of ours.
 const THEIRS: u32 = 1 << 31;
 

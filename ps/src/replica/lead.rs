@@ -1,10 +1,11 @@
 //! Pure: a primary's side of the log: what the backup must have before a client is answered.
 
+use super::backup::MAX_EARLY_BYTES;
 use super::log::{Entry, What};
-use crate::control::{SeatPart, Sighting};
-use crate::header::{Header, Kind};
+use crate::control::Sighting;
+use crate::header::{HEADER_BYTES, Header, Kind};
 use crate::shard::{Action, Shard};
-use crate::state::Image;
+use crate::state::{Image, Telling};
 use crate::{ClusterMap, Epoch};
 use gradwire_transport::PeerId;
 use std::collections::VecDeque;
@@ -28,6 +29,9 @@ struct Follower {
     began: Instant,
     /// What was before the log began, and has not been told.
     images: VecDeque<Image>,
+    telling: Option<Telling>,
+    /// Bytes of the log that came before it had everything, which it must keep.
+    early_bytes: usize,
     /// Whether all of that has been told.
     whole: bool,
 }
@@ -63,14 +67,15 @@ impl Lead {
 
     /// Whether too much waits for the backup to take more.
     pub(super) fn is_full(&self) -> bool {
-        self.held.len() >= MAX_HELD
+        let early = |it: &Follower| !it.holding && it.early_bytes > MAX_EARLY_BYTES / 2;
+        self.held.len() >= MAX_HELD || self.follower.as_ref().is_some_and(early)
     }
 
     fn holds(&self) -> bool {
         self.fence.is_some() || self.follower.as_ref().is_some_and(|it| it.holding && it.applied < self.sequence)
     }
 
-    fn ship(&mut self, what: What<'_>, peer: PeerId, now: Instant, out: &mut Vec<Action>) {
+    fn ship(&self, what: What<'_>, peer: PeerId, now: Instant, out: &mut Vec<Action>) {
         let Some(follower) = &self.follower else { return };
         let at_us = u64::try_from(now.saturating_duration_since(follower.began).as_micros()).unwrap_or(u64::MAX);
         let entry = Entry { term: self.term, sequence: self.sequence, peer, at_us, what };
@@ -79,6 +84,9 @@ impl Lead {
 
     fn log(&mut self, what: What<'_>, peer: PeerId, now: Instant, out: &mut Vec<Action>) {
         self.sequence += 1;
+        if let (Some(follower), What::Request(_, payload)) = (&mut self.follower, &what) {
+            follower.early_bytes += if follower.holding { 0 } else { HEADER_BYTES + payload.len() };
+        }
         self.ship(what, peer, now, out);
     }
 
@@ -169,6 +177,8 @@ impl Lead {
             heard: now,
             began: now,
             images: shard.images(now),
+            telling: None,
+            early_bytes: 0,
             whole: false,
         });
         self.ship(What::Welcome(shard.key()), from, now, out);
@@ -177,18 +187,21 @@ impl Lead {
         }
     }
 
-    /// There is room: tells a new backup one more table of what was before.
+    /// There is room: tells a new backup one more chunk of what was before.
     pub(super) fn tell_more(&mut self, now: Instant, out: &mut Vec<Action>) -> bool {
         let Some(follower) = self.follower.as_mut().filter(|it| !it.whole) else { return false };
-        let Some(image) = follower.images.pop_front() else {
-            (follower.whole, follower.goal) = (true, self.sequence);
-            self.ship(What::Whole, PeerId(0), now, out);
-            return true;
-        };
-        for chunk in image.chunks() {
-            self.ship(What::Piece(&chunk), PeerId(0), now, out);
+        loop {
+            if let Some(chunk) = follower.telling.as_mut().and_then(Iterator::next) {
+                self.ship(What::Piece(&chunk), PeerId(0), now, out);
+                return true;
+            }
+            follower.telling = follower.images.pop_front().map(Image::telling);
+            if follower.telling.is_none() {
+                (follower.whole, follower.goal) = (true, self.sequence);
+                self.ship(What::Whole, PeerId(0), now, out);
+                return true;
+            }
         }
-        true
     }
 
     /// The backup has every entry up to `sequence`.
@@ -238,7 +251,8 @@ impl Lead {
             return Some(Sighting::Lost { shard, by, whom });
         }
         let follower = self.follower.as_ref().filter(|it| it.holding && it.applied >= it.goal)?;
-        let named = map.part_of(follower.seat) == Some((shard, SeatPart::Candidate));
+        let candidate = map.shards.get(shard as usize).and_then(|seats| seats.candidate.as_ref());
+        let named = candidate.is_some_and(|candidate| candidate.seat == follower.seat);
         named.then_some(Sighting::Synced { shard, by, whom: follower.seat })
     }
 }

@@ -9,7 +9,7 @@ use crate::kernel::Real;
 /// Rows as they were at one moment.
 pub(crate) trait RowsImage: Send {
     /// Their chunks.
-    fn chunks(&self, id: TableId) -> Box<dyn Iterator<Item = Vec<u8>> + '_>;
+    fn chunks(&self, id: TableId) -> Box<dyn Iterator<Item = Vec<u8>> + Send + '_>;
 }
 
 /// How rows come back from chunks.
@@ -41,7 +41,7 @@ struct Image<C> {
 }
 
 impl<C: Real> RowsImage for Image<C> {
-    fn chunks(&self, id: TableId) -> Box<dyn Iterator<Item = Vec<u8>> + '_> {
+    fn chunks(&self, id: TableId) -> Box<dyn Iterator<Item = Vec<u8>> + Send + '_> {
         let rows = &self.rows;
         let mut evicted = chunk(ChunkKind::Evicted, id);
         evicted.number(rows.unadmitted);
@@ -49,7 +49,7 @@ impl<C: Real> RowsImage for Image<C> {
         let sketch = rows.sketch.iter().flat_map(move |sketch| sketch_chunks(sketch, id));
         let each = MARK_BYTES + rows.stride() * size_of::<C>();
         let at_once = (PIECE_BYTES / each).max(1);
-        let mut all: Box<dyn Iterator<Item = (u64, u32)> + '_> = match &rows.usage {
+        let mut all: Box<dyn Iterator<Item = (u64, u32)> + Send + '_> = match &rows.usage {
             Some(usage) => Box::new(usage.iter()),
             None => Box::new(rows.index.iter()),
         };
