@@ -113,6 +113,11 @@ impl Etcd {
     /// # Errors
     /// Any [`EtcdError`] but `NotLeader`.
     pub(crate) fn stand(self: &Arc<Self>, name: &str) -> Result<Election, EtcdError> {
+        // Most of the time somebody leads: looking costs etcd nothing.
+        let leader = self.ask("kv/range", &json!({ "key": self.leader_key }))?;
+        if let Some(who) = first_value(&leader["kvs"])? {
+            return Ok(Election::Lost(String::from_utf8_lossy(&who).into_owned()));
+        }
         let began = Instant::now();
         let granted = self.ask("lease/grant", &json!({ "TTL": LEASE.as_secs() }))?;
         let lease = number(&granted["ID"]).ok_or(EtcdError::Strange { what: "lease/grant", missing: "an ID" })?;
@@ -131,12 +136,12 @@ impl Etcd {
         let outcome = outcome.inspect_err(|_| self.revoke(lease))?;
         if outcome["succeeded"] != Value::Bool(true) {
             self.revoke(lease);
-            let who = value_of(&outcome["responses"][0])?.unwrap_or_default();
+            let who = first_value(&outcome["responses"][0]["response_range"]["kvs"])?.unwrap_or_default();
             return Ok(Election::Lost(String::from_utf8_lossy(&who).into_owned()));
         }
         let revision = number(&outcome["header"]["revision"])
             .ok_or(EtcdError::Strange { what: "kv/txn", missing: "a revision" })?;
-        let left = value_of(&outcome["responses"][1])?;
+        let left = first_value(&outcome["responses"][1]["response_range"]["kvs"])?;
         Ok(Election::Won(Office::begin(Arc::clone(self), lease, revision, began), left))
     }
 
@@ -189,19 +194,25 @@ pub(crate) struct Office {
     thread: Option<JoinHandle<()>>,
 }
 
-#[derive(Default)]
 struct Held {
     lost: AtomicBool,
+    /// When the lease was renewed last, at the latest.
+    renewed: Mutex<Instant>,
     ended: Mutex<bool>,
     ending: Condvar,
 }
 
 impl Office {
     fn begin(etcd: Arc<Etcd>, lease: i64, revision: i64, renewed: Instant) -> Self {
-        let held = Arc::new(Held::default());
+        let held = Arc::new(Held {
+            lost: AtomicBool::new(false),
+            renewed: Mutex::new(renewed),
+            ended: Mutex::new(false),
+            ending: Condvar::new(),
+        });
         let (ours, its) = (Arc::clone(&held), Arc::clone(&etcd));
         let renewing = move || {
-            renew(&its, lease, &ours, renewed);
+            renew(&its, lease, &ours);
             ours.lost.store(true, Ordering::Release);
         };
         let thread = std::thread::Builder::new().name("gradwire-lease".to_owned()).spawn(renewing);
@@ -212,9 +223,10 @@ impl Office {
         Self { etcd, lease, revision, held, thread: thread.ok() }
     }
 
-    /// Whether this coordinator must not lead any more.
+    /// Whether this coordinator must not lead any more. By our clock a lease ends no later than by etcd's: we count from before
+    /// the question.
     pub(crate) fn is_lost(&self) -> bool {
-        self.held.lost.load(Ordering::Acquire)
+        self.held.lost.load(Ordering::Acquire) || self.held.is_over()
     }
 
     /// Keeps the map, before anybody is told it.
@@ -237,19 +249,27 @@ impl Office {
 
 impl Drop for Office {
     fn drop(&mut self) {
+        let lost = self.is_lost();
         *self.held.ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.held.ending.notify_all();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the thread that renews the lease panicked");
         }
         // So that the next one need not wait for its end.
-        self.etcd.revoke(self.lease);
+        if !lost {
+            self.etcd.revoke(self.lease);
+        }
     }
 }
 
-/// Renews the lease until it is lost, or not wanted any more. By our clock it ends no later than by etcd's: we count from before
-/// the question.
-fn renew(etcd: &Etcd, lease: i64, held: &Held, mut renewed: Instant) {
+impl Held {
+    fn is_over(&self) -> bool {
+        self.renewed.lock().unwrap_or_else(PoisonError::into_inner).elapsed() >= LEASE
+    }
+}
+
+/// Renews the lease until it is lost, or not wanted any more.
+fn renew(etcd: &Etcd, lease: i64, held: &Held) {
     loop {
         let ended = held.ended.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = held.ending.wait_timeout_while(ended, RENEW, |ended| !*ended);
@@ -259,11 +279,13 @@ fn renew(etcd: &Etcd, lease: i64, held: &Held, mut renewed: Instant) {
         let asked = Instant::now();
         match etcd.ask("lease/keepalive", &json!({ "ID": lease.to_string() })) {
             // A lease that has ended is answered without a time to live.
-            Ok(answer) if number(&answer["result"]["TTL"]).is_some_and(|left| left > 0) => renewed = asked,
+            Ok(answer) if number(&answer["result"]["TTL"]).is_some_and(|left| left > 0) => {
+                *held.renewed.lock().unwrap_or_else(PoisonError::into_inner) = asked;
+            }
             Ok(_) => return tracing::warn!("the lease at etcd has ended: another coordinator may lead"),
             Err(error) => tracing::warn!(%error, "the lease at etcd was not renewed"),
         }
-        if renewed.elapsed() >= LEASE {
+        if held.is_over() {
             return tracing::warn!("etcd was not reached for a lease's time: another coordinator may lead");
         }
     }
@@ -305,10 +327,10 @@ fn number(value: &Value) -> Option<i64> {
 }
 
 /// The value of the one key that was asked for, if it is there.
-fn value_of(response: &Value) -> Result<Option<Vec<u8>>, EtcdError> {
-    let Some(value) = response["response_range"]["kvs"][0].get("value") else { return Ok(None) };
+fn first_value(found: &Value) -> Result<Option<Vec<u8>>, EtcdError> {
+    let Some(value) = found[0].get("value") else { return Ok(None) };
     let decoded = value.as_str().and_then(|text| BASE64.decode(text).ok());
-    decoded.map(Some).ok_or(EtcdError::Strange { what: "kv/txn", missing: "a value" })
+    decoded.map(Some).ok_or(EtcdError::Strange { what: "a key", missing: "a value" })
 }
 
 /// What an answer says of an error, cut short.

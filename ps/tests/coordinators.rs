@@ -127,5 +127,20 @@ fn etcd_may_be_gone_for_a_while_and_stops_no_push() {
     let mut log = String::new();
     other.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     assert!(!other.wait().unwrap().success());
-    assert!(log.contains("has 1 shards, and --shards says 7"), "{log}");
+    assert!(log.contains("has 1 shards with 1 copies of each, and --shards says 7"), "{log}");
+}
+
+#[test]
+fn a_coordinator_that_answers_nothing_keeps_nobody_from_the_next() {
+    let etcd = RunningEtcd::start();
+    // It takes connections, and says nothing: as a host that is gone, for who has not noticed.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let live = coordinator(&etcd, "127.0.0.1:0");
+    let both = format!("{},{}", silent.local_addr().unwrap(), live.address);
+    let mut servers = [server(&both), server(&both)];
+    let (_client, ones) = table(&both);
+    push(&ones);
+    servers[0].kill();
+    push(&ones);
+    assert_all(&ones, 2.0);
 }

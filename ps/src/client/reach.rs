@@ -309,13 +309,20 @@ impl Engine {
         let Some(directory) = &self.directory else { return };
         let owes = |at: usize| self.entries.iter().flatten().any(|it| it.owed && it.request.shard as usize == at);
         let due = |shard: &Reach| shard.is_up() && now >= shard.next_glance && now >= shard.heard + SILENCE;
-        let Some(at) = (0..self.shards.len()).find(|&at| due(&self.shards[at]) && owes(at)) else { return };
+        let silent: Vec<usize> = (0..self.shards.len()).filter(|&at| due(&self.shards[at]) && owes(at)).collect();
+        if silent.is_empty() {
+            return;
+        }
+        // One answer tells of all.
         let asked = directory.ask(Instant::now() + DIAL);
-        self.shards[at].next_glance = Instant::now() + if asked.is_ok() { SILENCE } else { NO_COORDINATOR };
-        let term = asked.ok().and_then(|map| map.shards.get(at).map(|seats| seats.term));
-        if term.is_some_and(|term| term > self.shards[at].epoch) {
-            tracing::info!(shard = at, address = self.shards[at].address, "the server is silent, and was replaced");
-            self.turn_away(PeerId(at as u32));
+        let next = Instant::now() + if asked.is_ok() { SILENCE } else { NO_COORDINATOR };
+        for at in silent {
+            self.shards[at].next_glance = next;
+            let term = asked.as_ref().ok().and_then(|map| map.shards.get(at).map(|seats| seats.term));
+            if term.is_some_and(|term| term > self.shards[at].epoch) {
+                tracing::info!(shard = at, address = self.shards[at].address, "the server is silent, and was replaced");
+                self.turn_away(PeerId(at as u32));
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use crate::dial::{self, Dialer};
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
 use crate::protocol::{POSTED_REPLIES, REPLY, REPLY_BYTES, REQUEST};
 use crate::{Epoch, PsError};
-use gradwire_transport::{Completion, Config, Envelope, PeerId, Wake, WireChoice};
+use gradwire_transport::{Completion, Config, Envelope, LossCause, PeerId, TransportError, Wake, WireChoice};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +17,8 @@ const BEAT: Duration = Duration::from_millis(500);
 /// The longest that calling the coordinator may take, and the pause after it.
 const DIAL: Duration = Duration::from_millis(500);
 const AGAIN: Duration = Duration::from_millis(100);
+/// How long a coordinator may leave what it is told every [`BEAT`] unanswered: one whose host is gone closes nothing.
+const UNANSWERED: Duration = Duration::from_secs(2);
 /// How long no coordinator may lead before it is said, and said again.
 const SILENCE: Duration = Duration::from_secs(5);
 const COORDINATOR: PeerId = PeerId(0);
@@ -100,11 +102,11 @@ impl Agent {
             turn: 0,
             told_of_leaving: false,
             heard: false,
+            last: Instant::now(),
             why: String::new(),
         };
         let thread = std::thread::Builder::new().name("gradwire-agent".to_owned()).spawn(move || talk.run());
-        let thread =
-            thread.map_err(|error| gradwire_transport::TransportError::io("start the agent's thread", error))?;
+        let thread = thread.map_err(|error| TransportError::io("start the agent's thread", error))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -166,6 +168,8 @@ struct Talk {
     connected: bool,
     /// Whether this connection has brought a map.
     heard: bool,
+    /// When it last said anything, or was called.
+    last: Instant,
     /// Why the last one brought none.
     why: String,
     turn: usize,
@@ -202,6 +206,11 @@ impl Talk {
             if self.connected {
                 self.pass_on_sightings();
             }
+            if self.connected && now.saturating_duration_since(self.last) >= UNANSWERED {
+                let name = Box::new(self.wire.name(COORDINATOR));
+                let cause = LossCause::Aborted(format!("it has said nothing for {} s", UNANSWERED.as_secs()));
+                self.wire.disconnect(COORDINATOR, TransportError::PeerLost { peer: name, cause });
+            }
             self.wire.poll(now, &mut done);
             if done.is_empty() {
                 self.wire.park(beat);
@@ -235,7 +244,7 @@ impl Talk {
         self.turn += 1;
         match self.wire.call(COORDINATOR, address, Instant::now() + DIAL) {
             Ok(()) => {
-                (self.connected, self.heard) = (true, false);
+                (self.connected, self.heard, self.last) = (true, false, Instant::now());
                 // A peer that is lost meanwhile is reported by its own completion.
                 (0..POSTED_REPLIES).for_each(|_| drop(self.wire.post_recv_loan(COORDINATOR, REPLY, REPLY_BYTES)));
             }
@@ -272,6 +281,11 @@ impl Talk {
     }
 
     fn hear(&mut self, bytes: &[u8]) {
+        self.last = Instant::now();
+        if bytes.len() == HEADER_BYTES {
+            // No news.
+            return;
+        }
         let map = bytes.get(HEADER_BYTES..).map(ClusterMap::decode);
         let Some(Ok(map)) = map else {
             tracing::error!("what the coordinator says is no map: it must be of the same version");

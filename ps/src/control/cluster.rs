@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 /// Silence after which a process counts as gone, where no other end of a log has said so before.
 pub const LEASE: Duration = Duration::from_secs(3);
 
+/// How long a coordinator that begins waits for a shard's only holder: many times what servers take to find it.
+const GRACE: Duration = Duration::from_secs(15);
+
 struct Process {
     heard: Instant,
     /// Seats and addresses, and whether each has ever had a part: those that lost theirs get none again.
@@ -25,13 +28,15 @@ pub struct Cluster {
     map: ClusterMap,
     shards: u32,
     processes: HashMap<u64, Process>,
+    /// Until when nothing that is in somebody's memory is given up: who had it before this coordinator began may still come.
+    grace: Option<Instant>,
 }
 
 impl Cluster {
     /// A cluster of `shards` shards with `replicas` copies of each beside the primary, 0 or 1, that nobody has joined.
     pub fn new(shards: u32, replicas: u32) -> Self {
         let map = ClusterMap { replicas, ..ClusterMap::default() };
-        Self { map, shards, processes: HashMap::new() }
+        Self { map, shards, processes: HashMap::new(), grace: None }
     }
 
     /// The map as it is.
@@ -48,7 +53,7 @@ impl Cluster {
     /// A process is there. Whether the map has changed.
     pub fn join(&mut self, join: Join, now: Instant) -> bool {
         let before = self.map.epoch;
-        if join.known.epoch > self.map.epoch && join.known.shards.len() == self.shards as usize {
+        if join.known.epoch > self.map.epoch && self.check(&join.known).is_ok() {
             self.adopt(join.known, now);
         }
         let before_it = self.processes.remove(&join.process);
@@ -132,8 +137,7 @@ impl Cluster {
         let before = self.map.epoch;
         self.processes.retain(|_, process| now.saturating_duration_since(process.heard) < LEASE);
         for shard in 0..self.map.shards.len() as u32 {
-            let is_gone =
-                |who: &Option<Seating>| who.as_ref().is_some_and(|who| !self.processes.contains_key(&who.process));
+            let is_gone = |who: &Option<Seating>| who.as_ref().is_some_and(|who| !self.has(who));
             let seats = &self.map.shards[shard as usize];
             let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate].map(is_gone);
             if candidate {
@@ -152,21 +156,40 @@ impl Cluster {
     /// Goes on from what the coordinator before has decided last.
     ///
     /// # Errors
-    /// How many shards that map has, where this cluster has others.
-    pub fn restore(&mut self, map: ClusterMap, now: Instant) -> Result<(), usize> {
-        match map.shards.len() {
-            0 => Ok(()),
-            shards if shards != self.shards as usize => Err(shards),
-            _ => {
-                self.adopt(map, now);
-                Ok(())
-            }
+    /// As [`Cluster::check`].
+    pub fn restore(&mut self, map: ClusterMap, now: Instant) -> Result<(), String> {
+        self.check(&map)?;
+        if !map.shards.is_empty() {
+            self.adopt(map, now);
         }
+        Ok(())
+    }
+
+    /// Whether a map can be of this cluster.
+    ///
+    /// # Errors
+    /// What differs, in words.
+    pub fn check(&self, map: &ClusterMap) -> Result<(), String> {
+        let (shards, replicas) = (map.shards.len(), map.replicas);
+        if shards != 0 && (shards != self.shards as usize || replicas != self.map.replicas) {
+            return Err(format!(
+                "it has {shards} shards with {replicas} copies of each, and --shards says {}, --replicas {}",
+                self.shards, self.map.replicas
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether a seat is there. Who was not heard since this coordinator began has told no seats yet.
+    fn has(&self, who: &Seating) -> bool {
+        let process = self.processes.get(&who.process);
+        process.is_some_and(|it| it.seats.is_empty() || it.seats.iter().any(|(seat, ..)| *seat == who.seat))
     }
 
     /// What was, before this coordinator was started. Its processes have a lease to say that they are there.
     fn adopt(&mut self, map: ClusterMap, now: Instant) {
         self.map = map;
+        self.grace = Some(now + GRACE);
         let seated = |seats: &ShardSeats| [seats.primary.clone(), seats.backup.clone(), seats.candidate.clone()];
         for who in self.map.shards.iter().flat_map(seated).flatten() {
             self.processes.entry(who.process).or_insert(Process { heard: now, seats: Vec::new(), leaving: false });
@@ -207,7 +230,9 @@ impl Cluster {
                 self.processes.get(&who.process).is_some_and(|it| now.saturating_duration_since(it.heard) < LEASE)
             };
             let seats = &self.map.shards[shard as usize];
+            let waits = seats.primary.is_some() && self.grace.is_some_and(|until| now < until);
             let lost = seats.primary.as_ref().is_none_or(|primary| !is_there(primary)) && seats.backup.is_none();
+            let lost = lost && !waits;
             if lost && let Some(seating) = self.take_seat(None) {
                 // What it held is gone: whoever comes begins anew, and clients are told by its tables' absence.
                 let (term, formed) = (Epoch(self.map.epoch.0 + 1), self.map.replicas == 0);
@@ -357,5 +382,45 @@ mod tests {
         assert!(anew.cluster.map().epoch > known.epoch && anew.cluster.map().shards[0].formed);
         anew.join_knowing(1, &[10], ClusterMap { epoch: Epoch(1), ..known });
         assert_eq!(anew.seats(0), [20, 0, 30]);
+    }
+
+    #[test]
+    fn a_copy_that_failed_makes_room_for_the_next_one() {
+        let mut bench = Bench::new(1);
+        assert!(!bench.join(1, &[10]) && bench.join(2, &[20]));
+        assert!(!bench.cluster.tick(bench.now));
+        // It could not hold the copy, and began anew with another number.
+        bench.join(2, &[21]);
+        assert!(bench.cluster.tick(bench.now));
+        assert_eq!(bench.seats(0), [10, 0, 21]);
+    }
+
+    #[test]
+    fn what_a_map_before_gave_to_one_server_only_waits_for_it() {
+        let mut bench = Bench::formed();
+        bench.cluster.report(Sighting::Lost { shard: 0, by: 10, whom: 20 }, bench.now);
+        let mut anew = Bench::new(1);
+        anew.cluster.restore(bench.cluster.map().clone(), anew.now).unwrap();
+        anew.now += GRACE - LEASE;
+        anew.cluster.tick(anew.now);
+        assert!(anew.join(3, &[30]) && anew.seats(0) == [10, 0, 30], "its server may be slow to find this coordinator");
+        assert!(!anew.join(1, &[10]) && anew.seats(0) == [10, 0, 30]);
+        let mut gone = Bench::new(1);
+        gone.cluster.restore(bench.cluster.map().clone(), gone.now).unwrap();
+        gone.now += GRACE;
+        gone.cluster.tick(gone.now);
+        assert!(gone.join(3, &[30]) && gone.seats(0) == [30, 0, 0]);
+    }
+
+    #[test]
+    fn a_map_of_another_size_is_of_another_cluster() {
+        let map = Bench::formed().cluster.map().clone();
+        let now = Instant::now();
+        assert!(Cluster::new(2, 1).restore(map.clone(), now).unwrap_err().contains("--shards says 2"));
+        assert!(Cluster::new(1, 0).restore(map.clone(), now).unwrap_err().contains("--replicas 0"));
+        let mut other = Bench::new(2);
+        other.join_knowing(1, &[10], map.clone());
+        assert_eq!(other.cluster.map().epoch, Epoch(0));
+        assert_eq!(Cluster::new(1, 1).restore(map, now), Ok(()));
     }
 }

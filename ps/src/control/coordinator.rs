@@ -127,24 +127,28 @@ impl Coordinator {
         }
         let Some(map) = self.right.stand(Instant::now())? else { return Ok(()) };
         let restored = self.cluster.restore(map, Instant::now());
-        restored.map_err(|shards| {
-            let reason = format!("the cluster of that name has {shards} shards, and --shards says {}", self.size.0);
-            PsError::invalid("leading", reason)
-        })
+        restored.map_err(|reason| PsError::invalid("leading the cluster of that name", reason))
     }
 
-    /// Knows nothing any more, and sends the servers to whoever leads.
+    /// Knows nothing any more, and sends the servers to whoever leads: first, since etcd may be slow to hear of it.
     fn step_down(&mut self) {
-        self.right.give_up();
-        self.cluster = Cluster::new(self.size.0, self.size.1);
         for peer in std::mem::take(&mut self.servers) {
             self.turn_away(peer);
         }
+        self.cluster = Cluster::new(self.size.0, self.size.1);
+        self.right.give_up();
     }
 
-    /// Keeps the map that was just decided, then tells it: what was told is never forgotten.
-    fn publish(&mut self) {
-        if self.right.keep(self.cluster.map()) { self.tell_all() } else { self.step_down() }
+    /// Keeps the map that was just decided, then tells it: what was told is never forgotten. False where it was not kept, and
+    /// this coordinator decides nothing any more.
+    fn publish(&mut self) -> bool {
+        let kept = self.right.keep(self.cluster.map());
+        if kept {
+            self.tell_all()
+        } else {
+            self.step_down()
+        }
+        kept
     }
 
     fn complete(&mut self, completion: Completion, now: Instant) {
@@ -177,6 +181,7 @@ impl Coordinator {
         let (changed, known) = match header.kind {
             Kind::Join => {
                 let join = Join::decode(body).map_err(|bad| bad.to_string())?;
+                self.cluster.check(&join.known)?;
                 let is_new = self.servers.insert(peer);
                 // Who leaves waits to hear that we know.
                 let known = Some(join.known.epoch).filter(|_| !is_new && !join.leaving);
@@ -192,32 +197,39 @@ impl Coordinator {
                 (changed, None)
             }
             Kind::Map => (false, None),
-            Kind::Drain => {
-                let mut from = Reader(body);
-                let address = from.text().map_err(|bad| bad.to_string())?;
-                let Some((left, changed)) = self.cluster.drain(address, now) else {
-                    let expected = format!("one of {}", self.cluster.addresses().join(", "));
-                    let refusal = Refusal::new(Reason::Mismatch, "server", "address", expected, address);
-                    self.say(peer, header.reply(Kind::Refused), &refusal.encode());
-                    return Ok(());
-                };
-                tracing::info!(address, "this server is to hand over what it has");
-                if changed {
-                    self.tell_all();
-                }
-                let mut body = Writer::default();
-                body.number(left.len() as u64);
-                left.into_iter().for_each(|shard| body.number(shard.into()));
-                self.say(peer, header.reply(Kind::Done), &body.0);
-                return Ok(());
-            }
+            Kind::Drain => return self.drain(peer, &header, body, now),
             kind => return Err(format!("a {kind:?}, which is for servers: this is the coordinator")),
         };
         if changed {
             self.publish();
         } else if known != Some(self.cluster.map().epoch) {
             self.tell(peer, &header);
+        } else {
+            // No news, but a sign of life.
+            self.say(peer, header.reply(Kind::Done), &[]);
         }
+        Ok(())
+    }
+
+    /// The server at an address is to have no part any more; answered with the shards that are still there.
+    fn drain(&mut self, peer: PeerId, header: &Header, body: &[u8], now: Instant) -> Result<(), String> {
+        let mut from = Reader(body);
+        let address = from.text().map_err(|bad| bad.to_string())?;
+        let Some((left, changed)) = self.cluster.drain(address, now) else {
+            let expected = format!("one of {}", self.cluster.addresses().join(", "));
+            let refusal = Refusal::new(Reason::Mismatch, "server", "address", expected, address);
+            self.say(peer, header.reply(Kind::Refused), &refusal.encode());
+            return Ok(());
+        };
+        tracing::info!(address, "this server is to hand over what it has");
+        if changed && !self.publish() {
+            self.turn_away(peer);
+            return Ok(());
+        }
+        let mut body = Writer::default();
+        body.number(left.len() as u64);
+        left.into_iter().for_each(|shard| body.number(shard.into()));
+        self.say(peer, header.reply(Kind::Done), &body.0);
         Ok(())
     }
 

@@ -7,6 +7,8 @@ use crate::protocol::{REPLY, REPLY_BYTES, REQUEST};
 use crate::refusal::Refusal;
 use crate::{PsError, dial};
 use gradwire_transport::{Completion, Config, Envelope, PeerId, TransportError, WireChoice};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// The longest that asking one coordinator may take: one that is gone must not keep us from the next.
@@ -18,12 +20,14 @@ const COORDINATOR: PeerId = PeerId(0);
 pub(crate) struct Directory {
     addresses: Vec<String>,
     config: Config,
+    /// Who answered last: asked first.
+    turn: Arc<AtomicUsize>,
 }
 
 impl Directory {
     pub(crate) fn new(addresses: &[String], config: &Config) -> Self {
         let config = Config { wire: WireChoice::Tcp, credit: None, ..config.clone() };
-        Self { addresses: addresses.to_vec(), config }
+        Self { addresses: addresses.to_vec(), config, turn: Arc::default() }
     }
 
     /// The coordinator's map. Blocks until `deadline` at most.
@@ -56,8 +60,17 @@ impl Directory {
     ) -> Result<T, PsError> {
         let began = Instant::now();
         let mut why = Vec::new();
-        for address in &self.addresses {
-            match self.ask_one(address, what, deadline.min(Instant::now() + ASKING), &decode) {
+        let (first, count) = (self.turn.load(Ordering::Relaxed), self.addresses.len());
+        for at in 0..count {
+            let (turn, now) = ((first + at) % count, Instant::now());
+            let address = &self.addresses[turn];
+            // Each has its share of the time: calling one that is gone lasts as long as it may.
+            let share = deadline.saturating_duration_since(now) / (count - at) as u32;
+            let asked = self.ask_one(address, what, now + share.min(ASKING), &decode);
+            if asked.is_ok() {
+                self.turn.store(turn, Ordering::Relaxed);
+            }
+            match asked {
                 Ok(Ok(told)) => return Ok(told),
                 Ok(Err(refusal)) => {
                     return Err(PsError::invalid(format!("asking the coordinator at {address}"), refusal.to_string()));
