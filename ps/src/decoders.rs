@@ -7,9 +7,9 @@ use crate::checkpoint::{Manifest, Object, name_at};
 use crate::header::{HEADER_BYTES, Header, Kind};
 use crate::unpacking::Unpacking;
 use crate::{
-    Adagrad, Adam, ClientStatus, Codec, Combine, Compression, Course, DType, Eviction, Ftrl, Initializer, KeyRange,
-    Mode, Reason, Refusal, Schedule, ShardStatus, SparseSpec, SparseStatus, TableSpec, TableStatus, UpdateRule, WarmUp,
-    open_body, open_sparse_body, rate_body,
+    Adagrad, Adam, ClientStatus, Codec, Combine, Compression, Course, DType, Epoch, Eviction, Ftrl, Initializer,
+    KeyRange, Mode, Reason, Refusal, Role, Schedule, ShardStatus, SparseSpec, SparseStatus, Standing, TableSpec,
+    TableStatus, UpdateRule, WarmUp, open_body, open_sparse_body, rate_body,
 };
 use gradwire_transport::decoders::Decoder;
 use std::time::Duration;
@@ -163,6 +163,11 @@ fn refusal(bytes: &[u8]) {
 }
 
 fn statuses() -> Vec<Vec<u8>> {
+    vec![one_status().encode()]
+}
+
+/// A status with something of everything.
+pub(crate) fn one_status() -> ShardStatus {
     let table = TableStatus {
         spec: dense(UpdateRule::Sum, Mode::Async),
         elements: 5,
@@ -199,18 +204,9 @@ fn statuses() -> Vec<Vec<u8>> {
         received_bytes: 5,
         sent_bytes: 6,
     };
-    let (tables, sparse, clients) = (vec![table; 2], vec![rows], vec![client; 2]);
-    vec![
-        ShardStatus {
-            memory_bytes: 1,
-            memory_limit_bytes: 2,
-            tables,
-            sparse,
-            clients,
-            standing: crate::Standing::default(),
-        }
-        .encode(),
-    ]
+    let standing = Standing { role: Role::Primary, shard: 3, epoch: Epoch(4), log: 9, backup: Some(7) };
+    let (tables, sparse, clients) = (vec![table; 2], vec![rows; 2], vec![client; 3]);
+    ShardStatus { memory_bytes: 1, memory_limit_bytes: 2, standing, tables, sparse, clients }
 }
 
 fn status(bytes: &[u8]) {

@@ -271,85 +271,8 @@ impl ShardStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Combine, Compression, DType, Initializer, Mode, UpdateRule};
+    use crate::decoders::one_status as status;
     use proptest::prelude::*;
-
-    fn status() -> ShardStatus {
-        let spec = TableSpec {
-            name: "w".into(),
-            shape: vec![7],
-            dtype: DType::F64,
-            rule: UpdateRule::Sum,
-            mode: Mode::Async,
-            combine: Combine::Sum,
-            clipped: false,
-            recovery: crate::Recovery::None,
-            compression: Compression::default(),
-            shards: 1,
-            shard: 0,
-            part_elements: 7,
-        };
-        let table = TableStatus {
-            spec,
-            elements: 7,
-            bytes: 56,
-            clock: 1,
-            pushes: 2,
-            pulls: 3,
-            duplicates: 4,
-            waiting: 5,
-            pushed_bytes: 6,
-            pushed_whole_bytes: 7,
-            pulled_bytes: 8,
-            pulled_whole_bytes: 9,
-        };
-        let client = ClientStatus {
-            client: 9,
-            host: "h".into(),
-            pid: 1,
-            address: "127.0.0.1:9".into(),
-            received_bytes: 8,
-            sent_bytes: 9,
-        };
-        let spec = SparseSpec {
-            name: "rows".into(),
-            dim: 4,
-            dtype: DType::F16,
-            rule: UpdateRule::Sum,
-            mode: Mode::Async,
-            combine: Combine::Sum,
-            initializer: Initializer::Constant(0.5),
-            seed: 1,
-            capacity: None,
-            eviction: None,
-            admission: 1,
-            recovery: crate::Recovery::None,
-            shards: 1,
-            shard: 0,
-        };
-        let sparse = SparseStatus {
-            spec,
-            rows: 1,
-            bytes: 2,
-            clock: 3,
-            pushes: 4,
-            pulls: 5,
-            duplicates: 6,
-            waiting: 7,
-            evicted: 8,
-            unadmitted: 9,
-            pushed_bytes: 10,
-            pulled_bytes: 11,
-        };
-        ShardStatus {
-            memory_bytes: 1,
-            memory_limit_bytes: 2,
-            standing: Standing { role: Role::Primary, shard: 3, epoch: Epoch(4), log: 9, backup: Some(7) },
-            tables: vec![table; 2],
-            sparse: vec![sparse; 2],
-            clients: vec![client; 3],
-        }
-    }
 
     #[test]
     fn a_status_comes_back_as_it_was_and_no_piece_of_it_does() {

@@ -11,9 +11,10 @@ pub(crate) const ALL: [Decoder; 2] = [
     Decoder::new("proposal of queue pairs", proposals, proposal, (16 << 10, 2)),
 ];
 
-fn frames() -> Vec<Vec<u8>> {
-    let (tag, note, payload) = (Tag(u64::MAX - 5), 7, &[5; 13][..]);
-    let records = [
+/// One record of each kind.
+pub(super) fn samples(payload: &[u8]) -> [Record<'_>; 7] {
+    let (tag, note) = (Tag(u64::MAX - 5), 7);
+    [
         Record::Eager { tag, note, payload },
         Record::Announce { tag, note, bytes: 1 << 40, id: 3 },
         Record::Grant { id: 9, address: 0xffff_0000_1234_5678, rkey: u32::MAX, key: 17 },
@@ -21,7 +22,11 @@ fn frames() -> Vec<Vec<u8>> {
         Record::Credit { lane: 3, returned: 1 << 33, taken: 8 },
         Record::Piece { key: u32::MAX, offset: 1 << 33, payload },
         Record::Goodbye,
-    ];
+    ]
+}
+
+fn frames() -> Vec<Vec<u8>> {
+    let records = samples(&[5; 13]);
     let encoded = records.map(|record| {
         let mut out = vec![0; record.bytes()];
         record.encode(&mut out);

@@ -118,21 +118,9 @@ fn cut<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::decoders::samples;
     use super::*;
     use proptest::prelude::*;
-
-    fn samples(payload: &[u8]) -> [Record<'_>; 7] {
-        let (tag, note) = (Tag(u64::MAX - 5), 7);
-        [
-            Record::Eager { tag, note, payload },
-            Record::Announce { tag, note, bytes: 1 << 40, id: 3 },
-            Record::Grant { id: 9, address: 0xffff_0000_1234_5678, rkey: u32::MAX, key: 17 },
-            Record::Refuse { id: 4, capacity: 5 },
-            Record::Credit { lane: 3, returned: 1 << 33, taken: 8 },
-            Record::Piece { key: u32::MAX, offset: 1 << 33, payload },
-            Record::Goodbye,
-        ]
-    }
 
     #[test]
     fn records_of_one_frame_come_back_as_they_were() {
