@@ -269,12 +269,13 @@ impl Communicator {
 
     /// Ends the group at once, on every rank: everything under way fails with `reason`. Idempotent.
     pub fn abort(&self, reason: &str) {
+        self.devices.give_up();
         self.submitter.abort(reason);
     }
 
     /// Leaves the group in good order: sends what was posted, says goodbye, stops the progress thread. Idempotent.
     ///
-    /// Operations still under way fail. Waits at most `timeout`.
+    /// Operations still under way fail. Waits at most `timeout`, and for a CUDA device that does nothing some 10 s more.
     pub fn close(&self, timeout: Duration) {
         self.shared.stop();
         if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {

@@ -3,7 +3,7 @@
 use super::DeviceCall;
 use super::cut::{self, Act, Round, SLOTS, Side};
 use super::lane::Lane;
-use super::worker::Order;
+use super::worker::Entry;
 use crate::CollectiveError;
 use crate::call::{Call, Piece};
 use crate::pending::{Outcome, Ticket};
@@ -11,6 +11,7 @@ use crate::submitter::Submitter;
 use gradwire_transport::cuda::{Copying, CudaError, DeviceSlice, Event};
 use gradwire_transport::{Overlap, Region, RegionSlice, RegionSliceMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// A call, ready to be carried out.
@@ -23,9 +24,15 @@ pub(crate) struct Carry {
     /// What the caller's stream had been given when it called.
     pub(crate) ready: Event,
     pub(crate) submitter: Submitter,
-    pub(crate) order: Arc<Order>,
+    /// Its place among the calls that are not handed over in full.
+    pub(crate) entry: Option<Entry>,
+    /// Whether the group was closed or given up.
+    pub(crate) over: Arc<AtomicBool>,
     pub(crate) deadline: Instant,
 }
+
+/// How often a wait for the device looks whether the group is over.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// A buffer of the ring, as its round stands.
 #[derive(Default)]
@@ -36,13 +43,15 @@ struct Slot {
 }
 
 impl Carry {
-    /// Carries it out. However it ends, the device is done with the call's memory then, and later calls may go to the group.
-    pub(crate) fn run(self) -> Outcome {
-        let mut handed = 0;
-        let outcome = self.rounds(&mut handed);
-        if handed < self.rounds.len() {
-            self.order.leave();
-        }
+    /// Carries it out. However it ends, the device is done with the call's memory then, and later calls may go to the group. What
+    /// it holds of the device's memory is given back: freeing that may wait for streams which wait for this call.
+    pub(crate) fn run(mut self) -> (Outcome, DeviceCall) {
+        let mut slots: [Slot; SLOTS] = Default::default();
+        let outcome = self.rounds(&mut slots);
+        self.entry = None;
+        let (fetching, storing): (Vec<_>, Vec<_>) = slots.into_iter().map(|slot| (slot.fetching, slot.storing)).unzip();
+        Copying::let_go(fetching.into_iter().flatten());
+        Copying::let_go(storing.into_iter().flatten());
         if let Err(error) = &outcome
             && matches!(error, CollectiveError::Cuda(_) | CollectiveError::Transport(_))
         {
@@ -52,30 +61,28 @@ impl Carry {
         if let Some(large) = self.large {
             self.lane.give_back(large);
         }
-        outcome.map(|()| crate::Done::default())
+        (outcome.map(|()| crate::Done::default()), self.call)
     }
 
-    fn rounds(&self, handed: &mut usize) -> Result<(), CollectiveError> {
+    fn rounds(&mut self, slots: &mut [Slot; SLOTS]) -> Result<(), CollectiveError> {
         self.lane.out.wait_for(&self.ready)?;
         self.lane.into.wait_for(&self.ready)?;
-        let mut slots: [Slot; SLOTS] = Default::default();
         let (reads, writes) = cut::uses_of_output(&self.call.collective, self.submitter.rank.index());
         for act in cut::order(self.rounds.len()) {
             match act {
                 Act::Fetch(round) => {
                     let slot = &mut slots[round % SLOTS];
-                    settle(std::mem::take(&mut slot.storing), self.deadline)?;
+                    self.settle(&mut slot.storing)?;
                     slot.fetching = self.fetch(round, reads)?;
                 }
                 Act::Exchange(round) => {
                     let slot = &mut slots[round % SLOTS];
-                    settle(std::mem::take(&mut slot.fetching), self.deadline)?;
+                    self.settle(&mut slot.fetching)?;
                     let left = self.deadline.saturating_duration_since(Instant::now());
                     let call = self.call.staged(&self.rounds[round], self.buffer(round), Some(left));
                     slot.with_group = Some(self.submitter.submit(call)?);
-                    *handed += 1;
-                    if *handed == self.rounds.len() {
-                        self.order.leave();
+                    if round + 1 == self.rounds.len() {
+                        self.entry = None;
                     }
                 }
                 Act::Store(round) => {
@@ -86,7 +93,26 @@ impl Carry {
                 }
             }
         }
-        slots.into_iter().try_for_each(|slot| settle(slot.storing, self.deadline))?;
+        slots.iter_mut().try_for_each(|slot| self.settle(&mut slot.storing))
+    }
+
+    /// Waits until all `copies` are done; those that are not when this fails stay where they are.
+    fn settle<H>(&self, copies: &mut Vec<Copying<H>>) -> Result<(), CollectiveError> {
+        for copy in copies.iter() {
+            loop {
+                let now = Instant::now();
+                match copy.event().wait("a copy", self.deadline.min(now + LOOK)) {
+                    Ok(()) => break,
+                    Err(CudaError::Timeout { .. }) if self.over.load(Ordering::Acquire) => {
+                        let reason = format!("{}: the group was closed or given up", self.call.words());
+                        return Err(CollectiveError::Aborted { reason });
+                    }
+                    Err(CudaError::Timeout { .. }) if now + LOOK < self.deadline => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        copies.clear();
         Ok(())
     }
 
@@ -121,10 +147,6 @@ impl Carry {
         let reason = format!("{}: a pinned buffer is still with a wire ({error})", self.call.words());
         CollectiveError::Aborted { reason }
     }
-}
-
-fn settle<H>(copies: Vec<Copying<H>>, deadline: Instant) -> Result<(), CudaError> {
-    copies.into_iter().try_for_each(|copy| copy.wait(deadline).map(drop))
 }
 
 impl DeviceCall {

@@ -44,23 +44,29 @@ impl Lane {
         })
     }
 
-    /// Pinned memory of at least `bytes`, to be [given back](Self::give_back). Only callers ask: pinning may wait for the whole
-    /// device, and a stream of the device may wait for the thread that carries calls out.
+    /// Pinned memory of at least `bytes`, to be [given back](Self::give_back). Only callers ask: pinning memory, and giving it up,
+    /// may wait for the whole device, and a stream of the device may wait for the thread that carries calls out.
     pub(crate) fn buffer(&self, bytes: usize) -> Result<Arc<Region>, CudaError> {
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = spare.iter().position(|region| region.len() >= bytes) {
-            return Ok(spare.swap_remove(at));
-        }
+        // A wire that was late may hold one that was given back; slices hold their region.
+        let idle = |region: &Arc<Region>| Arc::strong_count(region) == 1;
+        let fits = spare.iter().enumerate().filter(|(_, region)| idle(region) && region.len() >= bytes);
+        let found = fits.min_by_key(|(_, region)| region.len()).map(|(at, _)| at);
+        let found = found.map(|at| spare.swap_remove(at));
+        let mut held: usize = spare.iter().map(|region| region.len()).sum();
+        let goes = |region: &mut Arc<Region>| {
+            let goes = held > SPARE_BYTES && idle(region);
+            held -= if goes { region.len() } else { 0 };
+            goes
+        };
+        let excess: Vec<_> = spare.extract_if(.., goes).collect();
         drop(spare);
-        self.device.pin(bytes.next_multiple_of(64 << 10))
+        drop(excess);
+        found.map_or_else(|| self.device.pin(bytes.next_multiple_of(64 << 10)), Ok)
     }
 
-    /// Keeps a buffer for the next that asks, within a bound.
+    /// Keeps a buffer for the next that asks, who gives up what is too much.
     pub(crate) fn give_back(&self, buffer: Arc<Region>) {
-        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let held: usize = spare.iter().map(|region| region.len()).sum();
-        if held + buffer.len() <= SPARE_BYTES {
-            spare.push(buffer);
-        }
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
     }
 }

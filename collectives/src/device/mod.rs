@@ -16,6 +16,7 @@ use gradwire_transport::cuda::{Device, DeviceSlice, Event, Stream};
 use gradwire_transport::{Overlap, Rank, Region};
 use lane::Lane;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use worker::{Order, Worker};
@@ -85,6 +86,8 @@ pub(crate) struct Devices {
     receives: Arc<Worker>,
     /// Calls over devices that are still to be handed to the group, which others must not overtake.
     pub(crate) order: Arc<Order>,
+    /// Set once the group is closed or given up: nobody waits for a device any more.
+    over: Arc<AtomicBool>,
     bell: Arc<Bell>,
 }
 
@@ -96,12 +99,19 @@ impl Devices {
             calls: Worker::new("gradwire-cuda"),
             receives: Arc::new(Worker::new("gradwire-cuda-r")),
             order: Arc::default(),
+            over: Arc::default(),
             bell: Arc::default(),
         }
     }
 
+    /// Nothing is waited for any more.
+    pub(crate) fn give_up(&self) {
+        self.over.store(true, Ordering::Release);
+    }
+
     /// Ends the threads, once the engine has ended all that was under way.
     pub(crate) fn close(&self) {
+        self.give_up();
         self.calls.join();
         self.receives.join();
     }
@@ -162,25 +172,22 @@ impl Communicator {
         call.staged(&rounds[0], first, None).shape(submitter.rank.index(), submitter.world_size)?;
         let ready = stream.mark()?;
         let timeout = call.timeout.unwrap_or_else(|| submitter.shared.timeout());
-        let (deadline, order) = (Instant::now() + timeout, Arc::clone(&devices.order));
+        let (deadline, over) = (Instant::now() + timeout, Arc::clone(&devices.over));
         // Held until the call is queued: the gate counts calls in the order of the queue.
         let mut count = lane.begun.lock().unwrap_or_else(PoisonError::into_inner);
         *count = count.wrapping_add(1);
         let number = *count;
         let (ticket, pending) = devices.begun(Some(Passage { lane: Arc::clone(&lane), number }));
         let (bell, gate) = (Arc::clone(&devices.bell), Arc::clone(&lane));
-        order.enter();
-        let carry = Carry { call, rounds, large, lane: Arc::clone(&lane), ready, submitter, order, deadline };
-        let queued = devices.calls.give(move || {
-            let outcome = carry.run();
+        let entry = Some(devices.order.enter());
+        let carry = Carry { call, rounds, large, lane: Arc::clone(&lane), ready, submitter, entry, over, deadline };
+        devices.calls.give(move || {
+            let (outcome, call) = carry.run();
             gate.gate.open(number);
             ticket.finish(outcome);
             bell.ring();
-        });
-        if let Err(error) = queued {
-            devices.order.leave();
-            return Err(error.into());
-        }
+            drop(call);
+        })?;
         drop(count);
         Ok(pending)
     }

@@ -4,7 +4,7 @@
 use gradwire_transport::TransportError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 /// Calls that may wait in a queue; who makes more waits for room.
@@ -64,26 +64,34 @@ impl Worker {
 /// Calls that have been made, but not yet been handed to the group in full.
 #[derive(Default)]
 pub(crate) struct Order {
-    /// The same as under the lock, to be looked at without it.
+    /// How many of them there are, to be looked at without the lock.
     hint: AtomicUsize,
-    waiting: Mutex<usize>,
-    none: Condvar,
+    /// How many were made ever, and how many of those are handed over; they are in the order in which they were made.
+    counts: Mutex<(u64, u64)>,
+    left: Condvar,
+}
+
+/// One of them. It is handed over, or has failed, when this is dropped.
+pub(crate) struct Entry(Arc<Order>);
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.0.count(|(_, left)| *left += 1);
+        self.0.left.notify_all();
+    }
 }
 
 impl Order {
-    pub(crate) fn enter(&self) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        *waiting += 1;
-        self.hint.store(*waiting, Ordering::SeqCst);
+    /// A call is made.
+    pub(crate) fn enter(self: &Arc<Self>) -> Entry {
+        self.count(|(entered, _)| *entered += 1);
+        Entry(Arc::clone(self))
     }
 
-    pub(crate) fn leave(&self) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        *waiting -= 1;
-        self.hint.store(*waiting, Ordering::SeqCst);
-        if *waiting == 0 {
-            self.none.notify_all();
-        }
+    fn count(&self, change: impl FnOnce(&mut (u64, u64))) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut counts);
+        self.hint.store((counts.0 - counts.1) as usize, Ordering::SeqCst);
     }
 
     /// Waits until all calls made so far have been handed over; each is, or fails, by its own deadline.
@@ -91,7 +99,8 @@ impl Order {
         if self.hint.load(Ordering::SeqCst) == 0 {
             return;
         }
-        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let _none = self.none.wait_while(waiting, |waiting| *waiting > 0).unwrap_or_else(PoisonError::into_inner);
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = counts.0;
+        let _counts = self.left.wait_while(counts, |(_, left)| *left < made).unwrap_or_else(PoisonError::into_inner);
     }
 }

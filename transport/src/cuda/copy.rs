@@ -78,7 +78,8 @@ impl<H> Copying<H> {
         self.done.is_reached()
     }
 
-    /// Waits until it is done, at most until `deadline`, and gives the host's end back.
+    /// Waits until it is done, and gives the host's end back. One that is not done by `deadline` is waited for some seconds more,
+    /// since its memory is in use.
     ///
     /// # Errors
     /// `Timeout`, or `Refused`: it failed.
@@ -89,14 +90,26 @@ impl<H> Copying<H> {
     }
 }
 
-impl<H> Drop for Copying<H> {
-    fn drop(&mut self) {
+impl<H> Copying<H> {
+    /// Lets several go that nobody waits for any more: all together are waited for as long as one that is dropped.
+    pub fn let_go(copies: impl IntoIterator<Item = Self>) {
+        let until = Instant::now() + PATIENCE;
+        copies.into_iter().for_each(|mut copy| copy.release(until));
+    }
+
+    fn release(&mut self, until: Instant) {
         let Some(ends) = self.ends.take() else { return };
         // A copy that failed is over, too.
-        if let Err(error @ CudaError::Timeout { .. }) = self.done.wait("a copy", Instant::now() + PATIENCE) {
+        if let Err(error @ CudaError::Timeout { .. }) = self.done.wait("a copy", until) {
             tracing::error!(%error, "the memory of a copy is never given back, since it may still be written");
             std::mem::forget(ends);
         }
+    }
+}
+
+impl<H> Drop for Copying<H> {
+    fn drop(&mut self) {
+        self.release(Instant::now() + PATIENCE);
     }
 }
 

@@ -7,6 +7,7 @@ use super::device::SUCCESS;
 use super::stream::Event;
 use super::{CudaError, Device, Stream};
 use crate::region::Region;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ pub struct Gate {
     device: Arc<Device>,
     word: Option<Arc<Region>>,
     /// Marks behind the waits that streams may not have come through yet.
-    waits: Mutex<Vec<Event>>,
+    waits: Mutex<VecDeque<Event>>,
 }
 
 impl Gate {
@@ -49,10 +50,14 @@ impl Gate {
             if can { code } else { SUCCESS }
         })?;
         if can {
-            behind.record(stream)?;
+            if let Err(error) = behind.record(stream) {
+                // Nothing tells when the stream has come through: it may look at the word for ever.
+                std::mem::forget(self.word.clone());
+                return Err(error);
+            }
             let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
-            waits.retain(|event| event.is_reached().is_ok_and(|reached| !reached));
-            waits.push(behind);
+            while waits.pop_front_if(|event| !event.is_reached().is_ok_and(|reached| !reached)).is_some() {}
+            waits.push_back(behind);
         }
         Ok(can)
     }
