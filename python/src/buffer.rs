@@ -45,6 +45,10 @@ impl Taken {
         if let Ok(capsule) = object.get_type().getattr(intern!(py, "__dlpack_c_exchange_api__")) {
             return Memory::of_dlpack(object, &capsule, argument, access);
         }
+        // A tensor without the exchange API tells no stream, so its interface is not asked.
+        if object.hasattr(intern!(py, "data_ptr"))? && object.hasattr(intern!(py, "is_contiguous"))? {
+            return Memory::of_tensor(object, argument).map(Self::Host);
+        }
         // SAFETY: the object is alive, and only asked for its type's slots.
         let buffer = unsafe { ffi::PyObject_CheckBuffer(object.as_ptr()) } != 0;
         if !buffer && let Ok(interface) = object.getattr(intern!(py, "__cuda_array_interface__")) {
@@ -53,9 +57,6 @@ impl Taken {
             let keep = Box::new(object.clone().unbind());
             // SAFETY: the interface promises contiguous memory that lives as long as the object, and one of its streams.
             return unsafe { OnDevice::new(py, &place, element, shape, keep) }.map(Self::Device);
-        }
-        if object.hasattr(intern!(py, "data_ptr"))? && object.hasattr(intern!(py, "is_contiguous"))? {
-            return Memory::of_tensor(object, argument).map(Self::Host);
         }
         Memory::of_buffer(object, argument, access).map(Self::Host)
     }

@@ -11,6 +11,7 @@ use gradwire_ps::{
     Adagrad, Adam, ClientSettings, Codec, Combine, Compression, DType, Ftrl, LocalServers, Mode, PsError, Recovery,
     ServerSettings, Sgd, SparseStatus, TableOptions, UpdateRule,
 };
+use gradwire_transport::cuda::CudaError;
 use gradwire_transport::{Overlap, RegionSlice, RegionSliceMut};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -35,7 +36,7 @@ pub(crate) struct PsTable {
 pub(crate) struct PsPending {
     inner: gradwire_ps::Pending,
     /// What is still to be brought to a device when it has ended.
-    landing: Mutex<Option<Landing>>,
+    landing: Mutex<Option<Result<Landing, CudaError>>>,
 }
 
 /// Servers of this process.
@@ -302,7 +303,10 @@ pub(crate) fn reading(object: &Bound<'_, PyAny>, argument: &str) -> PyResult<(Re
     let memory = Taken::of(object, argument, Access::Read)?;
     let dtype = table_type(memory.element().name())?;
     let (region, range) = match memory {
-        Taken::Host(memory) => (memory.piece().region, memory.piece().range),
+        Taken::Host(memory) => {
+            let piece = memory.piece();
+            (piece.region, piece.range)
+        }
         Taken::Device(memory) => {
             let region = py.detach(|| memory.fetch()).map_err(|error| errors::cuda(py, &error))?;
             (region, 0..memory.slice.len())
@@ -324,7 +328,8 @@ fn writing(object: &Bound<'_, PyAny>, argument: &str, table: &gradwire_ps::Dense
             Ok((piece.region.write(piece.range).map_err(in_use)?, None))
         }
         Taken::Device(memory) => {
-            let (slice, landing) = memory.landing().map_err(|error| errors::cuda(object.py(), &error))?;
+            let landing = object.py().detach(|| memory.landing());
+            let (slice, landing) = landing.map_err(|error| errors::cuda(object.py(), &error))?;
             Ok((slice, Some(landing)))
         }
     }
@@ -364,14 +369,14 @@ impl PsTable {
     fn pull(&self, py: Python<'_>, out: &Bound<'_, PyAny>, whole: bool) -> PyResult<PsPending> {
         let (out, landing) = writing(out, "out", &self.inner)?;
         let pulled = py.detach(|| if whole { self.inner.pull_whole(out) } else { self.inner.pull(out) });
-        Ok(PsPending { inner: pulled.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing) })
+        Ok(PsPending { inner: pulled.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing.map(Ok)) })
     }
 
     /// Starts a push whose answer is what came of it.
     fn push_pull(&self, py: Python<'_>, gradient: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<PsPending> {
         let ((gradient, dtype), (out, landing)) = (reading(gradient, "gradient")?, writing(out, "out", &self.inner)?);
         let started = py.detach(|| self.inner.push_pull_as(gradient, dtype, out));
-        Ok(PsPending { inner: started.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing) })
+        Ok(PsPending { inner: started.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing.map(Ok)) })
     }
 
     /// Sets the learning rate from this worker's next push on.
@@ -411,8 +416,13 @@ impl PsPending {
         match came {
             None => Ok(false),
             Some(Ok(_)) => {
-                let landing = self.landing.lock().unwrap_or_else(PoisonError::into_inner).take();
-                let landed = py.detach(|| landing.map_or(Ok(()), Landing::land));
+                let landed = py.detach(|| {
+                    // Another thread that waits too waits for the copy, and is told the same.
+                    let mut landing = self.landing.lock().unwrap_or_else(PoisonError::into_inner);
+                    let landed = landing.take().map_or(Ok(()), |landing| landing.and_then(Landing::land));
+                    *landing = landed.as_ref().err().map(|error| Err(error.clone()));
+                    landed
+                });
                 landed.map(|()| true).map_err(|error| errors::cuda(py, &error))
             }
             Some(Err(error)) => Err(errors::ps(py, &error)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import gradwire
@@ -17,10 +18,11 @@ from ranks import run
 
 
 @pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> str:
+def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = build(tmp_path_factory.mktemp("cuda"))
-    os.environ["GRADWIRE_CUDA_LIBRARY"] = path
-    return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADWIRE_CUDA_LIBRARY", path)
+        yield path
 
 
 def own(rank: int, length: int) -> numpy.ndarray:

@@ -359,19 +359,23 @@ class GradwireBackend(c10d.Backend):
         """Carries out `calls` of (inputs, outputs), one after the other, as one operation."""
         self._sequence += 1
         seconds = opts.timeout.total_seconds()
-        # What the streams of a CUDA device wait for must go on without the caller.
-        on_cuda = any(tensor.is_cuda for tensor in (*calls[0][0], *calls[0][1])) if calls else False
-        background = bool(opts.asyncOp) or self._coalescing is not None or on_cuda
         factor = getattr(reduce_op, "factor", None) if _kind(reduce_op) == c10d.ReduceOp.PREMUL_SUM else None
         staging = Staging(factor, in_place=not (calls and calls[0][0]))
         changes = name != "reduce" or self.rank() == root
+        # All of them before the first is sent, since one may be refused.
+        staged = [
+            ([staging.input(one) for one in inputs], [staging.output(one, changes=changes) for one in outputs])
+            for inputs, outputs in calls
+        ]
+        # What the streams of a CUDA device wait for must go on without the caller.
+        background = bool(opts.asyncOp) or self._coalescing is not None or staging.device is not None
         operations: list[Any] = []
-        for inputs, outputs in calls:
+        for inputs, outputs in staged:
             operations.append(
                 self._group.run(
                     name,
-                    [staging.input(one) for one in inputs],
-                    [staging.output(one, changes=changes) for one in outputs],
+                    inputs,
+                    outputs,
                     op=None if reduce_op is None else _OPS[_kind(reduce_op)],
                     root=root,
                     timeout_s=seconds if seconds > 0 else None,
