@@ -3,7 +3,7 @@
 use crate::checkpoint::{is_name, name_at, place_of};
 use crate::shard::{Cut, Limits};
 use crate::state::{Builder, Image};
-use crate::storage::Storage;
+use crate::storage::{Storage, is_bucket};
 use crate::tensors::{metadata, shard_of_file, tensors};
 use crate::{PsError, dial};
 use std::fs::{self, File};
@@ -30,8 +30,9 @@ fn limits(memory_bytes: u64) -> Limits {
     Limits { memory_bytes, client_bytes: memory_bytes, ..Limits::default() }
 }
 
-/// Writes a checkpoint, of any number of shards, to one file of safetensors: `checkpoint` is its folder, or one with several,
-/// of which the latest whole one is taken. Takes memory for all of it, at most `memory_bytes`, and once more for the largest table.
+/// Writes a checkpoint, of any number of shards, to one file of safetensors: `checkpoint` is its folder or `s3://` address, or
+/// that of several, of which the latest whole one is taken. Takes memory for all of it, at most `memory_bytes`, and once more for
+/// the largest table.
 ///
 /// # Errors
 /// `Invalid` where it is missing, cut or changed, or was taken when workers stood at different clocks (with bounded staleness);
@@ -60,7 +61,7 @@ pub fn export_checkpoint(checkpoint: &Path, file: &Path, memory_bytes: u64) -> R
     Ok(Exchanged { name, tables: images.len(), bytes })
 }
 
-/// Makes a checkpoint in `folder` of a file that [`export_checkpoint`] wrote: the latest one there, to be restored at any
+/// Makes a checkpoint in `folder`, or at an `s3://` address, of a file that [`export_checkpoint`] wrote: the latest one there, to be restored at any
 /// number of shards. Takes memory for the file, and at most `memory_bytes` for the tables.
 ///
 /// # Errors
@@ -82,8 +83,16 @@ pub fn import_checkpoint(file: &Path, folder: &Path, memory_bytes: u64) -> Resul
     Ok(Exchanged { name, tables: count, bytes })
 }
 
-/// The folder that keeps checkpoints, and the name of that which is meant, where `checkpoint` is one.
+/// The folder or bucket that keeps checkpoints, and the name of that which is meant, where `checkpoint` is one.
 fn find(checkpoint: &Path) -> Result<(PathBuf, Option<String>), PsError> {
+    if let Some(address) = checkpoint.to_str().filter(|address| is_bucket(address)) {
+        let address = address.trim_end_matches('/');
+        let open = Storage::open(address).and_then(|storage| storage.is_one());
+        return Ok(match address.rsplit_once('/') {
+            Some((place, name)) if open.map_err(|bad| wrong(checkpoint, bad))? => (place.into(), Some(name.to_owned())),
+            _ => (address.into(), None),
+        });
+    }
     let checkpoint = fs::canonicalize(checkpoint).map_err(|error| wrong(checkpoint, error))?;
     let files = fs::read_dir(&checkpoint).map_err(|error| wrong(&checkpoint, error))?;
     let is_manifest = |file: fs::DirEntry| place_of(file.file_name().to_str()?).map(|_| ());

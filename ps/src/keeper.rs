@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 /// Where and how checkpoints are kept.
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
-    /// The folder, as a path or a `file://` address. All servers of one map need the same one.
+    /// The folder, as a path or a `file://` address, or `s3://BUCKET/PREFIX`. All servers of one map need the same one.
     pub place: String,
     /// How many are kept. Default 3.
     pub keep: usize,

@@ -66,6 +66,9 @@ Examples:
       gradwire-ps serve --shards 2 --checkpoint-dir /data/run1 --checkpoint-every 10m --restore latest
       gradwire-ps snapshot --servers 127.0.0.1:PORT,127.0.0.1:PORT
 
+  Keep them in a bucket of anything that speaks S3 (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL):
+      gradwire-ps serve --shards 2 --checkpoint-dir s3://bucket/run1 --checkpoint-every 10m --restore latest
+
   Take the latest checkpoint elsewhere, and begin there with it:
       gradwire-ps export /data/run1 run1.safetensors
       gradwire-ps import run1.safetensors /data/run2 && gradwire-ps serve --checkpoint-dir /data/run2 --restore latest

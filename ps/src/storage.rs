@@ -1,18 +1,25 @@
-//! Does: writes checkpoints to a folder through `object_store`, and reads them; the one home of that crate, on a runtime of its own.
+//! Does: writes checkpoints to a folder or a bucket through `object_store`, and reads them; the one home of that crate, on a runtime
+//! of its own.
+
+mod place;
+
+pub(crate) use place::is_bucket;
 
 use crate::checkpoint::{
     BadCheckpoint, MAX_MANIFEST_BYTES, Manifest, Object, frame, is_name, manifest_file, place_of, stem, unframe,
 };
 use crate::shard::{Cut, Limits, Shard};
 use crate::state::Builder;
-use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, WriteMultipart};
+use object_store::{ObjectStoreExt, WriteMultipart};
+use place::Place;
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
+use tokio::time::{sleep, timeout};
 
 /// Bytes that are read, or handed to the store, at once.
 const READ_BYTES: u64 = 8 << 20;
@@ -21,9 +28,14 @@ const UPLOADS: usize = 2;
 /// Of the time, this many parts are rest: servers and workers want the processor and the memory more.
 const REST: u32 = 3;
 
+/// How often writing sees whether it is to end, whatever the store does.
+const LOOK: Duration = Duration::from_millis(50);
+/// The longest that a store may take to answer the first question.
+const GREETING: Duration = Duration::from_secs(15);
+
 /// Where checkpoints lie.
 pub(crate) struct Storage {
-    store: Box<dyn ObjectStore>,
+    at: Place,
     runtime: Runtime,
     place: String,
     cancelled: Arc<AtomicBool>,
@@ -32,21 +44,19 @@ pub(crate) struct Storage {
 }
 
 impl Storage {
-    /// Opens the folder `place`, a path or a `file://` address; makes it where it is not there.
+    /// Opens `place`: a folder, as a path or a `file://` address, made where it is not there; or `s3://BUCKET/PREFIX`, where it
+    /// is asked whether it may be read.
     pub(crate) fn open(place: &str) -> Result<Self, BadCheckpoint> {
         let wrong = |what: String| BadCheckpoint::new(place, what);
-        let path = place.strip_prefix("file://").unwrap_or(place);
-        if path.contains("://") {
-            return Err(wrong("only folders can be written to, as a path or file:// address".into()));
-        }
-        make_folder(std::path::Path::new(path)).map_err(|error| wrong(error.to_string()))?;
-        let store = LocalFileSystem::new_with_prefix(path).map_err(|error| wrong(error.to_string()))?;
-        // An object, and the folders above it, are on the disk before its writing ends; so a manifest, which comes last, names
-        // none that a power cut could take back.
-        let store = store.with_fsync(true);
-        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(UPLOADS).build();
+        let at = place::open(place)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(UPLOADS).build();
         let runtime = runtime.map_err(|error| wrong(error.to_string()))?;
-        Ok(Self { store: Box::new(store), runtime, place: place.to_owned(), cancelled: Arc::default(), rest: REST })
+        if at.remote {
+            let listed = runtime.block_on(async { timeout(GREETING, at.store.list_with_delimiter(None)).await });
+            let listed = listed.map_err(|_| wrong(format!("no answer within {} s", GREETING.as_secs())))?;
+            listed.map_err(|error| wrong(place::with_remedy(&error)))?;
+        }
+        Ok(Self { at, runtime, place: place.to_owned(), cancelled: Arc::default(), rest: REST })
     }
 
     /// The same, where nobody else wants the processor: without rest.
@@ -63,7 +73,7 @@ impl Storage {
     pub(crate) fn write(&self, snapshot: &Cut) -> Result<u64, BadCheckpoint> {
         let (shard, shards) = snapshot.place;
         let (folder, stem) = (Path::from(snapshot.name.as_str()), stem(shard, shards));
-        self.runtime.block_on(async {
+        self.until_cancelled(async {
             let mut objects = Vec::new();
             let mut clients = snapshot.clients.iter().cloned();
             let file = format!("{stem}.clients");
@@ -76,10 +86,28 @@ impl Storage {
             let bytes = objects.iter().map(|object| object.bytes).sum();
             let manifest = Manifest { name: snapshot.name.clone(), shard, shards, objects };
             let path = folder.clone().join(manifest_file(shard, shards));
-            let put = self.store.put(&path, manifest.encode().into()).await;
+            let put = self.at.store.put(&path, manifest.encode().into()).await;
             put.map_err(|error| BadCheckpoint::new(path.to_string(), error))?;
             Ok(bytes)
         })
+    }
+
+    /// Drives `writing` to its end, or to where it is cancelled: a store that does not answer holds no server up.
+    fn until_cancelled<T>(&self, writing: impl Future<Output = Result<T, BadCheckpoint>>) -> Result<T, BadCheckpoint> {
+        self.runtime.block_on(async {
+            let mut writing = pin!(writing);
+            loop {
+                match timeout(LOOK, &mut writing).await {
+                    Ok(done) => return done,
+                    Err(_) if self.cancelled.load(Ordering::Relaxed) => return Err(self.stopped(&self.place)),
+                    Err(_) => {}
+                }
+            }
+        })
+    }
+
+    fn stopped(&self, object: &str) -> BadCheckpoint {
+        BadCheckpoint::new(object, "the server is being stopped")
     }
 
     async fn write_object(
@@ -92,33 +120,53 @@ impl Storage {
     ) -> Result<Object, BadCheckpoint> {
         let path = folder.clone().join(file.as_str());
         let wrong = |error: object_store::Error| BadCheckpoint::new(path.to_string(), error);
-        let mut upload = WriteMultipart::new(self.store.put_multipart(&path).await.map_err(wrong)?);
-        let (mut bytes, mut crc32c, mut buffer) = (0, 0, Vec::new());
-        let mut begun = Instant::now();
+        let upload = self.at.store.put_multipart(&path).await.map_err(wrong)?;
+        let mut upload = WriteMultipart::new_with_chunk_size(upload, self.at.part);
+        let mut object = Object { table, file, clock, bytes: 0, crc32c: 0 };
+        if let Err(bad) = self.write_chunks(&path, &mut upload, chunks, &mut object).await {
+            // Parts of what is given up would cost their owner money for as long as the bucket keeps them.
+            if let Err(error) = upload.abort().await {
+                tracing::warn!(%path, why = %error, "parts of a half-written object may be left");
+            }
+            return Err(bad);
+        }
+        upload.finish().await.map_err(wrong)?;
+        Ok(object)
+    }
+
+    async fn write_chunks(
+        &self,
+        path: &Path,
+        upload: &mut WriteMultipart,
+        chunks: &mut (dyn Iterator<Item = Vec<u8>> + '_),
+        object: &mut Object,
+    ) -> Result<(), BadCheckpoint> {
+        let (mut buffer, mut begun) = (Vec::new(), Instant::now());
         for chunk in chunks {
             buffer.clear();
             frame(&chunk, &mut buffer);
-            bytes += buffer.len() as u64;
-            crc32c = crc32c::crc32c_append(crc32c, &buffer);
-            upload.wait_for_capacity(UPLOADS).await.map_err(wrong)?;
+            object.bytes += buffer.len() as u64;
+            object.crc32c = crc32c::crc32c_append(object.crc32c, &buffer);
+            let room = upload.wait_for_capacity(UPLOADS).await;
+            room.map_err(|error| BadCheckpoint::new(path.to_string(), error))?;
             upload.write(&buffer);
             if self.cancelled.load(Ordering::Relaxed) {
-                return Err(BadCheckpoint::new(path.to_string(), "the server is being stopped"));
+                return Err(self.stopped(path.as_ref()));
             }
             if begun.elapsed() > Duration::from_millis(2) {
-                std::thread::sleep(begun.elapsed() * self.rest);
+                // What is under way to a bucket goes on meanwhile.
+                sleep(begun.elapsed() * self.rest).await;
                 begun = Instant::now();
             }
         }
-        upload.finish().await.map_err(wrong)?;
-        Ok(Object { table, file, clock, bytes, crc32c })
+        Ok(())
     }
 
     /// The names of all checkpoints of which all shards are there, the latest first.
     pub(crate) fn whole(&self) -> Result<Vec<String>, BadCheckpoint> {
         let wrong = |error: object_store::Error| BadCheckpoint::new(self.place.as_str(), error);
         self.runtime.block_on(async {
-            let folders = self.store.list_with_delimiter(None).await.map_err(wrong)?.common_prefixes;
+            let folders = self.at.store.list_with_delimiter(None).await.map_err(wrong)?.common_prefixes;
             let mut names = Vec::new();
             for folder in folders {
                 let name = folder.filename().unwrap_or_default().to_owned();
@@ -132,9 +180,14 @@ impl Storage {
         })
     }
 
-    /// For each number of shards, how many manifests of it there are.
+    /// Whether this place is a checkpoint itself, not one that keeps several.
+    pub(crate) fn is_one(&self) -> Result<bool, BadCheckpoint> {
+        self.runtime.block_on(async { Ok(!self.places("").await?.is_empty()) })
+    }
+
+    /// For each number of shards, how many manifests of it there are in folder `name`.
     async fn places(&self, name: &str) -> Result<BTreeMap<u32, (u32, u32)>, BadCheckpoint> {
-        let listed = self.store.list_with_delimiter(Some(&Path::from(name))).await;
+        let listed = self.at.store.list_with_delimiter(Some(&Path::from(name))).await;
         let listed = listed.map_err(|error| BadCheckpoint::new(name, error))?.objects;
         let mut places = BTreeMap::new();
         for (_, shards) in listed.iter().filter_map(|object| place_of(object.location.filename()?)) {
@@ -150,15 +203,15 @@ impl Storage {
         let wrong = |error: object_store::Error| BadCheckpoint::new(self.place.as_str(), error);
         let (stem, manifest) = (format!("{}.", stem(place.0, place.1)), manifest_file(place.0, place.1));
         self.runtime.block_on(async {
-            let folders = self.store.list_with_delimiter(None).await.map_err(wrong)?.common_prefixes;
+            let folders = self.at.store.list_with_delimiter(None).await.map_err(wrong)?.common_prefixes;
             for folder in folders.iter().filter(|folder| folder.filename().is_some_and(|name| name < oldest.as_str())) {
-                let listed = self.store.list_with_delimiter(Some(folder)).await.map_err(wrong)?.objects;
+                let listed = self.at.store.list_with_delimiter(Some(folder)).await.map_err(wrong)?.objects;
                 let of_ours = |path: &Path| path.filename().is_some_and(|file| file.starts_with(&stem));
                 let mut ours: Vec<Path> = listed.into_iter().map(|object| object.location).filter(of_ours).collect();
                 // The manifest first, so that what is left is never taken for whole.
                 ours.sort_by_key(|path| path.filename() != Some(manifest.as_str()));
                 for path in ours {
-                    self.store.delete(&path).await.map_err(wrong)?;
+                    self.at.store.delete(&path).await.map_err(wrong)?;
                 }
             }
             Ok(())
@@ -198,11 +251,11 @@ impl Storage {
     async fn read_shard(&self, name: &str, place: (u32, u32), into: &mut [Builder]) -> Result<(), BadCheckpoint> {
         let path = Path::from(name).join(manifest_file(place.0, place.1));
         let wrong = |error: object_store::Error| BadCheckpoint::new(path.to_string(), error);
-        let size = self.store.head(&path).await.map_err(wrong)?.size;
+        let size = self.at.store.head(&path).await.map_err(wrong)?.size;
         if size > MAX_MANIFEST_BYTES {
             return Err(BadCheckpoint::new(path.to_string(), "it is too long"));
         }
-        let bytes = self.store.get_range(&path, 0..size).await.map_err(wrong)?;
+        let bytes = self.at.store.get_range(&path, 0..size).await.map_err(wrong)?;
         let manifest = Manifest::decode(&bytes, name, place)?;
         for object in &manifest.objects {
             self.read_object(name, object, into).await?;
@@ -213,7 +266,7 @@ impl Storage {
     async fn read_object(&self, name: &str, object: &Object, into: &mut [Builder]) -> Result<(), BadCheckpoint> {
         let path = Path::from(name).join(object.file.as_str());
         let wrong = |what: &dyn std::fmt::Display| BadCheckpoint::new(path.to_string(), what);
-        let size = self.store.head(&path).await.map_err(|error| wrong(&error))?.size;
+        let size = self.at.store.head(&path).await.map_err(|error| wrong(&error))?.size;
         if size != object.bytes {
             return Err(wrong(&format!("it has {size} bytes of {}: it was cut or changed", object.bytes)));
         }
@@ -221,7 +274,7 @@ impl Storage {
         while at < size {
             let range = at..size.min(at + READ_BYTES);
             at = range.end;
-            let bytes = self.store.get_range(&path, range).await.map_err(|error| wrong(&error))?;
+            let bytes = self.at.store.get_range(&path, range).await.map_err(|error| wrong(&error))?;
             crc = crc32c::crc32c_append(crc, &bytes);
             buffer.extend_from_slice(&bytes);
             let mut start = 0;
@@ -236,18 +289,4 @@ impl Storage {
         }
         Ok(())
     }
-}
-
-/// Makes the folder and those above it that are missing, each on the disk before it counts.
-fn make_folder(path: &std::path::Path) -> std::io::Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    // The parent of a relative path of one part is the folder that the program runs in.
-    let above = path.parent().map(|above| if above.as_os_str().is_empty() { std::path::Path::new(".") } else { above });
-    if let Some(above) = above {
-        make_folder(above)?;
-    }
-    std::fs::create_dir(path).or_else(|error| if path.is_dir() { Ok(()) } else { Err(error) })?;
-    above.map_or(Ok(()), |above| std::fs::File::open(above)?.sync_all())
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 /// Flags of `export`.
 #[derive(Args)]
 pub(crate) struct Export {
-    /// Folder of a checkpoint, or one with several (--checkpoint-dir), of which the latest whole one is taken
+    /// Folder or s3:// address of a checkpoint, or of several (--checkpoint-dir), of which the latest whole one is taken
     #[arg(value_name = "CHECKPOINT")]
     checkpoint: PathBuf,
     /// File to write. A table's values have its name, its optimizer's state one behind it, such as `w::exp_avg`
@@ -29,7 +29,7 @@ pub(crate) struct Import {
     /// File that `export` wrote; numbers in it may have been changed since
     #[arg(value_name = "FILE.safetensors")]
     file: PathBuf,
-    /// Folder that keeps checkpoints (--checkpoint-dir): the new one becomes its latest, for any number of shards
+    /// Folder or s3:// address that keeps checkpoints (--checkpoint-dir): the new one becomes its latest, for any number of shards
     #[arg(value_name = "FOLDER")]
     folder: PathBuf,
     /// Most memory for the tables, such as 64GiB [default: what the machine has]

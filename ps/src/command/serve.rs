@@ -67,8 +67,9 @@ pub(crate) struct Serve {
     /// Listen off loopback without a token or TLS: everybody who reaches the port may read and change every table
     #[arg(long)]
     insecure: bool,
-    /// Folder to keep checkpoints in, as a path or a file:// address. Servers of one map on several hosts need one that all see
-    #[arg(long, value_name = "FOLDER")]
+    /// Where to keep checkpoints: a folder, or s3://BUCKET/PREFIX with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, for
+    /// a store that is not Amazon's, AWS_ENDPOINT_URL. Servers of one map on several hosts need one that all see
+    #[arg(long, value_name = "FOLDER|s3://BUCKET/PREFIX")]
     checkpoint_dir: Option<String>,
     /// Write a checkpoint so often, such as 30s, 10m or 1h; only where all shards are served here. Others: `snapshot --every`
     #[arg(long, value_parser = parse_duration, value_name = "TIME", requires = "checkpoint_dir")]
