@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// Pause before a seat that could not be begun anew is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
+/// After a life shorter than this, what ended it may well end the next one: a pause comes between.
+const SHORT: Duration = Duration::from_secs(1);
 /// How often it is looked whether all is handed over.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -35,8 +37,7 @@ impl ClusterServers {
     /// `advertise`: the host by which others reach these seats, where it is not the address listened at.
     ///
     /// # Errors
-    /// As [`Server::bind`]; `Invalid` for no seat, for more ports than there are, for an address that nobody can call, and
-    /// where checkpoints are to be kept.
+    /// As [`Server::bind`]; `Invalid` for no seat, for more ports than there are, and for an address that nobody can call.
     pub fn join(
         seats: u32,
         settings: &ServerSettings,
@@ -47,11 +48,6 @@ impl ClusterServers {
             let reason =
                 "it takes at least 1 seat, and an address that others can call: listen at one, or advertise one";
             return Err(PsError::invalid(format!("joining with {seats} seats at {}", settings.listen), reason));
-        }
-        if settings.checkpoints.is_some() {
-            let reason = "servers with a coordinator keep copies and no checkpoints: a checkpoint is restored by all servers \
-                          of a map at once, and seats come one by one. Leave out one of the two";
-            return Err(PsError::invalid("joining a coordinator with a folder for checkpoints", reason));
         }
         let mut settings = settings.clone();
         // Whether there are any, the coordinator tells whoever becomes a primary.
@@ -161,11 +157,16 @@ impl Life {
         let mut next = Some(first);
         while !self.place.stop.load(Ordering::Acquire) {
             let Some((mut server, id)) = next.take().or_else(|| self.begin_anew()) else { continue };
+            let began = Instant::now();
             server.join(self.agent.seat(id, self.address.clone(), server.waker()));
             server.run();
             self.agent.leave(id);
             if let Some(why) = server.over() {
                 tracing::warn!(address = self.address, why, "this seat has lost its part, and begins anew without one");
+                drop(server);
+                while began.elapsed() < SHORT && !self.place.stop.load(Ordering::Acquire) {
+                    std::thread::sleep(LOOK);
+                }
             }
         }
     }

@@ -48,7 +48,8 @@ pub fn export_checkpoint(checkpoint: &Path, file: &Path, memory_bytes: u64) -> R
     };
     // The tables grow no older while they are read.
     let now = Instant::now();
-    let made = storage.read(&name, 1, &limits(memory_bytes), &[dial::random()?]).map_err(|bad| wrong(&place, bad))?;
+    let made =
+        storage.read(&name, 1, &limits(memory_bytes), &[(0, dial::random()?)]).map_err(|bad| wrong(&place, bad))?;
     let mut shard = made.into_iter().next().ok_or_else(|| wrong(&place, "it has no shard"))?;
     let images: Vec<Image> = shard.table_ids().into_iter().filter_map(|id| shard.image(id, now)).collect();
     let clients = shard.members_chunks();

@@ -2,7 +2,7 @@
 
 use crate::PsError;
 use crate::header::Header;
-use crate::shard::{Action, Cut, Shard};
+use crate::shard::{Action, Cut, Limits, Shard};
 use crate::storage::Storage;
 use gradwire_transport::{PeerId, TransportError, Wake};
 use std::sync::Arc;
@@ -19,6 +19,24 @@ pub struct Checkpoints {
     pub keep: usize,
 }
 
+impl Checkpoints {
+    /// The name of the checkpoint at `place` that `which` means: itself, or of `latest` the latest whole one, which may be none
+    /// yet.
+    ///
+    /// # Errors
+    /// `Invalid` where the place cannot be read, or keeps no whole checkpoint of that name.
+    pub fn find(place: &str, which: &str) -> Result<Option<String>, PsError> {
+        let wrong = |why: String| PsError::invalid(format!("finding checkpoint {which} in {place}"), why);
+        let whole = Storage::open(place).and_then(|storage| storage.whole()).map_err(|bad| wrong(bad.to_string()))?;
+        if which == "latest" {
+            return Ok(whole.into_iter().next());
+        }
+        let found = whole.iter().find(|name| *name == which).cloned();
+        let known = || if whole.is_empty() { "none".to_owned() } else { whole.join(", ") };
+        found.map(Some).ok_or_else(|| wrong(format!("there is no whole one of that name; there is {}", known())))
+    }
+}
+
 type Job = (PeerId, Header, Box<Cut>);
 
 /// The thread, and what it has done. One snapshot is under way at a time for each client that asks.
@@ -28,6 +46,7 @@ pub(crate) struct Keeper {
     /// Snapshots handed over and not answered yet.
     pub(crate) under_way: usize,
     cancel: Arc<AtomicBool>,
+    place: String,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -56,7 +75,22 @@ impl Keeper {
             }
         });
         let thread = thread.map_err(|error| TransportError::io("start the thread for checkpoints", error))?;
-        Ok(Self { jobs: Some(jobs), stored, under_way: 0, cancel, thread: Some(thread) })
+        let place = settings.place.clone();
+        Ok(Self { jobs: Some(jobs), stored, under_way: 0, cancel, place, thread: Some(thread) })
+    }
+
+    /// Reads one shard of a checkpoint, on the thread that asks. `place`: which shard, of how many.
+    pub(crate) fn read(
+        &self,
+        name: &str,
+        (shard, shards): (u32, u32),
+        limits: &Limits,
+        instance: u64,
+    ) -> Result<Shard, String> {
+        let made = Storage::open(&self.place).and_then(|it| it.read(name, shards, limits, &[(shard, instance)]));
+        let mut made = made.map_err(|bad| bad.to_string())?.pop().ok_or("it has no such shard")?;
+        made.mark_restored();
+        Ok(made)
     }
 
     /// Hands a snapshot over.

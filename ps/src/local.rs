@@ -45,8 +45,9 @@ impl LocalServers {
         let Some(name) = name.map(str::to_owned).or(latest) else {
             return Ok((Self::start(shards, settings)?, None));
         };
-        let instances = (0..shards).map(|_| dial::random()).collect::<Result<Vec<_>, _>>()?;
-        let made = storage.read(&name, shards, &settings.limits, &instances);
+        let instance = |shard| dial::random().map(|instance| (shard, instance));
+        let wanted = (0..shards).map(instance).collect::<Result<Vec<_>, _>>()?;
+        let made = storage.read(&name, shards, &settings.limits, &wanted);
         let mut made = made.map_err(|error| bad(&name, error.to_string()))?;
         made.iter_mut().for_each(Shard::mark_restored);
         Ok((Self::start_with(made, &settings)?, Some(name)))

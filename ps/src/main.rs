@@ -56,6 +56,8 @@ Examples:
       gradwire-ps coordinate --listen 10.0.0.1:7000 --shards 2
       gradwire-ps serve --listen 10.0.0.2:7000 --shards 2 --coordinator 10.0.0.1:7000      (and so on 10.0.0.3, ...)
       gradwire-ps status --coordinator 10.0.0.1:7000
+      gradwire-ps snapshot --coordinator 10.0.0.1:7000 --every 10m             (servers started with --checkpoint-dir, one that all see)
+      gradwire-ps coordinate --shards 2 --restore latest --checkpoint-dir /shared/run1     (a cluster that begins where all were lost)
       gradwire-ps drain --coordinator 10.0.0.1:7000 --server 10.0.0.2:7000     (SIGTERM does so, too, and then ends it)
 
   See what is there, for people and for programs:

@@ -41,6 +41,8 @@ pub(crate) struct Storage {
     cancelled: Arc<AtomicBool>,
     /// For so many parts of rest one of work.
     rest: u32,
+    /// Drawn at random: what a server that was taken for dead still writes never mixes with what its successor does.
+    writer: u64,
 }
 
 impl Storage {
@@ -49,6 +51,7 @@ impl Storage {
     pub(crate) fn open(place: &str) -> Result<Self, BadCheckpoint> {
         let wrong = |what: String| BadCheckpoint::new(place, what);
         let at = place::open(place)?;
+        let writer = crate::dial::random().map_err(|error| wrong(error.to_string()))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(UPLOADS).build();
         let runtime = runtime.map_err(|error| wrong(error.to_string()))?;
         if at.remote {
@@ -56,7 +59,7 @@ impl Storage {
             let listed = listed.map_err(|_| wrong(format!("no answer within {} s", GREETING.as_secs())))?;
             listed.map_err(|error| wrong(place::with_remedy(&error)))?;
         }
-        Ok(Self { at, runtime, place: place.to_owned(), cancelled: Arc::default(), rest: REST })
+        Ok(Self { at, runtime, place: place.to_owned(), cancelled: Arc::default(), rest: REST, writer })
     }
 
     /// The same, where nobody else wants the processor: without rest.
@@ -72,7 +75,8 @@ impl Storage {
     /// Writes what a shard gives, the manifest last; how many bytes.
     pub(crate) fn write(&self, snapshot: &Cut) -> Result<u64, BadCheckpoint> {
         let (shard, shards) = snapshot.place;
-        let (folder, stem) = (Path::from(snapshot.name.as_str()), stem(shard, shards));
+        let folder = Path::from(snapshot.name.as_str());
+        let stem = format!("{}.{:016x}", stem(shard, shards), self.writer);
         self.until_cancelled(async {
             let mut objects = Vec::new();
             let mut clients = snapshot.clients.iter().cloned();
@@ -218,13 +222,13 @@ impl Storage {
         })
     }
 
-    /// Reads checkpoint `name` into `shards` shards, whatever number wrote it.
+    /// Reads checkpoint `name`, cut into `shards` shards, whatever number wrote it: those of `wanted`, each with its instance.
     pub(crate) fn read(
         &self,
         name: &str,
         shards: u32,
         limits: &Limits,
-        instances: &[u64],
+        wanted: &[(u32, u64)],
     ) -> Result<Vec<Shard>, BadCheckpoint> {
         if !is_name(name) {
             return Err(BadCheckpoint::new(name, "it is not the name of a checkpoint"));
@@ -237,11 +241,17 @@ impl Storage {
                 let what = format!("it is not whole: manifests of shards are missing (there are {places:?})");
                 BadCheckpoint::new(name, what)
             })?;
-            let builder = |shard: u32| Builder::new(limits.clone(), instances[shard as usize], (shard, shards), now);
-            let mut builders: Vec<Builder> = (0..shards).map(builder).collect();
+            let builder = |&(shard, instance)| Builder::new(limits.clone(), instance, (shard, shards), now);
+            let mut builders: Vec<Builder> = wanted.iter().map(builder).collect();
             for shard in 0..written {
-                let one = if written == shards { shard as usize..shard as usize + 1 } else { 0..builders.len() };
-                self.read_shard(name, (shard, written), &mut builders[one]).await?;
+                // Of a map that is cut alike, each shard has all that it needs by itself.
+                let one = wanted.iter().position(|&(wanted, _)| wanted == shard);
+                let into = match one {
+                    _ if written != shards => &mut builders[..],
+                    Some(at) => &mut builders[at..=at],
+                    None => continue,
+                };
+                self.read_shard(name, (shard, written), into).await?;
             }
             let finish = |builder: Builder| builder.finish().map_err(|error| BadCheckpoint::new(name, error));
             builders.into_iter().map(finish).collect()

@@ -365,13 +365,3 @@ fn servers_and_their_coordinator_trust_each_other_by_certificates() {
     }
     assert!(ask(&[]).contains("TLS"), "{}", ask(&[]));
 }
-
-#[test]
-fn copies_and_checkpoints_exclude_each_other_from_the_start() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
-    command.args(["serve", "--coordinator", "127.0.0.1:1", "--checkpoint-dir"]).arg(folder.path());
-    let said = command.output().unwrap();
-    let why = String::from_utf8(said.stderr).unwrap();
-    assert!(!said.status.success() && why.contains("keep copies and no checkpoints"), "{why}");
-}

@@ -39,6 +39,7 @@ pub(crate) fn peer(options: &PeerOptions) -> Result<(), Box<dyn Error>> {
         listen: ([127, 0, 0, 1], 0).into(),
         token: None,
         insecure: false,
+        restore: None,
         shards,
         replicas: 1,
         etcd: None,

@@ -2,7 +2,7 @@
 
 use super::{Certificates, Token};
 use clap::Args;
-use gradwire_ps::{Coordinator, CoordinatorSettings, EtcdSettings};
+use gradwire_ps::{Checkpoints, Coordinator, CoordinatorSettings, EtcdSettings};
 use gradwire_transport::Config;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -23,6 +23,13 @@ pub(crate) struct Coordinate {
     /// Copies of each shard beside the first, 0 or 1. It begins once servers offer enough seats for all
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1))]
     replicas: u32,
+    /// Begin with a checkpoint, `latest` or its name, of any number of shards; each server needs the same --checkpoint-dir.
+    /// `latest` begins empty where there is none yet. A cluster that is there already goes on with what it has
+    #[arg(long, value_name = "NAME", requires = "checkpoint_dir")]
+    restore: Option<String>,
+    /// Where checkpoints are kept: a folder that all servers see, or s3://BUCKET/PREFIX; see `gradwire-ps serve --help`
+    #[arg(long, value_name = "FOLDER|s3://BUCKET/PREFIX", requires = "restore")]
+    checkpoint_dir: Option<String>,
     #[command(flatten)]
     etcd: Etcd,
     #[command(flatten)]
@@ -73,7 +80,15 @@ impl Coordinate {
     pub(crate) fn run(self) -> Result<(), String> {
         tracing_subscriber::fmt().with_max_level(self.log).with_writer(std::io::stderr).init();
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
+        let restore = match self.checkpoint_dir.as_ref().zip(self.restore.as_ref()) {
+            Some((place, which)) => Checkpoints::find(place, which).map_err(|error| error.to_string())?,
+            None => None,
+        };
+        if self.restore.is_some() {
+            tracing::info!(checkpoint = restore.as_deref().unwrap_or("none yet"), "a cluster that begins restores");
+        }
         let settings = CoordinatorSettings {
+            restore,
             listen: self.listen,
             token: self.token.read()?,
             insecure: self.insecure,

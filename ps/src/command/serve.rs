@@ -145,10 +145,15 @@ impl Serve {
 
     /// Refuses flags that cannot be kept together.
     fn fits(&self) -> Result<(), String> {
-        if !self.coordinator.is_empty() && self.checkpoint_dir.is_some() {
-            let reason = "servers with a coordinator keep copies and no checkpoints: a checkpoint is restored by all servers of \
-                          a map at once, and these come one by one. Leave out one of the two";
-            return Err(format!("--coordinator with --checkpoint-dir: {reason}"));
+        if self.coordinator.is_empty() {
+            return Ok(());
+        }
+        let refused = |flag: &str, remedy: &str| Err(format!("--coordinator with {flag}: {remedy}"));
+        if self.restore.is_some() {
+            return refused("--restore", "all shards begin with one checkpoint: gradwire-ps coordinate --restore");
+        }
+        if self.checkpoint_every.is_some() {
+            return refused("--checkpoint-every", "one asks for all: gradwire-ps snapshot --coordinator ... --every");
         }
         Ok(())
     }

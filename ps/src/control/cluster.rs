@@ -15,6 +15,7 @@ pub const LEASE: Duration = Duration::from_secs(3);
 /// How long a coordinator that begins waits for a shard's only holder: many times what servers take to find it.
 const GRACE: Duration = Duration::from_secs(15);
 
+#[derive(Clone)]
 struct Process {
     heard: Instant,
     /// Seats and addresses, and whether each has ever had a part: those that lost theirs get none again.
@@ -24,9 +25,12 @@ struct Process {
 }
 
 /// The coordinator's knowledge.
+#[derive(Clone)]
 pub struct Cluster {
     map: ClusterMap,
     shards: u32,
+    /// The checkpoint that it begins with; empty for none.
+    origin: String,
     processes: HashMap<u64, Process>,
     /// Until when nothing that is in somebody's memory is given up: who had it before this coordinator began may still come.
     grace: Option<Instant>,
@@ -36,7 +40,12 @@ impl Cluster {
     /// A cluster of `shards` shards with `replicas` copies of each beside the primary, 0 or 1, that nobody has joined.
     pub fn new(shards: u32, replicas: u32) -> Self {
         let map = ClusterMap { replicas, ..ClusterMap::default() };
-        Self { map, shards, processes: HashMap::new(), grace: None }
+        Self { map, shards, origin: String::new(), processes: HashMap::new(), grace: None }
+    }
+
+    /// The same, which begins with what the checkpoint of that name holds, where it begins at all: not where there is a map.
+    pub fn beginning_with(self, origin: String) -> Self {
+        Self { origin, ..self }
     }
 
     /// The map as it is.
@@ -146,6 +155,10 @@ impl Cluster {
             match (primary, backup) {
                 (true, false) if self.map.shards[shard as usize].backup.is_some() => self.promote(shard),
                 (false, true) => self.change(shard, |seats| seats.backup = None),
+                // Nobody has it any more; whoever had it may be slow to find a coordinator that was started anew.
+                (true, true) if self.grace.is_none_or(|until| now >= until) => {
+                    self.change(shard, |seats| seats.backup = None)
+                }
                 _ => {}
             }
         }
@@ -223,20 +236,25 @@ impl Cluster {
             if self.spare_seats() < wanted || self.processes.len() <= self.map.replicas as usize {
                 return;
             }
-            self.map.shards = vec![ShardSeats::default(); self.shards as usize];
+            let first = ShardSeats { origin: self.origin.clone(), ..ShardSeats::default() };
+            self.map.shards = vec![first; self.shards as usize];
         }
         for shard in 0..self.shards {
             let is_there = |who: &Seating| {
-                self.processes.get(&who.process).is_some_and(|it| now.saturating_duration_since(it.heard) < LEASE)
+                let heard = |it: &Process| now.saturating_duration_since(it.heard) < LEASE;
+                self.processes.get(&who.process).is_some_and(heard) && self.has(who)
             };
             let seats = &self.map.shards[shard as usize];
             let waits = seats.primary.is_some() && self.grace.is_some_and(|until| now < until);
             let lost = seats.primary.as_ref().is_none_or(|primary| !is_there(primary)) && seats.backup.is_none();
             let lost = lost && !waits;
             if lost && let Some(seating) = self.take_seat(None) {
+                let seats = &self.map.shards[shard as usize];
                 // What it held is gone: whoever comes begins anew, and clients are told by its tables' absence.
                 let (term, formed) = (Epoch(self.map.epoch.0 + 1), self.map.replicas == 0);
-                let seats = ShardSeats { term, primary: Some(seating), formed, ..ShardSeats::default() };
+                // Nothing was ever taken by one that had no copies yet: it begins with the same again.
+                let origin = if seats.formed { String::new() } else { seats.origin.clone() };
+                let seats = ShardSeats { term, primary: Some(seating), formed, origin, ..ShardSeats::default() };
                 self.change(shard, |shard| *shard = seats);
             }
         }
@@ -410,6 +428,25 @@ mod tests {
         gone.now += GRACE;
         gone.cluster.tick(gone.now);
         assert!(gone.join(3, &[30]) && gone.seats(0) == [30, 0, 0]);
+    }
+
+    #[test]
+    fn a_cluster_begins_with_its_checkpoint_until_it_has_copies_and_never_again() {
+        let mut bench = Bench { cluster: Cluster::new(1, 1).beginning_with("one".to_owned()), now: Instant::now() };
+        let origin = |bench: &Bench| bench.cluster.map().shards[0].origin.clone();
+        assert!(!bench.join(1, &[10]) && bench.join(2, &[20]));
+        assert_eq!((bench.seats(0), origin(&bench)), ([10, 0, 20], "one".to_owned()));
+        // Its primary could not read it, and began anew with another number.
+        bench.join(1, &[11]);
+        assert_eq!((bench.seats(0), origin(&bench)), ([11, 0, 0], "one".to_owned()));
+        bench.join(2, &[21]);
+        assert!(bench.cluster.report(Sighting::Synced { shard: 0, by: 11, whom: 21 }, bench.now));
+        assert_eq!(bench.seats(0), [11, 21, 0]);
+        // Both are gone, with what was pushed since: what they began with would be taken for it.
+        bench.now += 2 * LEASE;
+        bench.cluster.tick(bench.now);
+        bench.join(5, &[50]);
+        assert!(bench.seats(0)[0] == 50 && origin(&bench).is_empty());
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub struct CoordinatorSettings {
     pub replicas: u32,
     /// Where the map is kept, and which of several coordinators leads; without it, this one decides alone.
     pub etcd: Option<EtcdSettings>,
+    /// The checkpoint that a cluster begins with; one that goes on has what it has.
+    pub restore: Option<String>,
     /// Settings of the wire, of which it takes those about sockets.
     pub transport: Config,
 }
@@ -48,8 +50,8 @@ pub struct Coordinator {
     wire: Box<dyn Dialer>,
     address: SocketAddr,
     cluster: Cluster,
-    /// Shards, and copies of each.
-    size: (u32, u32),
+    /// A cluster that nobody has joined.
+    empty: Cluster,
     right: Right,
     /// The connections of server processes: they are told every map.
     servers: HashSet<PeerId>,
@@ -60,8 +62,8 @@ impl Coordinator {
     /// Listens; it answers once it runs.
     ///
     /// # Errors
-    /// `Invalid` off loopback without a token and without TLS, for numbers that cannot be, and for certificates that cannot be
-    /// read; `Transport` when the address cannot be had.
+    /// `Invalid` off loopback without a token and without TLS, for numbers that cannot be, for a checkpoint where there are no
+    /// copies, and for certificates that cannot be read; `Transport` when the address cannot be had.
     pub fn bind(settings: CoordinatorSettings) -> Result<Self, PsError> {
         let token = settings.token.filter(|token| !token.is_empty());
         let open = token.is_none() && settings.transport.tls.is_none();
@@ -74,11 +76,16 @@ impl Coordinator {
         }
         let config = Config { token, wire: WireChoice::Tcp, credit: None, ..settings.transport };
         let (wire, address) = dial::listener(&config, settings.listen, (dial::random()?, MAX_PEERS))?;
-        let size = (settings.shards, settings.replicas);
-        let cluster = Cluster::new(size.0, size.1);
+        if settings.restore.is_some() && settings.replicas == 0 {
+            let reason =
+                "without copies clients come before it is read: serve without a coordinator, or with --replicas 1";
+            return Err(PsError::invalid("beginning a cluster with a checkpoint", reason));
+        }
+        let cluster = Cluster::new(settings.shards, settings.replicas);
+        let empty = cluster.beginning_with(settings.restore.unwrap_or_default());
         let right = Right::new(settings.etcd.as_ref(), address.to_string())?;
         let stop = Arc::new(AtomicBool::new(false));
-        Ok(Self { wire, address, cluster, size, right, servers: HashSet::new(), stop })
+        Ok(Self { wire, address, cluster: empty.clone(), empty, right, servers: HashSet::new(), stop })
     }
 
     /// Where it listens.
@@ -135,7 +142,7 @@ impl Coordinator {
         for peer in std::mem::take(&mut self.servers) {
             self.turn_away(peer);
         }
-        self.cluster = Cluster::new(self.size.0, self.size.1);
+        self.cluster = self.empty.clone();
         self.right.give_up();
     }
 

@@ -30,6 +30,8 @@ pub struct ShardSeats {
     pub candidate: Option<Seating>,
     /// Whether the shard has once had all the copies that it shall have: before, no client is sent to it.
     pub formed: bool,
+    /// The checkpoint that its first primary begins with; empty where it begins with nothing.
+    pub origin: String,
 }
 
 /// The map of a cluster. The one with the greater epoch holds.
@@ -88,6 +90,7 @@ impl ClusterMap {
         for shard in &self.shards {
             out.number(shard.term.0);
             out.byte(shard.formed.into());
+            out.text(&shard.origin);
             for who in [&shard.primary, &shard.backup, &shard.candidate] {
                 out.byte(who.is_some().into());
                 if let Some(who) = who {
@@ -117,9 +120,9 @@ impl ClusterMap {
             return Err(BadBody("too many shards"));
         }
         let shards = (0..count).map(|_| {
-            let (term, formed) = (Epoch(from.number()?), from.byte()? != 0);
+            let (term, formed, origin) = (Epoch(from.number()?), from.byte()? != 0, from.text()?.to_owned());
             let mut who = || if from.byte()? == 0 { Ok(None) } else { Seating::decode(from).map(Some) };
-            Ok(ShardSeats { term, formed, primary: who()?, backup: who()?, candidate: who()? })
+            Ok(ShardSeats { term, formed, origin, primary: who()?, backup: who()?, candidate: who()? })
         });
         Ok(Self { epoch, replicas, shards: shards.collect::<Result<_, BadBody>>()? })
     }
@@ -144,10 +147,10 @@ mod tests {
     #[test]
     fn a_map_comes_back_as_it_was_and_no_piece_of_it_does() {
         let seating = |seat| Some(Seating { seat, process: seat * 10, address: format!("10.0.0.{seat}:7070") });
-        let first =
-            ShardSeats { term: Epoch(3), primary: seating(1), backup: None, candidate: seating(2), formed: false };
-        let second =
-            ShardSeats { term: Epoch(5), primary: seating(3), backup: seating(4), candidate: None, formed: true };
+        let nobody = ShardSeats { origin: "checkpoint-1".to_owned(), ..ShardSeats::default() };
+        let first = ShardSeats { term: Epoch(3), primary: seating(1), candidate: seating(2), ..nobody };
+        let nobody = ShardSeats::default();
+        let second = ShardSeats { term: Epoch(5), primary: seating(3), backup: seating(4), formed: true, ..nobody };
         let mut map = ClusterMap { epoch: Epoch(9), replicas: 1, shards: vec![first, second] };
         let body = map.encode();
         assert_eq!(ClusterMap::decode(&body), Ok(map.clone()));

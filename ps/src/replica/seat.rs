@@ -166,6 +166,28 @@ impl Seat {
         }
     }
 
+    /// What this seat is to hold before it hears this map, where that makes it the first primary of a shard which begins with a
+    /// checkpoint: the checkpoint's name, the shard, and how many there are.
+    pub fn origin_in<'a>(&self, map: &'a ClusterMap) -> Option<(&'a str, (u32, u32))> {
+        let (at, part) = map.part_of(self.id).filter(|_| matches!(self.part, Part::Spare))?;
+        let origin = &*map.shards[at as usize].origin;
+        let place = (at, map.shards.len() as u32);
+        (part == SeatPart::Primary && !origin.is_empty()).then_some((origin, place))
+    }
+
+    /// What that checkpoint holds, or why it cannot be had: this seat ends then, and nobody takes it for an empty shard.
+    pub fn begin_with(&mut self, shard: Result<Shard, String>) {
+        match shard {
+            Ok(shard) => self.shard = shard,
+            Err(why) => self.over = Some(why),
+        }
+    }
+
+    /// What it may hold, and its number.
+    pub(crate) fn measures(&self) -> (&Limits, u64) {
+        (self.shard.limits(), self.id)
+    }
+
     /// A map has come.
     pub fn hear(&mut self, map: &ClusterMap, now: Instant, out: &mut Vec<Action>) {
         if map.epoch <= self.map.epoch || matches!(self.part, Part::Alone) {

@@ -69,6 +69,12 @@ impl Server {
         let Some(line) = self.line.clone() else { return };
         if let Some(map) = line.newer_than(self.seat.standing().epoch) {
             let before = self.seat.standing();
+            if let Some((name, place)) = self.seat.origin_in(&map) {
+                self.begin_with(name, place);
+            }
+            if self.seat.over().is_some() {
+                return;
+            }
             self.seat.hear(&map, now, &mut self.actions);
             self.act();
             let Standing { role, shard, epoch, .. } = self.seat.standing();
@@ -88,6 +94,20 @@ impl Server {
             self.copying.reported = Some((report, now));
             line.tell(report);
         }
+    }
+
+    /// Reads what this seat begins with. Nobody is served by it meanwhile.
+    fn begin_with(&mut self, name: &str, place: (u32, u32)) {
+        let (limits, id) = self.seat.measures();
+        let read = match &self.keeper {
+            Some(keeper) => keeper.read(name, place, limits, id),
+            None => Err("no place of checkpoints is known: start the servers with --checkpoint-dir".to_owned()),
+        };
+        match &read {
+            Ok(_) => tracing::info!(name, shard = place.0, "restored a checkpoint"),
+            Err(why) => tracing::error!(name, shard = place.0, why, "the checkpoint to begin with cannot be had"),
+        }
+        self.seat.begin_with(read);
     }
 
     fn call_primary(&mut self, address: &str, now: Instant) {
