@@ -1,28 +1,10 @@
-//! Does: 16-bit floats, computed with as `f32`; rounded to nearest, ties to even, by the processor where it can.
+//! Does: float16, computed with as `f32`; rounded to nearest, ties to even, by the processor where it can.
 
 #![allow(unsafe_code)]
 
-use super::kernel::{Element, Kind, Op};
+use super::kernel::{Kind, Op};
 use super::level::Instructions;
-use half::{bf16, f16};
-
-impl Element for bf16 {
-    type Value = f32;
-    type Bytes = [u8; 2];
-
-    #[inline(always)]
-    fn get(bytes: [u8; 2]) -> f32 {
-        f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
-    }
-
-    #[inline(always)]
-    fn put(value: f32) -> [u8; 2] {
-        let bits = value.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        let bits = if value.is_nan() { u32::from(bf16::NAN.to_bits()) } else { rounded };
-        (bits as u16).to_le_bytes()
-    }
-}
+use half::f16;
 
 /// Elements of an `f16` buffer that are converted by one instruction.
 const WIDE: usize = 8;

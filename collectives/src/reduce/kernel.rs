@@ -104,7 +104,7 @@ kind! {
     Plain<f32>, 4; Plain<f64>, 8;
     Plain<i8>, 1; Plain<u8>, 1; Plain<i16>, 2; Plain<u16>, 2;
     Plain<i32>, 4; Plain<u32>, 4; Plain<i64>, 8; Plain<u64>, 8;
-    Truth, 1; half::bf16, 2;
+    Truth, 1;
     F8<float8::E4M3Fn>, 1; F8<float8::E5M2>, 1; F8<float8::E4M3FnUz>, 1; F8<float8::E5M2FnUz>, 1
 }
 

@@ -13,11 +13,14 @@ pub(super) trait Loop {
 pub(super) trait Instructions {
     /// Conversions of 16-bit floats: the processor has AVX and F16C.
     const F16C: bool;
+    /// Conversions to bfloat16: the processor has AVX512F, BW, VL, DQ and BF16.
+    const BF16: bool;
 }
 
 struct Any;
 impl Instructions for Any {
     const F16C: bool = false;
+    const BF16: bool = false;
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -25,6 +28,15 @@ struct Converting;
 #[cfg(target_arch = "x86_64")]
 impl Instructions for Converting {
     const F16C: bool = true;
+    const BF16: bool = false;
+}
+
+#[cfg(target_arch = "x86_64")]
+struct ConvertingBoth;
+#[cfg(target_arch = "x86_64")]
+impl Instructions for ConvertingBoth {
+    const F16C: bool = true;
+    const BF16: bool = true;
 }
 
 /// A set of instructions. Made only by [`Level::widest`] and, in tests, `Level::all`: who holds one may use it.
@@ -38,6 +50,8 @@ enum Set {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Level {
@@ -63,6 +77,9 @@ impl Level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `available` has found these instructions on this processor.
             Set::Avx512 => unsafe { avx512(task) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` has found these instructions on this processor.
+            Set::Avx512Bf16 => unsafe { avx512_bf16(task) },
         }
     }
 }
@@ -75,7 +92,8 @@ fn available() -> impl DoubleEndedIterator<Item = Level> {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
-    let sets = [(true, Set::Baseline), (avx2, Set::Avx2), (avx512, Set::Avx512)];
+    let bf16 = avx512 && is_x86_feature_detected!("avx512bf16");
+    let sets = [(true, Set::Baseline), (avx2, Set::Avx2), (avx512, Set::Avx512), (bf16, Set::Avx512Bf16)];
     sets.into_iter().filter_map(|(there, set)| there.then_some(Level(set)))
 }
 
@@ -94,4 +112,10 @@ fn avx2(task: impl Loop) {
 #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
 fn avx512(task: impl Loop) {
     task.run::<Converting>();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+fn avx512_bf16(task: impl Loop) {
+    task.run::<ConvertingBoth>();
 }

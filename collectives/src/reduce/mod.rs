@@ -1,5 +1,6 @@
 //! Pure: how elements are combined. Every kernel gives the same bits on every processor, for every cut of the data.
 
+mod bfloat16;
 mod copy;
 mod float16;
 mod float8;

@@ -190,6 +190,35 @@ fn every_set_of_instructions_and_every_cut_gives_the_same_bits() {
 }
 
 #[test]
+fn all_values_of_bfloat16_are_rounded_alike_by_every_set_of_instructions() {
+    // In blocks of ordinary values, denormal ones and such as are no numbers, and in both of all.
+    let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    let plain = |op, a: f32, b: f32| match op {
+        Reduction::Sum => a + b,
+        Reduction::Avg => (a + b) / 2.0,
+        _ => a * b,
+    };
+    for other in [0, 0x8000, 0x0001, 0x807f, 0x0080, 0x8081, 0x3f80, 0xbf81, 0x4049, 0x7f7f, 0xff80, 0x7fc1] {
+        let mut others: Vec<u8> = u16::to_le_bytes(other).repeat(1 << 16);
+        // One odd element in a block of ordinary ones.
+        others[2 * 0x4000..2 * 0x4000 + 2].copy_from_slice(&0x0001u16.to_le_bytes());
+        for op in [Reduction::Sum, Reduction::Avg, Reduction::Product] {
+            let expected = all.as_chunks().0.iter().zip(others.as_chunks().0).flat_map(|(&a, &b)| {
+                let value = plain(op, bf16::from_le_bytes(a).to_f32(), bf16::from_le_bytes(b).to_f32());
+                if value.is_nan() { bf16::NAN.to_le_bytes() } else { bf16::from_f32(value).to_le_bytes() }
+            });
+            let expected: Vec<u8> = expected.collect();
+            for level in Level::all() {
+                let mut own = all.clone();
+                let job = kernel::Job { own: &mut own, at: 0, others: &[&others], copy: None, divisor: 2 };
+                fold_at(level, DType::BF16, op, job).unwrap();
+                assert!(own == expected, "{level:?}: {op:?} with {other:#06x}");
+            }
+        }
+    }
+}
+
+#[test]
 fn two_inputs_commute_to_the_bit() {
     every_reduction(|dtype, op| {
         let (a, b) = (noise(dtype, 5000, 3), noise(dtype, 5000, 4));
