@@ -2,7 +2,7 @@
 
 mod algorithm;
 mod apart;
-mod bruck;
+pub mod bruck;
 mod call;
 mod choose;
 mod chunk;
@@ -14,7 +14,7 @@ mod cost;
 pub mod decoders;
 mod describe;
 mod device;
-mod direct;
+pub mod direct;
 mod draft;
 mod driver;
 mod dtype;
@@ -23,7 +23,7 @@ mod error;
 mod execution;
 mod explain;
 mod fingerprint;
-mod halving_doubling;
+pub mod halving_doubling;
 mod hierarchical;
 mod hosts;
 mod inquiry;
@@ -34,15 +34,15 @@ mod pending;
 mod plan;
 mod plans;
 mod recorder;
-mod recursive_doubling;
+pub mod recursive_doubling;
 pub mod reduce;
-mod ring;
+pub mod ring;
 mod same_host;
 mod schedule;
 mod settings;
 mod submitter;
 mod trace;
-mod tree;
+pub mod tree;
 mod verdict;
 mod wishes;
 
@@ -61,3 +61,9 @@ pub use reduce::Reduction;
 pub use schedule::{Action, Place, Schedule, Span, Step, StepId};
 pub use settings::Settings;
 pub use verdict::{Answer, Member, Verdict};
+
+/// Makers of schedules by themselves, for benchmarks.
+#[doc(hidden)]
+pub mod schedules {
+    pub use crate::{bruck, direct, halving_doubling, recursive_doubling, ring, tree};
+}

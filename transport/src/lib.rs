@@ -13,7 +13,8 @@ pub mod cuda;
 pub mod decoders;
 mod error;
 mod flights;
-mod frame;
+#[doc(hidden)]
+pub mod frame;
 mod group;
 mod hello;
 mod inbox;
