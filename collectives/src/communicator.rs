@@ -110,7 +110,8 @@ impl Communicator {
     /// `Invalid` for a setting that cannot be used.
     pub fn new(group: Group, name: &str, settings: Settings) -> Result<Self, CollectiveError> {
         let Group { wire, rank, world_size, members, links, segment, hosts, costs, news } = group;
-        let local = segment.filter(|_| settings.same_host).map(|segment| Local::new(segment, rank, world_size));
+        let local = segment.filter(|_| settings.same_host);
+        let local = local.map(|segment| Box::new(Local::new(segment, rank, world_size)));
         let spin_turns = settings.spin_turns(&members, rank);
         let chooser = settings.chooser()?.on(Hosts::new(settings.hosts.as_ref().unwrap_or(&hosts)), costs);
         let plans = Plans::new(chooser.clone());
@@ -165,8 +166,8 @@ impl Communicator {
     /// # Errors
     /// `Invalid`, or the group's verdict.
     pub fn run(&self, call: Call) -> Result<(), CollectiveError> {
-        let ticket = self.submit(call)?;
-        self.submitter.finish(&ticket)
+        self.devices.order.wait();
+        self.submitter.run(call)
     }
 
     /// Sends `piece` to rank `to`, where it meets a receive with the same `tag`.

@@ -16,6 +16,8 @@ const NAP: Duration = Duration::from_millis(50);
 const LONG: Duration = Duration::from_secs(1);
 /// How often a caller looks whether the progress thread has let go; that takes a few microseconds, or a very long time.
 const TRIES: u32 = 200;
+/// Of so many collectives at the segment, one at least goes by way of who drives, and the wire is looked at.
+const WIRE_LOOK: u64 = 64;
 /// Sleep of a driver that must look for messages from any rank.
 const PROBE: Duration = Duration::from_millis(1);
 
@@ -114,12 +116,44 @@ impl Shared {
     }
 
     /// Queues the collective that `make` makes from its number.
-    pub(crate) fn submit_job(&self, make: impl FnOnce(u64) -> Job) {
+    pub(crate) fn submit_job(&self, make: impl FnOnce(u64) -> Job) -> Arc<Ticket> {
+        self.queue(&mut self.inbox(), make)
+    }
+
+    /// Carries out the collective that `make` makes from its number at the segment, from this thread, where nothing is under
+    /// way; else queues it. Now and then it is queued anyway, so that who drives also looks at the wire.
+    pub(crate) fn run_job(&self, make: impl FnOnce(u64) -> Job) -> Arc<Ticket> {
+        let Ok(mut engine) = self.engine.try_lock() else { return self.submit_job(make) };
         let mut inbox = self.inbox();
+        let busy = self.unfinished.load(Ordering::Acquire) > 0 || self.claimants.load(Ordering::SeqCst) > 0;
+        if busy || inbox.sequence.is_multiple_of(WIRE_LOOK) || !engine.is_free() {
+            return self.queue(&mut inbox, make);
+        }
         let job = make(inbox.sequence);
         inbox.sequence += 1;
         self.unfinished.fetch_add(1, Ordering::AcqRel);
+        drop(inbox);
+        let ticket = Arc::clone(&job.ticket);
+        self.driven.store(true, Ordering::Release);
+        engine.run_now(job);
+        // One is this call, which nobody else waits for.
+        let others = std::mem::take(&mut engine.ended) > 1;
+        self.driven.store(false, Ordering::Release);
+        drop(engine);
+        if others || self.unfinished.load(Ordering::Acquire) > 0 {
+            self.ring_waiters();
+            self.ring_thread();
+        }
+        ticket
+    }
+
+    fn queue(&self, inbox: &mut Inbox, make: impl FnOnce(u64) -> Job) -> Arc<Ticket> {
+        let job = make(inbox.sequence);
+        let ticket = Arc::clone(&job.ticket);
+        inbox.sequence += 1;
+        self.unfinished.fetch_add(1, Ordering::AcqRel);
         inbox.jobs.push(job);
+        ticket
     }
 
     /// Queues a user's message.

@@ -31,6 +31,7 @@ mod local;
 mod memory;
 mod messages;
 mod pending;
+mod pieces;
 mod plan;
 mod plans;
 mod recorder;

@@ -5,8 +5,8 @@ use crate::call::Piece;
 use crate::engine::{Job, Stop};
 use crate::same_host::{SameHost, Stopped, Turn};
 use crate::verdict::Verdict;
-use gradwire_transport::shm::WaitError;
-use gradwire_transport::{GroupSegment, Rank, RegionSlice, RegionSliceMut, WorldSize};
+use gradwire_transport::shm::{Deadline, WaitError};
+use gradwire_transport::{GroupSegment, Overlap, Rank, RegionSlice, RegionSliceMut, WorldSize};
 
 /// What a rank that waits does meanwhile; it is told who is missing.
 pub(crate) type Meanwhile<'a> = &'a mut dyn FnMut(&[Rank]) -> Result<(), Stop>;
@@ -32,20 +32,38 @@ impl Local {
         let call = &job.call;
         // Lent once, as a part of the output.
         let given: &[Piece] = if self.host.is_in_place(call) { &[] } else { &call.input };
-        let input: Vec<RegionSlice> = lend(given, |piece| piece.region.read(piece.range.clone()), job)?;
-        let mut output: Vec<RegionSliceMut> = lend(&call.output, |piece| piece.region.write(piece.range.clone()), job)?;
+        let read = |piece: &Piece| piece.region.read(piece.range.clone()).map_err(|overlap| refused(overlap, job));
+        let write = |piece: &Piece| piece.region.write(piece.range.clone()).map_err(|overlap| refused(overlap, job));
+        if given.len() <= 1 && call.output.len() <= 1 {
+            // The usual call, without a list of anything.
+            let input = given.first().map(read).transpose()?;
+            let mut output = call.output.first().map(write).transpose()?;
+            let (given, mut taken) = (input.as_deref(), output.as_deref_mut());
+            return self.run_with(job, given.as_slice(), taken.as_mut_slice(), meanwhile);
+        }
+        let input: Vec<RegionSlice> = given.iter().map(read).collect::<Result<_, _>>()?;
+        let mut output: Vec<RegionSliceMut> = call.output.iter().map(write).collect::<Result<_, _>>()?;
         let given: Vec<&[u8]> = input.iter().map(|slice| &**slice).collect();
         let mut taken: Vec<&mut [u8]> = output.iter_mut().map(|slice| &mut **slice).collect();
+        self.run_with(job, &given, &mut taken, meanwhile)
+    }
+
+    fn run_with(
+        &mut self,
+        job: &Job,
+        given: &[&[u8]],
+        taken: &mut [&mut [u8]],
+        meanwhile: Meanwhile<'_>,
+    ) -> Result<(), Stop> {
         let bytes = given.iter().map(|slice| slice.len()).chain(taken.iter().map(|slice| slice.len())).max();
         let turn = Turn {
-            dtype: call.dtype,
+            dtype: job.call.dtype,
             fingerprint: job.fingerprint.0,
-            sequence: job.sequence,
-            deadline: job.deadline,
+            deadline: Deadline::At(job.deadline),
             idle: meanwhile,
             greeted: false,
         };
-        self.host.run(&call.collective, &given, &mut taken, turn).map_err(|stopped| stop(stopped, job))?;
+        self.host.run(&job.call.collective, given, taken, turn).map_err(|stopped| stop(stopped, job))?;
         self.bytes += bytes.unwrap_or(0) as u64;
         Ok(())
     }
@@ -56,15 +74,9 @@ impl Local {
     }
 }
 
-fn lend<T>(
-    pieces: &[Piece],
-    take: impl Fn(&Piece) -> Result<T, gradwire_transport::Overlap>,
-    job: &Job,
-) -> Result<Vec<T>, Stop> {
-    pieces.iter().map(take).collect::<Result<_, _>>().map_err(|overlap| {
-        let reason = format!("{overlap}: give each operation under way memory of its own");
-        Stop::Call(CollectiveError::Invalid { call: job.call.words(), reason })
-    })
+fn refused(overlap: Overlap, job: &Job) -> Stop {
+    let reason = format!("{overlap}: give each operation under way memory of its own");
+    Stop::Call(CollectiveError::Invalid { call: job.call.words(), reason })
 }
 
 fn stop(stopped: Stopped<Stop>, job: &Job) -> Stop {

@@ -5,16 +5,18 @@
 
 use crate::call::Call;
 use crate::chunk::chunk;
+use crate::pieces::{part, part_mut, within};
 use crate::reduce::{UnsupportedReduction, copy_streaming, finish, fold};
 use crate::{Collective, DType, Reduction};
 use gradwire_transport::GroupSegment;
-use gradwire_transport::shm::WaitError;
+use gradwire_transport::shm::{Deadline, Letters, WaitError};
 use gradwire_transport::{Rank, WorldSize};
 use std::ops::Range;
-use std::time::Instant;
 
-/// Up to here everybody folds everything: one step instead of two.
+/// Up to here what a rank gives goes with its step as a letter, and everybody folds everything: one step in all.
 const SHORT_BYTES: usize = 8 << 10;
+/// What stands before the parts in a letter, where ranks do not know each other's lengths: the longest that this one knows.
+const LENGTH_BYTES: usize = 8;
 /// From here on results go past the cache: they do not fit it, and an ordinary store would first read what it overwrites.
 const STREAM_BYTES: usize = 512 << 10;
 
@@ -48,8 +50,7 @@ impl<E> From<UnsupportedReduction> for Stopped<E> {
 pub(crate) struct Turn<'a, E> {
     pub(crate) dtype: DType,
     pub(crate) fingerprint: u64,
-    pub(crate) sequence: u64,
-    pub(crate) deadline: Instant,
+    pub(crate) deadline: Deadline,
     pub(crate) idle: &'a mut dyn FnMut(&[Rank]) -> Result<(), E>,
     pub(crate) greeted: bool,
 }
@@ -82,7 +83,7 @@ impl SameHost {
         output: &mut [&mut [u8]],
         mut turn: Turn<'_, E>,
     ) -> Done<E> {
-        self.segment.arrive(turn.sequence, turn.fingerprint);
+        self.segment.arrive(turn.fingerprint);
         let turn = &mut turn;
         match *collective {
             Collective::AllReduce { op } => self.all_reduce(op, output[0], turn),
@@ -96,16 +97,16 @@ impl SameHost {
             Collective::Barrier => self.step(turn),
         }?;
         // A collective of no elements takes its step too: that is how all learn that all called the same.
-        if turn.greeted { Ok(()) } else { self.step(turn).map(|()| self.segment.next_round()) }
+        if turn.greeted { Ok(()) } else { self.step(turn) }
     }
 
     /// A step of all; the first of a collective also tells whether all called the same.
     fn step<E>(&mut self, turn: &mut Turn<'_, E>) -> Done<E> {
-        self.segment.step(turn.deadline, turn.idle)?;
+        self.segment.step(&mut turn.deadline, turn.idle)?;
         if std::mem::replace(&mut turn.greeted, true) {
             return Ok(());
         }
-        let said = |rank: Rank| self.segment.arrived(rank, turn.sequence).unwrap_or(turn.fingerprint);
+        let said = |rank: Rank| self.segment.arrived(rank);
         if self.world_size.ranks().all(|rank| said(rank) == turn.fingerprint) {
             return Ok(());
         }
@@ -147,17 +148,18 @@ impl SameHost {
         if n == 1 {
             return Ok(finish(dtype, op, buffer, 1)?);
         }
-        crate::reduce::check(dtype, op)?;
         if buffer.len() <= SHORT_BYTES {
             if buffer.is_empty() {
                 return Ok(());
             }
-            self.segment.mine(0..buffer.len()).copy_from_slice(buffer);
+            self.segment.letter(buffer.len()).copy_from_slice(buffer);
             self.step(turn)?;
-            let all = 0..buffer.len();
-            self.fold_others(op, dtype, |_| all.clone(), buffer)?;
-            self.segment.next_round();
-            return Ok(());
+            let (letters, all) = (self.segment.letters(), 0..buffer.len());
+            return Ok(self.fold_all(op, dtype, |rank| letters.of(rank, all.clone()), buffer)?);
+        }
+        crate::reduce::check(dtype, op)?;
+        if n == 2 && buffer.len() >= STREAM_BYTES {
+            return self.exchange(op, buffer, turn);
         }
         let stream = buffer.len() >= STREAM_BYTES;
         for range in self.rounds(buffer.len(), dtype, 1) {
@@ -179,6 +181,20 @@ impl SameHost {
         Ok(())
     }
 
+    /// All-reduce of two ranks: each folds everything. As many bytes cross from core to core as where each folds a half, in half
+    /// the steps, and every result is written once.
+    fn exchange<E>(&mut self, op: Reduction, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
+        for range in self.rounds(buffer.len(), turn.dtype, 1) {
+            let all = 0..range.len();
+            let round = &mut buffer[range];
+            self.segment.mine(all.clone()).copy_from_slice(round);
+            self.step(turn)?;
+            self.fold_others(op, turn.dtype, |_| all.clone(), round)?;
+            self.segment.next_round();
+        }
+        Ok(())
+    }
+
     /// Folds the `slot` of each other rank with `own`, this rank's, in rank order into `own`.
     fn fold_others(
         &self,
@@ -187,14 +203,25 @@ impl SameHost {
         slot: impl Fn(Rank) -> Range<usize>,
         own: &mut [u8],
     ) -> Result<(), UnsupportedReduction> {
-        let (n, at) = (self.world_size.get() as usize, self.rank.index());
         let others = self.segment.others();
+        self.fold_all(op, dtype, |rank| others.of(rank, slot(rank)), own)
+    }
+
+    /// Folds what each other rank gives with `own`, this rank's, in rank order into `own`.
+    fn fold_all<'a>(
+        &self,
+        op: Reduction,
+        dtype: DType,
+        given: impl Fn(Rank) -> &'a [u8],
+        own: &mut [u8],
+    ) -> Result<(), UnsupportedReduction> {
+        let (n, at) = (self.world_size.get() as usize, self.rank.index());
         let mut few: [&[u8]; 8] = [&[]; 8];
         if n <= few.len() {
-            self.others().zip(&mut few).for_each(|(rank, input)| *input = others.of(rank, slot(rank)));
+            self.others().zip(&mut few).for_each(|(rank, input)| *input = given(rank));
             return fold(dtype, op, own, at, &few[..n - 1], None, n);
         }
-        let many: Vec<&[u8]> = self.others().map(|rank| others.of(rank, slot(rank))).collect();
+        let many: Vec<&[u8]> = self.others().map(given).collect();
         fold(dtype, op, own, at, &many, None, n)
     }
 
@@ -216,6 +243,15 @@ impl SameHost {
         crate::reduce::check(dtype, op)?;
         if self.world_size.get() == 1 {
             return Ok(finish(dtype, op, buffer, 1)?);
+        }
+        if buffer.len() <= SHORT_BYTES {
+            if self.rank != root {
+                self.segment.letter(buffer.len()).copy_from_slice(buffer);
+                return self.step(turn);
+            }
+            self.step(turn)?;
+            let (letters, all) = (self.segment.letters(), 0..buffer.len());
+            return Ok(self.fold_all(op, dtype, |rank| letters.of(rank, all.clone()), buffer)?);
         }
         for range in self.rounds(buffer.len(), dtype, 1) {
             let round = &mut buffer[range];
@@ -243,6 +279,15 @@ impl SameHost {
     }
 
     fn broadcast<E>(&mut self, root: Rank, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
+        if buffer.len() <= SHORT_BYTES {
+            if self.rank == root {
+                self.segment.letter(buffer.len()).copy_from_slice(buffer);
+                return self.step(turn);
+            }
+            self.step(turn)?;
+            buffer.copy_from_slice(self.segment.letters().of(root, 0..buffer.len()));
+            return Ok(());
+        }
         let stream = buffer.len() >= STREAM_BYTES;
         for range in self.rounds(buffer.len(), turn.dtype, 1) {
             let round = &mut buffer[range];
@@ -270,13 +315,32 @@ impl SameHost {
         if let Some(input) = input.filter(|_| takes) {
             copy(part_mut(output, self.rank, self.world_size), input, input.len() >= STREAM_MOVED_BYTES);
         }
-        let len = input.map_or_else(|| part_mut(output, self.rank, self.world_size).len(), <[u8]>::len);
-        let longest = match root {
-            None => {
-                self.world_size.ranks().map(|rank| part_mut(output, rank, self.world_size).len()).max().unwrap_or(0)
-            }
-            Some(_) => self.longest(len, turn)?,
+        let (me, size) = (self.rank, self.world_size);
+        let len = input.map_or_else(|| part_mut(output, me, size).len(), <[u8]>::len);
+        let own = match root {
+            None => size.ranks().map(|rank| part_mut(output, rank, size).len()).max().unwrap_or(0),
+            Some(_) => len,
         };
+        let (before, most) = match root {
+            None => (0, SHORT_BYTES),
+            Some(_) => (LENGTH_BYTES, SHORT_BYTES),
+        };
+        if own <= most && root != Some(me) {
+            let letter = &mut self.segment.letter(before + len)[before..];
+            letter.copy_from_slice(input.unwrap_or_else(|| part_mut(output, me, size)));
+        }
+        let longest = match root {
+            None if own <= most => self.step(turn).map(|()| own)?,
+            None => own,
+            Some(_) => self.longest(own, turn)?,
+        };
+        if longest <= most {
+            let letters = self.segment.letters();
+            for rank in self.others().filter(|_| takes) {
+                copy_letter(&letters, rank, before, part_mut(output, rank, size));
+            }
+            return Ok(());
+        }
         let stream = longest >= STREAM_BYTES;
         for range in self.rounds(longest, turn.dtype, 1) {
             let mine = within(&range, len);
@@ -313,6 +377,15 @@ impl SameHost {
         }
         // Parts of different lengths are possible: all take the rounds of the longest.
         let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
+        let width = self.letter_width();
+        if longest <= width {
+            self.put_letter(0, input, width);
+            output.copy_from_slice(own);
+            self.step(turn)?;
+            let (letters, len) = (self.segment.letters(), output.len());
+            let slot = |from| Self::place(from, self.rank, width);
+            return Ok(self.fold_all(op, dtype, |from| letters.of(from, slot(from)..slot(from) + len), output)?);
+        }
         for range in self.rounds(longest, dtype, n - 1) {
             self.put_parts(input, &range);
             let mine = within(&range, output.len());
@@ -327,6 +400,20 @@ impl SameHost {
             self.segment.next_round();
         }
         Ok(())
+    }
+
+    /// Bytes of the parts for other ranks that a letter has room for.
+    fn letter_width(&self) -> usize {
+        SHORT_BYTES / (self.world_size.get() as usize - 1).max(1)
+    }
+
+    /// Puts what is for each other rank into this rank's letter, in places of `width` bytes that begin `before`.
+    fn put_letter(&mut self, before: usize, input: &[&[u8]], width: usize) {
+        for rank in self.others() {
+            let part = part(input, rank, self.world_size);
+            let at = before + Self::place(self.rank, rank, width);
+            self.segment.letter(at + part.len())[at..].copy_from_slice(part);
+        }
     }
 
     /// Puts what of `range` is for each other rank into this rank's slot.
@@ -344,7 +431,18 @@ impl SameHost {
         let whole = part(input, me, size).len() * n;
         copy(part_mut(output, me, size), part(input, me, size), whole >= STREAM_MOVED_BYTES);
         let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
+        let width = self.letter_width();
+        if longest <= width {
+            self.put_letter(LENGTH_BYTES, input, width);
+        }
         let longest = self.longest(longest, turn)?;
+        if longest <= width {
+            let letters = self.segment.letters();
+            for rank in self.others() {
+                copy_letter(&letters, rank, LENGTH_BYTES + Self::place(rank, me, width), part_mut(output, rank, size));
+            }
+            return Ok(());
+        }
         for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
             self.put_parts(input, &range);
             self.step(turn)?;
@@ -367,7 +465,21 @@ impl SameHost {
             true => size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0),
             false => output.len(),
         };
+        let width = self.letter_width();
+        if self.rank == root && longest <= width {
+            self.put_letter(LENGTH_BYTES, input, width);
+        }
         let longest = self.longest(longest, turn)?;
+        if longest <= width {
+            match self.rank == root {
+                true => output.copy_from_slice(part(input, root, size)),
+                false => {
+                    let at = LENGTH_BYTES + Self::place(root, self.rank, width);
+                    copy_letter(&self.segment.letters(), root, at, output);
+                }
+            }
+            return Ok(());
+        }
         let stream = output.len() >= STREAM_MOVED_BYTES;
         for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
             if self.rank == root {
@@ -387,44 +499,24 @@ impl SameHost {
         Ok(())
     }
 
-    /// The longest that any rank says: where a rank knows only its own parts, all must still take as many rounds.
+    /// The longest that any rank says: where a rank knows only its own parts, all must still take as many rounds. One step; what
+    /// goes with it stands behind the length.
     fn longest<E>(&mut self, own: usize, turn: &mut Turn<'_, E>) -> Result<usize, Stopped<E>> {
-        self.segment.mine(0..8).copy_from_slice(&(own as u64).to_le_bytes());
+        self.segment.letter(LENGTH_BYTES).copy_from_slice(&(own as u64).to_le_bytes());
         self.step(turn)?;
-        let others = self.segment.others();
+        let letters = self.segment.letters();
         let said = |rank| {
-            let bytes = others.of(rank, 0..8).first_chunk().copied().unwrap_or_default();
+            let bytes = letters.of(rank, 0..LENGTH_BYTES).first_chunk().copied().unwrap_or_default();
             usize::try_from(u64::from_le_bytes(bytes)).unwrap_or(usize::MAX)
         };
-        let longest = self.others().map(said).fold(own, usize::max);
-        self.segment.next_round();
-        Ok(longest)
+        Ok(self.others().map(said).fold(own, usize::max))
     }
+}
+
+fn copy_letter(letters: &Letters<'_>, from: Rank, at: usize, into: &mut [u8]) {
+    into.copy_from_slice(letters.of(from, at..at + into.len()));
 }
 
 fn copy(into: &mut [u8], from: &[u8], stream: bool) {
     if stream { copy_streaming(into, from) } else { into.copy_from_slice(from) }
-}
-
-/// As much of `range` as lies within `len`.
-fn within(range: &Range<usize>, len: usize) -> Range<usize> {
-    range.start.min(len)..range.end.min(len)
-}
-
-/// `rank`'s part: a piece of its own, or its share of the one piece.
-fn part<'a>(pieces: &[&'a [u8]], rank: Rank, world_size: WorldSize) -> &'a [u8] {
-    let n = world_size.get() as usize;
-    match pieces {
-        [all] if n > 1 => &all[all.len() / n * rank.index()..][..all.len() / n],
-        pieces => pieces[rank.index()],
-    }
-}
-
-fn part_mut<'a>(pieces: &'a mut [&mut [u8]], rank: Rank, world_size: WorldSize) -> &'a mut [u8] {
-    let n = world_size.get() as usize;
-    if pieces.len() == 1 && n > 1 {
-        let len = pieces[0].len() / n;
-        return &mut pieces[0][len * rank.index()..][..len];
-    }
-    &mut *pieces[rank.index()]
 }

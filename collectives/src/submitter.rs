@@ -24,6 +24,19 @@ pub(crate) struct Submitter {
 impl Submitter {
     /// Hands `call` to the engine; it moves when somebody waits, or by the progress thread.
     pub(crate) fn submit(&self, call: Call) -> Result<Arc<Ticket>, CollectiveError> {
+        let make = self.prepare(call)?;
+        Ok(self.shared.submit_job(make))
+    }
+
+    /// Carries out `call` from this thread.
+    pub(crate) fn run(&self, call: Call) -> Result<(), CollectiveError> {
+        let make = self.prepare(call)?;
+        let ticket = self.shared.run_job(make);
+        self.finish(&ticket)
+    }
+
+    /// Checks `call`, and tells how its job is made once it has a number.
+    fn prepare(&self, call: Call) -> Result<impl FnOnce(u64) -> Job + use<>, CollectiveError> {
         let mut shape = call.shape(self.rank.index(), self.world_size)?;
         shape.packed = shape.packed && self.chooser.packs(&call.collective, call.dtype, &shape, self.world_size);
         let fingerprint = Fingerprint::of(
@@ -34,17 +47,8 @@ impl Submitter {
         );
         let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
         let call = call.apart(self.rank.index(), self.world_size.get() as usize)?;
-        let ticket = Arc::new(Ticket::default());
-        self.shared.submit_job(|sequence| Job {
-            ticket: Arc::clone(&ticket),
-            call,
-            shape,
-            fingerprint,
-            sequence,
-            deadline: Instant::now() + timeout,
-            timeout,
-        });
-        Ok(ticket)
+        let (ticket, deadline) = (Arc::new(Ticket::default()), Instant::now() + timeout);
+        Ok(move |sequence| Job { ticket, call, shape, fingerprint, sequence, deadline, timeout })
     }
 
     /// Waits for the end of what was handed over; the caller's thread drives it meanwhile.

@@ -9,7 +9,8 @@ use gradwire_transport::Rank;
 use std::sync::Arc;
 
 const WAYS: [Way; 4] = [Way::Tcp, Way::Credit, Way::Shm, Way::Segment];
-const LENGTHS: [usize; 7] = [0, 1, 2, 3, 1000, 40_000, 300_001];
+/// Both sides of 8 KiB are there, up to which one step at the segment does.
+const LENGTHS: [usize; 9] = [0, 1, 2, 3, 1000, 2048, 2049, 40_000, 300_001];
 
 /// Element `i` of rank `rank`'s buffer: tells both, and is exact in every sum below.
 fn mark(rank: u32, i: usize) -> f32 {
@@ -209,7 +210,7 @@ fn reduce_scatter_and_scatter_give_every_rank_its_part() {
 fn all_to_all_exchanges_parts_of_any_length() {
     everywhere(|way, size| {
         group(size, way, Settings::default(), |c| {
-            for len in [0, 1, 1000, 100_000] {
+            for len in [0, 1, 1000, 2043, 100_000] {
                 // Rank a gives rank b len + a + 2b elements, all saying from whom to whom.
                 let count = |from: usize, to: usize| len + from + 2 * to;
                 let (me, n) = (c.rank().index(), size as usize);

@@ -56,7 +56,7 @@ pub(crate) struct Engine {
     pub(crate) group: String,
     pub(crate) members: Vec<PeerName>,
     pub(crate) plans: Plans,
-    pub(crate) local: Option<Local>,
+    pub(crate) local: Option<Box<Local>>,
     pub(crate) unfinished: Arc<AtomicUsize>,
     pub(crate) wishes: Arc<Wishes>,
     pub(crate) ended: usize,
@@ -88,7 +88,7 @@ impl Engine {
         (rank, world_size): (Rank, WorldSize),
         (group, members): (String, Vec<PeerName>),
         plans: Plans,
-        local: Option<Local>,
+        local: Option<Box<Local>>,
         trace: Arc<Trace>,
     ) -> Self {
         let mut engine = Self {
@@ -129,14 +129,7 @@ impl Engine {
 
     /// Takes a collective; they begin in order.
     pub(crate) fn submit(&mut self, job: Job) {
-        self.begun = self.begun.max(job.sequence + 1);
-        if self.remembered.len() == REMEMBERED {
-            self.remembered.pop_front();
-        }
-        self.remembered.push_back((job.sequence, job.fingerprint.0));
-        self.answer_late(job.sequence);
-        let what = What::Collective { number: job.sequence, fingerprint: job.fingerprint };
-        self.trace.begin(&job.ticket, what, job.deadline.checked_sub(job.timeout).unwrap_or(job.deadline));
+        self.note(&job);
         match &self.over {
             Some(verdict) => {
                 let error = verdict.error(self.operation(&job), &self.members);
@@ -144,6 +137,33 @@ impl Engine {
             }
             None => self.queue.push_back(job),
         }
+    }
+
+    /// Whether a collective can be carried out at once at the segment, provided that nothing is under way.
+    pub(crate) fn is_free(&self) -> bool {
+        self.local.is_some() && self.over.is_none() && !self.wishes.any()
+    }
+
+    /// Takes a collective and carries it out at the segment, where the group [is free](Self::is_free) and nothing is under way.
+    pub(crate) fn run_now(&mut self, job: Job) {
+        self.note(&job);
+        match self.local.take() {
+            Some(local) => self.run_at_segment(local, job),
+            None => self.queue.push_back(job),
+        }
+    }
+
+    fn note(&mut self, job: &Job) {
+        self.begun = self.begun.max(job.sequence + 1);
+        if self.remembered.len() == REMEMBERED {
+            self.remembered.pop_front();
+        }
+        self.remembered.push_back((job.sequence, job.fingerprint.0));
+        if !self.asked.is_empty() {
+            self.answer_late(job.sequence);
+        }
+        let what = What::Collective { number: job.sequence, fingerprint: job.fingerprint };
+        self.trace.begin(&job.ticket, what, job.deadline.checked_sub(job.timeout).unwrap_or(job.deadline));
     }
 
     /// Takes what other threads want; whether there was anything.
@@ -214,23 +234,26 @@ impl Engine {
         while self.running.len() < CONCURRENT {
             let Some(job) = self.queue.pop_front() else { break };
             moved = true;
-            if let Some(mut local) = self.local.take() {
-                self.at_segment = Some(job.sequence);
-                self.absent = None;
-                let outcome = local.run(&job, &mut |missing| self.while_waiting(missing));
-                self.at_segment = None;
-                self.local = Some(local);
-                match outcome {
-                    Ok(()) => self.finish(&job.ticket, Ok(Done::default())),
-                    Err(Stop::Call(error)) => self.finish(&job.ticket, Err(error)),
-                    Err(Stop::Verdict(verdict)) => self.end_at_segment(job, Some(verdict)),
-                    Err(Stop::Poisoned) => self.end_at_segment(job, None),
-                }
-            } else {
-                self.begin(job, now);
+            match self.local.take() {
+                Some(local) => self.run_at_segment(local, job),
+                None => self.begin(job, now),
             }
         }
         moved
+    }
+
+    fn run_at_segment(&mut self, mut local: Box<Local>, job: Job) {
+        self.at_segment = Some(job.sequence);
+        self.absent = None;
+        let outcome = local.run(&job, &mut |missing| self.while_waiting(missing));
+        self.at_segment = None;
+        self.local = Some(local);
+        match outcome {
+            Ok(()) => self.finish(&job.ticket, Ok(Done::default())),
+            Err(Stop::Call(error)) => self.finish(&job.ticket, Err(error)),
+            Err(Stop::Verdict(verdict)) => self.end_at_segment(job, Some(verdict)),
+            Err(Stop::Poisoned) => self.end_at_segment(job, None),
+        }
     }
 
     fn begin(&mut self, job: Job, now: Instant) {

@@ -1,20 +1,24 @@
-//! Does: the segment that all ranks of a group on one host share: a slot of memory per rank, and steps that all take
-//! together.
+//! Does: the segment that all ranks of a group on one host share: a letter and a slot of memory per rank, and steps that all
+//! take together.
 //!
-//! Ranks move in lock step. A rank announces step s, then waits until all have. Round r uses slot set r % 2: a rank writes
-//! only its own slot of the set, all take a step, and then all read. Before a set is written again two rounds later, all
-//! have taken the step of the round between, so all have finished reading. This is what makes the slices below sound, as
-//! long as every rank follows it; the ranks of a group trust each other with their data.
+//! Ranks move in lock step. A rank announces step s, then waits until all have. With the step goes its letter: the number of
+//! the step, the caller's fingerprint and a few bytes of data, on one line of cache where they are few. Step s uses letter
+//! s % 2: it is written before the step and read after it, and written anew two steps later, when all have taken the step
+//! between, so have done reading. Slots are for more: round r uses slot set r % 2, a rank writes only its own slot of the set,
+//! all take a step, and then all read. Before a set is written again two rounds later, all have taken the step of the round
+//! between, so all have finished reading. This is what makes the slices below sound, as long as every rank follows it; the
+//! ranks of a group trust each other with their data.
 
 #![allow(unsafe_code)]
 
+use super::patience::{Deadline, Patience};
 use super::segment::{Segment, SegmentOffer};
 use crate::{Rank, TransportError, WorldSize};
 use rustix::event::Timespec;
 use rustix::thread::futex;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Bytes of a rank's slot in one set: with every slot of a round in the second-level cache, rounds run at its pace.
@@ -22,12 +26,16 @@ const SLOT_BYTES: usize = 256 << 10;
 const LINE: usize = 64;
 /// Words that all share: poison, sleepers, the bell; each on a line of its own.
 const SHARED_BYTES: usize = 3 * LINE;
-/// Per rank: its step, then two pairs of (sequence + 1, fingerprint), each on a line of its own.
-const RANK_BYTES: usize = 3 * LINE;
+/// What stands before a letter's data: the step and the fingerprint.
+const LETTER_HEAD: usize = 16;
+/// Bytes of data in a letter: 8 KiB, and what else fits its first line.
+const LETTER_BYTES: usize = (8 << 10) + LINE - LETTER_HEAD;
 /// Yields between looks at the rest of the world.
 const YIELDS: u32 = 16;
 /// How long a waiter yields before it sleeps.
 const YIELDING: Duration = Duration::from_millis(1);
+/// Turns of spinning within which a store is seen by all: some 2 us.
+const SETTLING: u32 = 100;
 /// Longest sleep: within it, a lost peer is noticed.
 const SLEEP: Duration = Duration::from_millis(1);
 
@@ -49,7 +57,20 @@ pub struct GroupSegment {
     world_size: WorldSize,
     step: u64,
     round: u64,
-    spins: u32,
+    fingerprint: u64,
+    patience: Patience,
+}
+
+/// The other ranks' letters of a step that all have taken.
+pub struct Letters<'a>(&'a GroupSegment);
+
+impl Letters<'_> {
+    /// Bytes of `rank`'s letter.
+    pub fn of(&self, rank: Rank, range: Range<usize>) -> &[u8] {
+        let start = self.0.letter_data(rank, self.0.step, &range);
+        // SAFETY: within the mapping; nobody writes it before this rank's next step (the head of this file says why).
+        unsafe { std::slice::from_raw_parts(start, range.len()) }
+    }
 }
 
 /// The other ranks' slots in a round, to be read.
@@ -92,9 +113,8 @@ impl GroupSegment {
 
     fn new(segment: Segment, rank: Rank, world_size: WorldSize) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
-        // With a core each, spin some 30 us; where ranks outnumber cores, spinning keeps the others from their work.
-        let spins = if world_size.get() as usize <= cores { 2000 } else { 20 };
-        Self { segment, rank, world_size, step: 0, round: 0, spins }
+        let patience = Patience::new(world_size.get() as usize, cores);
+        Self { segment, rank, world_size, step: 0, round: 0, fingerprint: 0, patience }
     }
 
     fn bytes(world_size: WorldSize) -> usize {
@@ -112,18 +132,31 @@ impl GroupSegment {
         SLOT_BYTES
     }
 
-    /// Publishes that this rank begins collective number `sequence`. The next step tells it to all.
-    pub fn arrive(&mut self, sequence: u64, fingerprint: u64) {
-        let at = self.arrival(self.rank, sequence);
-        self.segment.word64(at + 8).store(fingerprint, Ordering::Relaxed);
-        self.segment.word64(at).store(sequence + 1, Ordering::Release);
+    /// Bytes of a letter.
+    pub const fn letter_bytes(&self) -> usize {
+        LETTER_BYTES
     }
 
-    /// What `rank` has published for collective number `sequence`; `None` where it has not begun it. True after a step.
-    pub fn arrived(&self, rank: Rank, sequence: u64) -> Option<u64> {
-        let at = self.arrival(rank, sequence);
-        let begun = self.segment.word64(at).load(Ordering::Acquire);
-        (begun == sequence + 1).then(|| self.segment.word64(at + 8).load(Ordering::Relaxed))
+    /// Says with every step from now on that this rank is in the call of `fingerprint`.
+    pub fn arrive(&mut self, fingerprint: u64) {
+        self.fingerprint = fingerprint;
+    }
+
+    /// The call that `rank` said it is in when it took the last step.
+    pub fn arrived(&self, rank: Rank) -> u64 {
+        self.segment.word64(self.letter_at(rank, self.step) + 8).load(Ordering::Relaxed)
+    }
+
+    /// The first bytes of the letter that goes with this rank's next step.
+    pub fn letter(&mut self, bytes: usize) -> &mut [u8] {
+        let start = self.letter_data(self.rank, self.step + 1, &(0..bytes));
+        // SAFETY: within the mapping; before the step nobody reads it (the head of this file says why).
+        unsafe { std::slice::from_raw_parts_mut(start, bytes) }
+    }
+
+    /// The letters that went with the last step.
+    pub fn letters(&self) -> Letters<'_> {
+        Letters(self)
     }
 
     /// This rank's slot in the coming round, to be written before the step.
@@ -158,26 +191,37 @@ impl GroupSegment {
     /// `Idle`, what `idle` gave; `Timeout` naming who is missing; `Poisoned` once a rank has called [`Self::poison`].
     pub fn step<E>(
         &mut self,
-        deadline: Instant,
+        deadline: &mut Deadline,
         idle: &mut dyn FnMut(&[Rank]) -> Result<(), E>,
     ) -> Result<(), WaitError<E>> {
         self.step += 1;
-        self.step_word(self.rank).store(self.step, Ordering::SeqCst);
-        if self.sleepers().load(Ordering::SeqCst) > 0 {
+        let at = self.letter_at(self.rank, self.step);
+        self.segment.word64(at + 8).store(self.fingerprint, Ordering::Relaxed);
+        self.segment.word64(at).store(self.step, Ordering::Release);
+        self.wake_sleepers();
+        if self.all_here() {
+            return Ok(());
+        }
+        for _ in 0..self.patience.spins() {
+            std::hint::spin_loop();
+            if self.all_here() {
+                self.patience.waited(0);
+                return Ok(());
+            }
+        }
+        let pauses = self.wait(deadline, idle)?;
+        self.patience.waited(pauses);
+        Ok(())
+    }
+
+    /// Without a barrier between the step and the look for sleepers, which would cost every step as much as a line's way to
+    /// another core: see [`Self::sleep`].
+    fn wake_sleepers(&self) {
+        if self.sleepers().load(Ordering::Relaxed) > 0 {
             self.bell().fetch_add(1, Ordering::SeqCst);
             // Nobody asleep any more is as good.
             let _ = futex::wake(self.bell(), futex::Flags::empty(), u32::MAX >> 1);
         }
-        let mut spun = 0;
-        while !self.all_here() {
-            if spun < self.spins {
-                spun += 1;
-                std::hint::spin_loop();
-            } else {
-                self.wait(deadline, idle)?;
-            }
-        }
-        Ok(())
     }
 
     /// Ends the group at the segment: every waiter, now and later, gets `Poisoned`.
@@ -188,15 +232,28 @@ impl GroupSegment {
         let _ = futex::wake(self.bell(), futex::Flags::empty(), u32::MAX >> 1);
     }
 
-    /// Yields for a while, then sleeps; returns when something may have changed.
-    fn wait<E>(&self, deadline: Instant, idle: &mut dyn FnMut(&[Rank]) -> Result<(), E>) -> Result<(), WaitError<E>> {
+    /// Yields for a while, then sleeps; returns when all are here, with how often it yielded.
+    fn wait<E>(
+        &self,
+        deadline: &mut Deadline,
+        idle: &mut dyn FnMut(&[Rank]) -> Result<(), E>,
+    ) -> Result<u32, WaitError<E>> {
         let began = Instant::now();
+        let deadline = deadline.seen(began);
+        // By now the step is seen by all: who fell asleep meanwhile is seen here.
+        self.wake_sleepers();
+        // Of two ranks on a core, one stays.
+        if self.patience.moves() && self.missing().first().is_some_and(|&first| first < self.rank) {
+            super::core::leave();
+        }
+        let mut pauses = 0;
         loop {
             for _ in 0..YIELDS {
                 if self.all_here() {
-                    return Ok(());
+                    return Ok(pauses);
                 }
                 std::thread::yield_now();
+                pauses += 1;
             }
             if self.poisoned().load(Ordering::SeqCst) != 0 {
                 return Err(WaitError::Poisoned);
@@ -213,9 +270,13 @@ impl GroupSegment {
         }
     }
 
+    /// Sleeps until a rank takes a step or poisons the segment, or [`SLEEP`] is over.
     fn sleep(&self) {
         let rung = self.bell().load(Ordering::SeqCst);
         self.sleepers().fetch_add(1, Ordering::SeqCst);
+        // Who took a step before it could see the sleeper is seen after this: no store is on its way for so long. Should one ever
+        // be, the sleep takes as long as it may.
+        (0..SETTLING).for_each(|_| std::hint::spin_loop());
         if !self.all_here() && self.poisoned().load(Ordering::SeqCst) == 0 {
             let nap = Timespec { tv_sec: 0, tv_nsec: i64::from(SLEEP.subsec_nanos()) };
             // Woken, timed out or too late: the caller looks again.
@@ -225,11 +286,15 @@ impl GroupSegment {
     }
 
     fn all_here(&self) -> bool {
-        self.world_size.ranks().all(|rank| self.step_word(rank).load(Ordering::Acquire) >= self.step)
+        self.world_size.ranks().all(|rank| self.is_here(rank))
     }
 
     fn missing(&self) -> Vec<Rank> {
-        self.world_size.ranks().filter(|&rank| self.step_word(rank).load(Ordering::Acquire) < self.step).collect()
+        self.world_size.ranks().filter(|&rank| !self.is_here(rank)).collect()
+    }
+
+    fn is_here(&self, rank: Rank) -> bool {
+        self.segment.word64(self.letter_at(rank, self.step)).load(Ordering::Acquire) >= self.step
     }
 
     fn set(&self) -> usize {
@@ -248,12 +313,17 @@ impl GroupSegment {
         self.segment.word32(2 * LINE)
     }
 
-    fn step_word(&self, rank: Rank) -> &AtomicU64 {
-        self.segment.word64(SHARED_BYTES + rank.index() * RANK_BYTES)
+    /// Where `rank`'s letter of `step` begins.
+    fn letter_at(&self, rank: Rank, step: u64) -> usize {
+        let place = (step % 2) as usize * self.world_size.get() as usize + rank.index();
+        SHARED_BYTES + place * (LETTER_HEAD + LETTER_BYTES)
     }
 
-    fn arrival(&self, rank: Rank, sequence: u64) -> usize {
-        SHARED_BYTES + rank.index() * RANK_BYTES + LINE * (1 + (sequence % 2) as usize)
+    fn letter_data(&self, rank: Rank, step: u64, range: &Range<usize>) -> *mut u8 {
+        let known = self.world_size.contains(rank);
+        assert!(known && range.start <= range.end && range.end <= LETTER_BYTES, "a letter has {LETTER_BYTES} bytes");
+        let offset = self.letter_at(rank, step) + LETTER_HEAD + range.start;
+        self.segment.pointer(offset, range.len()).as_ptr()
     }
 
     fn slot(&self, set: usize, rank: Rank, range: &Range<usize>) -> *mut u8 {
@@ -268,7 +338,7 @@ impl GroupSegment {
 }
 
 fn slots_offset(world_size: usize) -> usize {
-    (super::segment::HEAD_BYTES + SHARED_BYTES + world_size * RANK_BYTES).next_multiple_of(4096)
+    (super::segment::HEAD_BYTES + SHARED_BYTES + 2 * world_size * (LETTER_HEAD + LETTER_BYTES)).next_multiple_of(4096)
         - super::segment::HEAD_BYTES
 }
 
@@ -291,6 +361,10 @@ mod tests {
         });
     }
 
+    fn within(wait: Duration) -> Deadline {
+        Deadline::At(Instant::now() + wait)
+    }
+
     fn nothing(_: &[Rank]) -> Result<(), ()> {
         Ok(())
     }
@@ -302,7 +376,7 @@ mod tests {
                 for round in 0..500u64 {
                     let me = u64::from(segment.rank.0);
                     segment.mine(8..16).copy_from_slice(&(round * 100 + me).to_le_bytes());
-                    segment.step(Instant::now() + Duration::from_secs(20), &mut nothing).unwrap();
+                    segment.step(&mut within(Duration::from_secs(20)), &mut nothing).unwrap();
                     for rank in segment.world_size.ranks().filter(|rank| *rank != segment.rank) {
                         let read = u64::from_le_bytes(segment.others().of(rank, 8..16).try_into().unwrap());
                         assert_eq!(read, round * 100 + u64::from(rank.0));
@@ -314,11 +388,33 @@ mod tests {
     }
 
     #[test]
+    fn letters_go_with_their_steps() {
+        for n in [1, 2, 3, 5] {
+            together(n, |segment| {
+                for turn in 0..2000u64 {
+                    let letter = |rank: Rank| [turn.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(rank.0); 9];
+                    let bytes = |rank: Rank| letter(rank).map(u64::to_le_bytes).concat();
+                    // Some fit the first line, others do not.
+                    let len = if turn % 3 == 0 { 72 } else { 24 };
+                    segment.arrive(turn + u64::from(segment.rank.0));
+                    let own = bytes(segment.rank);
+                    segment.letter(len).copy_from_slice(&own[..len]);
+                    segment.step(&mut Deadline::In(Duration::from_secs(20)), &mut nothing).unwrap();
+                    for rank in segment.world_size.ranks() {
+                        assert_eq!(segment.letters().of(rank, 0..len), &bytes(rank)[..len]);
+                        assert_eq!(segment.arrived(rank), turn + u64::from(rank.0));
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
     fn who_does_not_come_is_named_and_poison_frees_waiters() {
         let gate = std::sync::Barrier::new(3);
         together(3, |segment| {
             if segment.rank != Rank(1) {
-                match segment.step(Instant::now() + Duration::from_millis(50), &mut nothing) {
+                match segment.step(&mut within(Duration::from_millis(50)), &mut nothing) {
                     Err(WaitError::Timeout(missing)) => assert_eq!(missing, [Rank(1)]),
                     other => panic!("{other:?}"),
                 }
@@ -327,10 +423,10 @@ mod tests {
             if segment.rank == Rank(0) {
                 segment.poison();
             } else {
-                let waited = segment.step(Instant::now() + Duration::from_secs(20), &mut nothing);
+                let waited = segment.step(&mut within(Duration::from_secs(20)), &mut nothing);
                 // Rank 1 takes its first step here, which all have taken: only its second can show the poison.
                 let waited = if waited.is_ok() {
-                    segment.step(Instant::now() + Duration::from_secs(20), &mut nothing)
+                    segment.step(&mut within(Duration::from_secs(20)), &mut nothing)
                 } else {
                     waited
                 };
@@ -343,8 +439,8 @@ mod tests {
     fn the_caller_can_end_a_wait() {
         together(2, |segment| {
             if segment.rank == Rank(0) {
-                let ended = segment
-                    .step(Instant::now() + Duration::from_secs(20), &mut |missing: &[Rank]| Err(missing.to_vec()));
+                let ended =
+                    segment.step(&mut within(Duration::from_secs(20)), &mut |missing: &[Rank]| Err(missing.to_vec()));
                 assert!(matches!(ended, Err(WaitError::Idle(missing)) if missing == [Rank(1)]));
             }
         });

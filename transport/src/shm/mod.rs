@@ -1,14 +1,17 @@
 //! Memory shared by processes of one host: a mapping without a name, the segment that all ranks of a group share, and the
 //! wire between pairs of processes.
 
+mod core;
 mod group_segment;
 mod link;
 mod offer;
+mod patience;
 mod ring;
 mod segment;
 mod wire;
 
-pub use group_segment::{GroupSegment, Others, WaitError};
+pub use group_segment::{GroupSegment, Letters, Others, WaitError};
 pub use offer::{OFFER_BYTES, ShmEnd, ShmOffer};
+pub use patience::Deadline;
 pub use segment::{Segment, SegmentOffer};
 pub use wire::{ShmWire, pair};
