@@ -144,6 +144,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         }
         rows.push(row);
     }
+    if !options.json && options.shape.is_none() {
+        row::judge(&rows).iter().for_each(|verdict| println!("{verdict}"));
+    }
     match &options.report {
         Some(folder) => Report::open(folder)?.add(section(options, &title, &rows)?),
         None => Ok(()),

@@ -121,6 +121,44 @@ pub(super) struct Row {
     pub(super) per_sender: Vec<SenderRow>,
 }
 
+/// Least goodput beside the best number of senders, least fairness, and least part of an equal share: below, a sender starves.
+const LEAST_OF_BEST: f64 = 0.95;
+const LEAST_JAIN: f64 = 0.98;
+const LEAST_OF_SHARE: f64 = 0.5;
+
+/// Says of each way of control whether goodput and fairness hold as senders grow in number, and where they do not; of rows
+/// with two senders or more, and only where there are several numbers of them.
+pub(super) fn judge(rows: &[Row]) -> Vec<String> {
+    let mut verdicts = Vec::new();
+    for cc in [Cc::None, Cc::Credit] {
+        let many: Vec<&Row> = rows.iter().filter(|row| row.cc == cc && row.senders >= 2).collect();
+        if many.len() < 2 {
+            continue;
+        }
+        let best = many.iter().map(|row| row.goodput_gb_per_s).fold(0.0, f64::max);
+        let (mut missed, mut held) = (Vec::new(), 0);
+        for row in &many {
+            let of_best = row.goodput_gb_per_s / best;
+            let share = row.goodput_gb_per_s / row.senders as f64;
+            let slowest = row.per_sender.iter().map(|one| one.goodput_gb_per_s / share).fold(f64::INFINITY, f64::min);
+            if of_best >= LEAST_OF_BEST && row.jain >= LEAST_JAIN && slowest >= LEAST_OF_SHARE {
+                held += 1;
+            } else {
+                let senders = row.senders;
+                missed.push(format!("{senders}: {of_best:.2} of the best, Jain {:.4}, slowest {slowest:.2}", row.jain));
+            }
+        }
+        let end = if missed.is_empty() { String::new() } else { format!("; missed at {}", missed.join("; ")) };
+        verdicts.push(format!(
+            "bar, {}: goodput >= {LEAST_OF_BEST} of the best, Jain >= {LEAST_JAIN}, slowest >= {LEAST_OF_SHARE} of its share: \
+             held by {held} of {} rows{end}",
+            cc.name(),
+            many.len()
+        ));
+    }
+    verdicts
+}
+
 /// What is the same for all rows of a run.
 pub(super) struct About {
     pub(super) host: String,
@@ -259,6 +297,27 @@ mod tests {
         assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500.0));
         assert_eq!((row.p50_us, row.p99_us, row.per_sender[1].p50_us), (3.0, 5.0, 5.0));
         assert_eq!(row.switch, Some(Switch { dropped: 7, queue_p50_bytes: 10.0, queue_p99_bytes: 30.0 }));
+    }
+
+    #[test]
+    fn the_bar_is_missed_by_less_goodput_by_unfairness_and_by_a_starved_sender() {
+        let about = About { host: "h".into(), wire: Way::Tcp, shape: None, bytes: 1_000_000, depth: 2 };
+        let row = |pushes: &[f64]| {
+            let taken = Taken { seconds: 1.0, pushes: pushes.to_vec(), refused: None };
+            let none = Pushed { push_us: vec![1.0], sent: Sent::default() };
+            Row::new(&about, Cc::None, &taken, vec![none; pushes.len()], None)
+        };
+        let verdict = |other: &[f64]| judge(&[row(&[500.0, 500.0]), row(other)]).concat();
+        assert!(verdict(&[480.0, 480.0]).ends_with("held by 2 of 2 rows"));
+        assert!(
+            verdict(&[470.0, 470.0])
+                .ends_with("held by 1 of 2 rows; missed at 2: 0.94 of the best, Jain 1.0000, slowest 1.00")
+        );
+        assert!(verdict(&[600.0, 400.0]).contains("missed at 2: 1.00 of the best, Jain 0.9615"));
+        let mut starved = vec![15.0; 64];
+        starved[0] = 5.0;
+        assert!(verdict(&starved).contains("missed at 64: 0.95 of the best, Jain 0.9936, slowest 0.34"));
+        assert!(judge(&[row(&[1000.0]), row(&[1.0, 1.0])]).is_empty(), "one number of senders has nothing beside it");
     }
 
     #[test]
