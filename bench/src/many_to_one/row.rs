@@ -316,7 +316,7 @@ mod tests {
         assert!(verdict(&[600.0, 400.0]).contains("missed at 2: 1.00 of the best, Jain 0.9615"));
         let mut starved = vec![15.0; 64];
         starved[0] = 5.0;
-        assert!(verdict(&starved).contains("missed at 64: 0.95 of the best, Jain 0.9936, slowest 0.34"));
+        assert!(verdict(&starved).contains("missed at 64: 0.95 of the best, Jain 0.9931, slowest 0.34"));
         assert!(judge(&[row(&[1000.0]), row(&[1.0, 1.0])]).is_empty(), "one number of senders has nothing beside it");
     }
 
