@@ -88,7 +88,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=200, help="calls a size at most (default 200; large ones fewer)")
-    parser.add_argument("--update-readme", action="store_true")
+    parser.add_argument("--update-readme", nargs="?", type=pathlib.Path, const=README, metavar="FILE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, torch.multiprocessing.Manager() as manager:
         results = manager.dict()
@@ -97,9 +97,9 @@ def main():
         text = table(dict(results), arguments.ranks, arguments.rounds)
     print(text)
     if arguments.update_readme:
-        readme = README.read_text(encoding="utf-8")
+        readme = arguments.update_readme.read_text(encoding="utf-8")
         before, rest = readme.split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        arguments.update_readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
