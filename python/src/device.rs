@@ -5,19 +5,18 @@
 
 use crate::element::Element;
 use crate::errors;
-use gradwire_transport::cuda::{CudaError, Device, DeviceMemory, DeviceSlice, Driver, Event, Stream};
+use gradwire_transport::cuda::{CudaError, Device, DeviceMemory, DeviceSlice, Driver, Event, PinnedPool, Stream};
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The file that stands for libcuda.so.1.
 const LIBRARY: &str = "GRADWIRE_CUDA_LIBRARY";
-/// Pinned buffers that are kept for the next call.
-const KEPT: usize = 4;
 /// How long a copy may take that has no time-out of its own.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -118,20 +117,13 @@ fn driver() -> Result<&'static Driver, CudaError> {
     Driver::load(path.as_deref())
 }
 
-/// A pinned buffer of at least `bytes` that nobody uses: pinning takes longer than most copies.
+/// A pinned buffer of at least `bytes` that nobody uses, of a pool that stays: pinning takes longer than most copies.
 fn pinned(device: &Arc<Device>, bytes: usize) -> Result<Arc<Region>, CudaError> {
-    static BUFFERS: Mutex<Vec<Arc<Region>>> = Mutex::new(Vec::new());
-    let mut buffers = BUFFERS.lock().unwrap_or_else(PoisonError::into_inner);
-    // Slices hold their region: one that only this list holds is idle.
-    if let Some(idle) = buffers.iter().find(|region| Arc::strong_count(region) == 1 && region.len() >= bytes) {
-        return Ok(Arc::clone(idle));
-    }
-    let region = device.pin(bytes.next_multiple_of(64 << 10))?;
-    if buffers.len() == KEPT {
-        buffers.remove(0);
-    }
-    buffers.push(Arc::clone(&region));
-    Ok(region)
+    static POOLS: Mutex<BTreeMap<u32, Arc<PinnedPool>>> = Mutex::new(BTreeMap::new());
+    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
+    let pool = Arc::clone(pools.entry(device.ordinal()).or_insert_with(|| PinnedPool::of(device)));
+    drop(pools);
+    pool.take(bytes)
 }
 
 /// What `__cuda_array_interface__` says: where the memory is, of what, in which shape.

@@ -58,9 +58,6 @@ impl Carry {
             // The other ranks wait for a part that will not come.
             self.submitter.abort(&format!("{}: {error}", self.call.words()));
         }
-        if let Some(large) = self.large {
-            self.lane.give_back(large);
-        }
         (outcome.map(|()| crate::Done::default()), self.call)
     }
 

@@ -122,11 +122,15 @@ impl Devices {
         lanes
             .values()
             .map(|lane| {
-                let (ring, each) = (cut::SLOTS, cut::SLOT_BYTES >> 20);
+                let (ring, each, pinned) = (cut::SLOTS, cut::SLOT_BYTES >> 20, lane.pinned.count());
                 format!(
-                    "CUDA device {} ({}): staged by {ring} pinned buffers of {each} MiB, copies and messages at once{}",
+                    "CUDA device {} ({}): staged by {ring} pinned buffers of {each} MiB, copies and messages at once; {} MiB pinned in \
+                     the process, {} buffers made and {} used again{}",
                     lane.device.ordinal(),
                     lane.device.name().unwrap_or_default(),
+                    pinned.bytes >> 20,
+                    pinned.made,
+                    pinned.reused,
                     lane.way.as_ref().map_or_else(String::new, |way| format!(" ({way})"))
                 )
             })
@@ -167,7 +171,7 @@ impl Communicator {
         let bytes = call.dtype.bytes();
         let rounds = cut::rounds(&call.collective, bytes, (&input, &output), world_size, cut::SLOT_BYTES);
         let most = rounds.iter().map(|round| round.bytes).max().unwrap_or(0);
-        let large = if most > cut::SLOT_BYTES { Some(lane.buffer(most)?) } else { None };
+        let large = if most > cut::SLOT_BYTES { Some(lane.pinned.take(most)?) } else { None };
         let first = large.as_ref().unwrap_or(&lane.slots[0]);
         call.staged(&rounds[0], first, None).shape(submitter.rank.index(), submitter.world_size)?;
         let ready = stream.mark()?;
@@ -208,13 +212,13 @@ impl Communicator {
         self.other("send", to)?;
         let lane = self.devices.lane(stream.device())?;
         let (bytes, deadline) = (slice.len(), Instant::now() + timeout.unwrap_or_else(|| self.timeout()));
-        let buffer = lane.buffer(bytes)?;
+        let buffer = lane.pinned.take(bytes)?;
         lane.sends.wait_for(&stream.mark()?)?;
         let host = buffer.write(0..bytes).map_err(|error| in_use("send", &error))?;
         drop(lane.sends.copy_out(slice, host)?.wait(deadline)?);
         let piece = Piece { region: Arc::clone(&buffer), range: 0..bytes };
         let pending = self.send(to, tag, piece, timeout)?;
-        pending.on_done(move |_| lane.give_back(buffer));
+        pending.on_done(move |_| drop(buffer));
         Ok(pending)
     }
 
@@ -233,7 +237,7 @@ impl Communicator {
     ) -> Result<Pending, CollectiveError> {
         let lane = self.devices.lane(stream.device())?;
         let (bytes, timeout) = (slice.len(), timeout.unwrap_or_else(|| self.timeout()));
-        let (deadline, buffer, ready) = (Instant::now() + timeout, lane.buffer(bytes)?, stream.mark()?);
+        let (deadline, buffer, ready) = (Instant::now() + timeout, lane.pinned.take(bytes)?, stream.mark()?);
         let piece = Piece { region: Arc::clone(&buffer), range: 0..bytes };
         let arriving = self.recv(from, tag, piece, Some(timeout))?;
         let (ticket, pending) = self.devices.begun(None);
@@ -245,7 +249,7 @@ impl Communicator {
                     store(&lane, &buffer, slice, &ready, deadline)?;
                     Ok(done)
                 });
-                lane.give_back(buffer);
+                drop(buffer);
                 ticket.finish(stored);
                 bell.ring();
             };

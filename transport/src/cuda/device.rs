@@ -3,8 +3,8 @@
 #![allow(unsafe_code)]
 
 use super::library::{Handle, Library};
-use super::{CudaError, Findings, Way};
-use crate::verbs::DmaBufAnswer;
+use super::{CudaError, Findings, PinnedPool, Way};
+use crate::verbs::{DmaBufAnswer, dma_buf};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int};
 use std::fmt;
@@ -20,6 +20,7 @@ const DMA_BUF_SUPPORTED: c_int = 124;
 pub struct Driver {
     pub(super) library: Library,
     devices: Mutex<BTreeMap<u32, Weak<Device>>>,
+    pub(super) pools: Mutex<BTreeMap<u32, Weak<PinnedPool>>>,
 }
 
 impl Driver {
@@ -37,7 +38,7 @@ impl Driver {
         let library = Library::open(path)?;
         // SAFETY: `cuInit` takes 0, and may be called again and again.
         let code = unsafe { (library.cuInit)(0) };
-        let driver = Self { library, devices: Mutex::default() };
+        let driver = Self { library, devices: Mutex::default(), pools: Mutex::default() };
         match code {
             SUCCESS => {}
             NO_DEVICE => return Err(CudaError::NoDevice { ordinal: 0, count: 0 }),
@@ -117,7 +118,7 @@ impl fmt::Debug for Driver {
 pub struct Device {
     pub(super) driver: &'static Driver,
     ordinal: u32,
-    number: c_int,
+    pub(super) number: c_int,
     context: Handle,
 }
 
@@ -158,7 +159,7 @@ impl Device {
     /// `Refused`.
     pub fn way_to_rdma(&self) -> Result<Way, CudaError> {
         let answers = crate::verbs::ask_for_dma_bufs().unwrap_or_default();
-        let told = |answer: DmaBufAnswer| (answer.device, answer.answer.err().map(|error| error.to_string()));
+        let told = |answer: DmaBufAnswer| (answer.device, answer.answer.err().map(|error| dma_buf::words(&error)));
         let cards = answers.into_iter().map(told).collect();
         let peer_memory = Path::new("/sys/module/nvidia_peermem").exists();
         Ok(Way::of(&Findings { exports: self.exports_dma_buf()?, cards, peer_memory }))

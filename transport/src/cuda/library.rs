@@ -77,6 +77,7 @@ library! {
     }
     wanted {
         cuMemGetHandleForAddressRange(*mut c_void, Pointer, usize, c_int, c_ulonglong);
+        cuFlushGPUDirectRDMAWrites(c_int, c_int);
         cuStreamWaitValue32_v2(Handle, Pointer, u32, c_uint);
     }
 }

@@ -7,9 +7,11 @@
 mod copy;
 mod device;
 mod error;
+mod export;
 mod gate;
 mod library;
 mod memory;
+mod pinned_pool;
 mod stream;
 mod way;
 
@@ -18,5 +20,6 @@ pub use device::{Device, Driver};
 pub use error::CudaError;
 pub use gate::Gate;
 pub use memory::{DeviceMemory, DeviceSlice};
+pub use pinned_pool::{PinnedCount, PinnedPool};
 pub use stream::{Event, Stream};
-pub use way::{Findings, Way};
+pub use way::{Findings, Trial, Way};

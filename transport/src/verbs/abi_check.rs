@@ -4,6 +4,7 @@
 
 use super::{async_events, ffi, status};
 use rdma_sys as theirs;
+use std::ffi::c_int;
 use std::mem::{align_of, offset_of, size_of};
 
 /// The same size and alignment, where we name every member.
@@ -118,6 +119,14 @@ fn codes_are_those_of_the_headers() {
     ] {
         assert_eq!(ours, theirs);
     }
+}
+
+#[test]
+fn the_function_that_is_wanted_is_as_the_headers_say() {
+    type Theirs = unsafe extern "C" fn(*mut theirs::ibv_pd, u64, usize, u64, c_int, c_int) -> *mut theirs::ibv_mr;
+    // Compiles only where the headers declare it so; ours differs in the names of the structures alone.
+    let theirs: Theirs = theirs::ibv_reg_dmabuf_mr;
+    assert_eq!(size_of_val(&theirs), size_of::<super::library::RegDmaBuf>());
 }
 
 #[test]

@@ -51,6 +51,17 @@ pub struct Key {
     pub first: u64,
 }
 
+/// Memory of another device, such as a GPU, which the processor does not look into.
+#[derive(Clone, Copy, Debug)]
+pub struct Foreign<'a> {
+    /// Where it begins, as its device counts.
+    pub address: u64,
+    /// Length.
+    pub bytes: usize,
+    /// The dma-buf that it lies in, and where in it; `None`: by its address, which a module of the kernel must know.
+    pub dma_buf: Option<(BorrowedFd<'a>, u64)>,
+}
+
 /// What may be done with registered memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -144,6 +155,16 @@ pub trait Adapter: Send {
     /// `LockedMemoryLimit` or `Device`.
     #[allow(unsafe_code)]
     unsafe fn register(&mut self, start: *mut u8, bytes: usize, access: Access) -> Result<Key, RegisterError>;
+
+    /// Makes memory of another device known, as [`Access::Exposed`].
+    ///
+    /// # Safety
+    /// It must stay allocated until [`Adapter::deregister`].
+    ///
+    /// # Errors
+    /// `Device`: this one cannot reach it.
+    #[allow(unsafe_code)]
+    unsafe fn register_foreign(&mut self, memory: Foreign<'_>) -> Result<Key, RegisterError>;
 
     /// Forgets memory that no work request names any more.
     fn deregister(&mut self, handle: u64);

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use super::adapter::{Access, Adapter, Endpoint, Event, Key, Limits, Span, Trouble, What, Work};
+use super::adapter::{Access, Adapter, Endpoint, Event, Foreign, Key, Limits, Span, Trouble, What, Work};
 use super::async_events;
 use super::completion_queue::{BATCH, CompletionQueue, never_blocks};
 use super::context::{Context, DeviceList, ProtectionDomain};
@@ -200,6 +200,14 @@ impl Adapter for Device {
     unsafe fn register(&mut self, start: *mut u8, bytes: usize, access: Access) -> Result<Key, RegisterError> {
         // SAFETY: the caller keeps the memory mapped until it is deregistered.
         let region = unsafe { MemoryRegion::register(&self.domain, start, bytes, access) }?;
+        let key = region.key();
+        self.regions.insert(key.local, region);
+        Ok(key)
+    }
+
+    unsafe fn register_foreign(&mut self, memory: Foreign<'_>) -> Result<Key, RegisterError> {
+        // SAFETY: the caller keeps the memory allocated until it is deregistered.
+        let region = unsafe { MemoryRegion::register_foreign(&self.domain, memory) }?;
         let key = region.key();
         self.regions.insert(key.local, region);
         Ok(key)

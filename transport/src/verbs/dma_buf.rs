@@ -29,6 +29,11 @@ pub fn ask_for_dma_bufs() -> Result<Vec<DmaBufAnswer>, String> {
     Ok(names.into_iter().map(ask).collect())
 }
 
+/// The system's answer, with its number.
+pub(crate) fn words(error: &io::Error) -> String {
+    error.to_string().replace("(os error ", "(")
+}
+
 fn ask(devices: &DeviceList, name: &str) -> io::Result<()> {
     let too_old =
         || io::Error::new(io::ErrorKind::Unsupported, "libibverbs has no ibv_reg_dmabuf_mr: update rdma-core");

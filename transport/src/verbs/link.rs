@@ -4,6 +4,7 @@
 
 use super::adapter::Remote;
 use super::fault::Fault;
+use super::gpu_direct::Direct;
 use super::granting::Held;
 use super::grants::{self, Grant, Grants};
 use super::lane::{Carried, Lane};
@@ -94,6 +95,19 @@ pub(super) struct Remotely {
     /// Bytes of it that have been posted.
     pub(super) next: usize,
     pub(super) what: Access,
+    /// What is read or written here in place of the access's slice, which has no bytes then.
+    pub(super) direct: Option<Direct>,
+}
+
+impl Remotely {
+    /// How many bytes it sends or fetches.
+    pub(super) fn bytes(&self) -> usize {
+        match (&self.direct, &self.what) {
+            (Some(direct), _) => direct.bytes,
+            (None, Access::Put { cargo, .. }) => cargo.len(),
+            (None, Access::Get { .. }) => self.remote.bytes as usize,
+        }
+    }
 }
 
 /// Which of the two it is, and with what.
@@ -504,15 +518,21 @@ impl Link {
                 }
             }
             Carried::Put { key } | Carried::Get { key } => {
-                let Some(Remotely { lease, remote, what, .. }) = self.remotely.remove(key) else { return };
+                let Some(remotely) = self.remotely.remove(key) else { return };
+                let bytes = remotely.bytes();
+                let Remotely { lease, what, direct, .. } = remotely;
                 lease.into_iter().for_each(|lease| nic.registrations.release(lease));
                 match what {
                     Access::Put { flight, cargo } => {
-                        self.count_sent(cargo.len());
+                        self.count_sent(bytes);
                         self.flights.end(flight, cargo.into_slice(), None, done);
                     }
                     Access::Get { from, slice } => {
-                        let bytes = remote.bytes as usize;
+                        if let Some(Err(error)) = direct.map(|direct| direct.memory.device().flush_rdma_writes()) {
+                            let error = TransportError::io("flush what came for a GPU", std::io::Error::other(error));
+                            let (peer, tag, slice) = (self.peer, from.tag, Some(slice));
+                            return done.push(Completion::RecvFailed { peer, tag, slice, error });
+                        }
                         done.push(Completion::Received { from, slice, bytes });
                     }
                 }

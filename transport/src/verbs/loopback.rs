@@ -3,11 +3,13 @@
 
 #![allow(unsafe_code)]
 
-use super::adapter::{Access, Adapter, Endpoint, Event, Key, Limits, Remote, Span, Trouble, What, Work};
+use super::adapter::{Access, Adapter, Endpoint, Event, Foreign, Key, Limits, Remote, Span, Trouble, What, Work};
 use super::status::{FLUSHED, REMOTE_ACCESS, RETRIES, Status};
 use crate::{RegisterError, TransportError};
 use rustix::event::EventfdFlags;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,6 +36,8 @@ struct State {
     faults: (u64, u64),
     /// How many may fail yet.
     faults_left: u64,
+    /// Whether a dma-buf is taken, which here is any file that can be mapped.
+    takes_dma_bufs: bool,
     /// No queue pair can be connected any more.
     is_down: bool,
 }
@@ -53,11 +57,14 @@ struct Pair {
     pending: VecDeque<(u64, Span, Work, bool)>,
 }
 
-#[derive(Clone, Copy)]
 struct Memory {
     start: usize,
     bytes: usize,
+    /// By what work requests name the first byte.
+    first: u64,
     access: Access,
+    /// Of a file, unmapped when this goes.
+    _mapping: Option<Mapping>,
 }
 
 impl Fabric {
@@ -83,6 +90,11 @@ impl Fabric {
         state.is_down = true;
         let pairs: Vec<u32> = state.pairs.keys().copied().collect();
         pairs.into_iter().for_each(|pair| state.flush(pair));
+    }
+
+    /// From now on devices reach memory by dma-bufs, as a network card beside a GPU does; else they refuse, as soft-RoCE does.
+    pub fn take_dma_bufs(&self) {
+        self.state().takes_dma_bufs = true;
     }
 
     /// Messages that found no receive posted.
@@ -207,8 +219,7 @@ impl State {
             return Ok(0);
         }
         let memory = self.memory.get(&span.key).ok_or(4u32)?;
-        let address = usize::try_from(span.address).map_err(|_| 4u32)?;
-        memory.holds(address, span.bytes as usize).then_some(address).ok_or(4)
+        memory.place(span.address, span.bytes as usize).ok_or(4)
     }
 
     fn remote(&self, remote: Remote, bytes: u32) -> Result<usize, u32> {
@@ -217,20 +228,40 @@ impl State {
         }
         let memory =
             self.memory.get(&remote.key).filter(|memory| memory.access != Access::Read).ok_or(REMOTE_ACCESS)?;
-        let address = usize::try_from(remote.address).map_err(|_| REMOTE_ACCESS)?;
-        let address = match memory.access {
-            Access::Exposed => memory.start.checked_add(address).and_then(|at| at.checked_sub(EXPOSED_FIRST as usize)),
-            _ => Some(address),
-        };
-        let address = address.ok_or(REMOTE_ACCESS)?;
-        memory.holds(address, bytes as usize).then_some(address).ok_or(REMOTE_ACCESS)
+        memory.place(remote.address, bytes as usize).ok_or(REMOTE_ACCESS)
     }
 }
 
 impl Memory {
-    fn holds(&self, address: usize, bytes: usize) -> bool {
-        let end = address.checked_add(bytes);
-        address >= self.start && end.is_some_and(|end| end <= self.start + self.bytes)
+    /// Where in the process's memory it is that a work request names, if that lies within.
+    fn place(&self, address: u64, bytes: usize) -> Option<usize> {
+        let offset = usize::try_from(address.checked_sub(self.first)?).ok()?;
+        (offset.checked_add(bytes)? <= self.bytes).then(|| self.start + offset)
+    }
+}
+
+/// A file, mapped.
+struct Mapping {
+    start: usize,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn of(file: BorrowedFd<'_>, bytes: usize) -> io::Result<Self> {
+        let (access, shared) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        // SAFETY: a new mapping anywhere, which is of no other use and stays until it is dropped.
+        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, access, shared, file, 0) }?;
+        Ok(Self { start: start.addr(), bytes })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: made above, and nothing that is registered lies in it any more.
+        let unmapped = unsafe { rustix::mm::munmap(self.start as *mut std::ffi::c_void, self.bytes) };
+        if let Err(error) = unmapped {
+            tracing::error!(%error, "a file could not be unmapped");
+        }
     }
 }
 
@@ -270,9 +301,35 @@ impl Adapter for Loopback {
         let mut state = self.fabric.state();
         state.next += 1;
         let key = state.next;
-        state.memory.insert(key, Memory { start: start as usize, bytes, access });
-        self.registered += 1;
         let first = if access == Access::Exposed { EXPOSED_FIRST } else { start as u64 };
+        let memory = Memory { start: start as usize, bytes, first, access, _mapping: None };
+        state.memory.insert(key, memory);
+        self.registered += 1;
+        Ok(Key { handle: key.into(), local: key, remote: key, first })
+    }
+
+    unsafe fn register_foreign(&mut self, memory: Foreign<'_>) -> Result<Key, RegisterError> {
+        let refused = |source: io::Error| RegisterError::Device {
+            bytes: memory.bytes,
+            device: self.name(),
+            source: Arc::new(source),
+        };
+        let mut state = self.fabric.state();
+        let (Some((file, offset)), true) = (memory.dma_buf, state.takes_dma_bufs) else {
+            return Err(refused(Errno::OPNOTSUPP.into()));
+        };
+        let offset = usize::try_from(offset).map_err(|_| refused(Errno::INVAL.into()))?;
+        let whole = rustix::fs::fstat(file).map_err(|error| refused(error.into()))?.st_size as usize;
+        if offset.checked_add(memory.bytes).is_none_or(|end| end > whole) {
+            return Err(refused(Errno::INVAL.into()));
+        }
+        let mapping = Mapping::of(file, whole).map_err(refused)?;
+        state.next += 1;
+        let (key, first, bytes) = (state.next, EXPOSED_FIRST, memory.bytes);
+        let start = mapping.start + offset;
+        state.memory.insert(key, Memory { start, bytes, first, access: Access::Exposed, _mapping: Some(mapping) });
+        drop(state);
+        self.registered += 1;
         Ok(Key { handle: key.into(), local: key, remote: key, first })
     }
 

@@ -2,10 +2,12 @@
 
 #![allow(unsafe_code)]
 
-use super::adapter::{Access, Key, Span};
+use super::adapter::{Access, Foreign, Key, Span};
 use super::context::{ProtectionDomain, answer, not_null};
 use super::ffi::*;
+use super::library;
 use crate::RegisterError;
+use rustix::fd::AsRawFd;
 use rustix::process::Resource;
 use std::io;
 use std::ptr::NonNull;
@@ -52,6 +54,38 @@ impl MemoryRegion {
         };
         match not_null(raw) {
             Ok(raw) => Ok(Self { raw, first, bytes, access, domain: Arc::clone(domain) }),
+            Err(error) => Err(refusal(bytes, &domain.context.name, error)),
+        }
+    }
+
+    /// Maps memory of another device, exposed.
+    ///
+    /// # Safety
+    /// The memory must stay allocated for as long as this lives.
+    pub(super) unsafe fn register_foreign(
+        domain: &Arc<ProtectionDomain>,
+        memory: Foreign<'_>,
+    ) -> Result<Self, RegisterError> {
+        let (library, pd, bytes) = (domain.context.library, domain.raw.as_ptr(), memory.bytes);
+        let exposed = ACCESS_LOCAL_WRITE | ACCESS_REMOTE_WRITE | ACCESS_REMOTE_READ;
+        let in_page = |place: u64| place % rustix::param::page_size() as u64;
+        let (raw, first) = match memory.dma_buf {
+            Some((fd, offset)) => {
+                let first = in_page(offset);
+                let register = library::reg_dmabuf_mr().ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported));
+                // SAFETY: the domain is there; the kernel checks the file and the range, and holds the dma-buf by itself.
+                let made = register.map(|call| unsafe { call(pd, offset, bytes, first, fd.as_raw_fd(), exposed) });
+                (made.and_then(not_null), first)
+            }
+            None => {
+                let (start, first) = (memory.address as *mut std::ffi::c_void, in_page(memory.address));
+                // SAFETY: the domain is there; an address that no module of the kernel knows is refused.
+                let made = unsafe { (library.reg_mr_iova2)(pd, start, bytes, first, exposed as u32) };
+                (not_null(made), first)
+            }
+        };
+        match raw {
+            Ok(raw) => Ok(Self { raw, first, bytes, access: Access::Exposed, domain: Arc::clone(domain) }),
             Err(error) => Err(refusal(bytes, &domain.context.name, error)),
         }
     }

@@ -16,11 +16,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Memory that may be exposed at once.
-const MAX_EXPOSED: usize = 1 << 16;
+pub(super) const MAX_EXPOSED: usize = 1 << 16;
 
 impl VerbsWire {
     /// The way to `peer` is there, and the queue is not full.
-    fn ready(&mut self, with: Envelope, bytes: u64, capacity: u64) -> Result<(), TransportError> {
+    pub(super) fn ready(&mut self, with: Envelope, bytes: u64, capacity: u64) -> Result<(), TransportError> {
         self.sendable(with.peer)?;
         fits(self.link(with.peer)?.name.clone(), with.tag, bytes, capacity)
     }
@@ -78,7 +78,7 @@ impl OneSided for VerbsWire {
         };
         let flight = link.flights.begin(to);
         let what = Access::Put { flight, cargo: Cargo::Slice(slice) };
-        let key = link.remotely.insert(Remotely { lease, remote, next: 0, what });
+        let key = link.remotely.insert(Remotely { lease, remote, next: 0, what, direct: None });
         link.queue.push_back(Out::Put { key });
         Ok(())
     }
@@ -98,7 +98,8 @@ impl OneSided for VerbsWire {
             (Err(error), _) => return Err(PostError { error, slice }),
             (Ok(_), None) => return Err(PostError { error: TransportError::UnknownPeer(from.peer.0), slice }),
         };
-        let key = link.remotely.insert(Remotely { lease, remote, next: 0, what: Access::Get { from, slice } });
+        let key =
+            link.remotely.insert(Remotely { lease, remote, next: 0, what: Access::Get { from, slice }, direct: None });
         link.queue.push_back(Out::Get { key });
         Ok(())
     }

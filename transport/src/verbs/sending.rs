@@ -398,14 +398,17 @@ impl Link {
             if !matches!(self.phase, Phase::Up) || self.fault.is_some() || lane.room() <= FRAME_ROOM {
                 return false;
             }
-            let Some(Remotely { lease, remote, next, what }) = self.remotely.get_mut(key) else { return true };
-            let (start, whole, is_put) = match what {
-                Access::Put { cargo, .. } => (cargo.as_ptr() as u64, cargo.len(), true),
-                Access::Get { slice, .. } => (slice.as_ptr() as u64, remote.bytes as usize, false),
+            let Some(remotely) = self.remotely.get_mut(key) else { return true };
+            let whole = remotely.bytes();
+            let Remotely { lease, remote, next, what, direct } = remotely;
+            let is_put = matches!(what, Access::Put { .. });
+            let (start, local) = match (direct, what) {
+                (Some(direct), _) => (direct.address, direct.key),
+                (None, Access::Put { cargo, .. }) => (cargo.as_ptr() as u64, lease.map_or(0, |lease| lease.local)),
+                (None, Access::Get { slice, .. }) => (slice.as_ptr() as u64, lease.map_or(0, |lease| lease.local)),
             };
             let bytes = (whole - *next).min(nic.limits.message_bytes);
-            let span =
-                Span { address: start + *next as u64, bytes: bytes as u32, key: lease.map_or(0, |lease| lease.local) };
+            let span = Span { address: start + *next as u64, bytes: bytes as u32, key: local };
             let first = (remote.key >> 32).saturating_add(remote.offset);
             let there = Remote { address: first.saturating_add(*next as u64), key: remote.key as u32 };
             let work = if is_put { Work::Write(there, None) } else { Work::Read(there) };

@@ -2,6 +2,7 @@
 
 use super::adapter::{Adapter, Event, Trouble, What};
 use super::fault::Fault;
+use super::gpu_direct::Reached;
 use super::lane::Carried;
 use super::link::{Link, Phase};
 use super::nic::Nic;
@@ -56,6 +57,8 @@ pub struct VerbsWire {
     /// Whether sockets may not take over.
     pub(super) must: bool,
     pub(super) exposed: BTreeMap<u32, (u64, RegionSliceMut)>,
+    /// Memory of GPUs that the device reaches, by remote key; it outlives the registrations, which the fields above hold.
+    pub(super) direct: BTreeMap<u32, Reached>,
     pub(super) credit: Option<Credit>,
     /// Scratch of `granting`.
     pub(super) granted: Vec<Grant>,
@@ -83,6 +86,7 @@ impl VerbsWire {
             count: VerbsCount::default(),
             must: config.wire == crate::WireChoice::Verbs,
             exposed: BTreeMap::new(),
+            direct: BTreeMap::new(),
             credit: config.credit.filter(|settings| !settings.marked).map(Credit::of_whole_messages),
             granted: Vec::new(),
             events: Vec::new(),

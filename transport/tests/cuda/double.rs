@@ -30,6 +30,7 @@ pub enum Counter {
     Contexts = 20,
     Copies = 21,
     MostCopiesAtOnce = 23,
+    Flushes = 24,
 }
 
 /// A call that can be told to fail.

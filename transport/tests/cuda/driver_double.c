@@ -29,7 +29,7 @@ enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEV
 enum { CALL_NONE, CALL_INIT, CALL_RETAIN, CALL_ALLOC, CALL_HOST_ALLOC, CALL_STREAM, CALL_EVENT, CALL_HTOD, CALL_DTOH, CALL_RECORD };
 /* Places in the control file. */
 enum { DEVICES, DELAY_US, FAIL_CALL, FAIL_AFTER, FAIL_CODE, STREAM_VALUES, DMA_BUF,
-       LIVE_DEVICE_BYTES = 16, LIVE_PINNED_BYTES, LIVE_STREAMS, LIVE_EVENTS, LIVE_CONTEXTS, COPIES, COPIES_AT_ONCE, MOST_AT_ONCE };
+       LIVE_DEVICE_BYTES = 16, LIVE_PINNED_BYTES, LIVE_STREAMS, LIVE_EVENTS, LIVE_CONTEXTS, COPIES, COPIES_AT_ONCE, MOST_AT_ONCE, FLUSHES };
 
 typedef uint64_t Ptr;
 static volatile int64_t *control;
@@ -37,7 +37,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static int initialized;
 
-struct block { struct block *next; Ptr start; size_t bytes; int device; /* -1: pinned host memory */ };
+struct block { struct block *next; Ptr start; size_t bytes; int device; /* -1: pinned host memory */ int file; };
 static struct block *blocks;
 
 struct event { uint64_t recorded, done; int users; int result; };
@@ -77,9 +77,9 @@ static struct block *find(Ptr start, size_t bytes, int pinned) {
     return NULL;
 }
 
-static void add_block(Ptr start, size_t bytes, int device) {
+static void add_block(Ptr start, size_t bytes, int device, int file) {
     struct block *b = malloc(sizeof *b);
-    *b = (struct block){blocks, start, bytes, device};
+    *b = (struct block){blocks, start, bytes, device, file};
     blocks = b;
     count(device < 0 ? LIVE_PINNED_BYTES : LIVE_DEVICE_BYTES, (int64_t)bytes);
 }
@@ -91,6 +91,7 @@ static int drop_block(Ptr start, int pinned) {
         *at = b->next;
         count(pinned ? LIVE_PINNED_BYTES : LIVE_DEVICE_BYTES, -(int64_t)b->bytes);
         munmap((void *)(pinned ? start : start - TAG), b->bytes);
+        if (b->file >= 0) close(b->file);
         free(b);
         return OK;
     }
@@ -247,11 +248,14 @@ EXPORT int cuMemAlloc_v2(Ptr *pointer, size_t bytes) {
     ENTER(CALL_ALLOC);
     IN_CONTEXT();
     if (bytes == 0) return INVALID_VALUE;
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) return OUT_OF_MEMORY;
+    /* A file, so that what is exported of it is the same memory. */
+    int file = memfd_create("double", MFD_CLOEXEC);
+    if (file < 0 || ftruncate(file, (off_t)((bytes + 4095) / 4096 * 4096)) != 0) return OUT_OF_MEMORY;
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (memory == MAP_FAILED) { close(file); return OUT_OF_MEMORY; }
     *pointer = (Ptr)memory + TAG;
     pthread_mutex_lock(&lock);
-    add_block(*pointer, bytes, stack[depth - 1]->device);
+    add_block(*pointer, bytes, stack[depth - 1]->device, file);
     pthread_mutex_unlock(&lock);
     return OK;
 }
@@ -263,7 +267,7 @@ EXPORT int cuMemHostAlloc(void **pointer, size_t bytes, unsigned flags) {
     if (memory == MAP_FAILED) return OUT_OF_MEMORY;
     *pointer = memory;
     pthread_mutex_lock(&lock);
-    add_block((Ptr)memory, bytes, -1);
+    add_block((Ptr)memory, bytes, -1, -1);
     pthread_mutex_unlock(&lock);
     return OK;
 }
@@ -292,15 +296,26 @@ EXPORT int cuPointerGetAttribute(void *value, int attribute, Ptr pointer) {
     pthread_mutex_unlock(&lock);
     return result;
 }
-/* There is no dma-buf of host memory: a memfd stands for one, which no network card takes. */
+/* There is no dma-buf of host memory: the memfd behind it stands for one, which the loopback adapter takes and no real card. */
 EXPORT int cuMemGetHandleForAddressRange(void *handle, Ptr pointer, size_t bytes, int type, unsigned long long flags) {
     (void)flags;
     ENTER(0);
     if (type != 1 || pointer % 4096 || bytes % 4096) return INVALID_VALUE;
     if (!control[DMA_BUF]) return NOT_SUPPORTED;
-    int fd = memfd_create("double", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0) return OUT_OF_MEMORY;
+    pthread_mutex_lock(&lock);
+    struct block *b = find(pointer, 1, 0);
+    int whole = b && b->start == pointer && (b->bytes + 4095) / 4096 * 4096 == bytes;
+    int fd = whole ? fcntl(b->file, F_DUPFD_CLOEXEC, 0) : -1;
+    pthread_mutex_unlock(&lock);
+    if (fd < 0) return INVALID_VALUE;
     *(int *)handle = fd;
+    return OK;
+}
+EXPORT int cuFlushGPUDirectRDMAWrites(int target, int scope) {
+    ENTER(0);
+    IN_CONTEXT();
+    if (target != 0 || scope != 100) return INVALID_VALUE;
+    count(FLUSHES, 1);
     return OK;
 }
 

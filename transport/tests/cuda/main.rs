@@ -3,10 +3,15 @@
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
 mod double;
+mod gpu_direct;
+#[macro_use]
+#[path = "../promises/mod.rs"]
+#[allow(dead_code, unused_macros, unused_imports)] // Two wires on a network of their own are what is used.
+mod promises;
 
 use double::{Counter, Double, Failing, Setting};
 use gradwire_transport::Region;
-use gradwire_transport::cuda::{CudaError, Device, DeviceMemory, Driver, Gate, Stream};
+use gradwire_transport::cuda::{CudaError, Device, DeviceMemory, Driver, Gate, PinnedCount, PinnedPool, Stream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -183,4 +188,42 @@ fn every_call_that_fails_is_named_and_nothing_is_left_behind() {
     double.fail(Failing::Record, 0, 700);
     let text = round_trip(&double).unwrap_err().to_string();
     assert!(text.contains("cuEventRecord") && text.contains("start the process anew"), "{text}");
+}
+
+#[test]
+fn pinned_memory_is_used_again_by_all_and_given_up_beyond_a_bound() {
+    let double = Double::new(1);
+    let device = device(&double, 0);
+    let pool = PinnedPool::of(&device);
+    assert!(Arc::ptr_eq(&pool, &PinnedPool::of(&device)));
+    let first = pool.take(100_000).unwrap();
+    let (address, slice) = (first.as_ptr(), first.read(0..10).unwrap());
+    drop(first);
+    assert_ne!(pool.take(100_000).unwrap().as_ptr(), address, "a slice of it is out");
+    drop(slice);
+    assert_eq!(pool.count(), PinnedCount { made: 2, reused: 0, given_up: 0, bytes: 2 << 17 });
+    let both = [pool.take(70_000).unwrap(), pool.take(1 << 17).unwrap()];
+    assert_eq!(pool.count(), PinnedCount { made: 2, reused: 2, given_up: 0, bytes: 2 << 17 });
+    drop(both);
+    let large: Vec<_> = (0..3).map(|_| pool.take(100 << 20).unwrap()).collect();
+    assert!(pool.take(1).unwrap().len() <= 1 << 17, "a large one is not used for a byte");
+    assert_eq!(double.count(Counter::PinnedBytes) as usize, pool.count().bytes);
+    drop(large);
+    drop(pool.take(100_000).unwrap());
+    let PinnedCount { given_up, bytes, .. } = pool.count();
+    assert!(given_up > 0 && bytes <= 256 << 20, "{bytes} bytes");
+    assert_eq!(double.count(Counter::PinnedBytes) as usize, bytes);
+    drop(pool);
+    assert_eq!(double.count(Counter::PinnedBytes), 0, "the last who has the pool takes it along");
+}
+
+#[test]
+fn a_pool_gives_up_all_that_is_idle_before_it_refuses() {
+    let double = Double::new(1);
+    let device = device(&double, 0);
+    let pool = PinnedPool::of(&device);
+    drop(pool.take(1 << 20).unwrap());
+    double.fail(Failing::HostAlloc, 0, 2);
+    assert!(matches!(pool.take(8 << 20), Err(CudaError::Refused { call: "cuMemHostAlloc", code: 2, .. })));
+    assert_eq!((pool.count().bytes, double.count(Counter::PinnedBytes)), (0, 0));
 }
