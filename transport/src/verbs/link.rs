@@ -4,7 +4,6 @@
 
 use super::adapter::Remote;
 use super::fault::Fault;
-use super::gpu_direct::Direct;
 use super::granting::Held;
 use super::grants::{self, Grant, Grants};
 use super::lane::{Carried, Lane};
@@ -12,8 +11,8 @@ use super::nic::Nic;
 use super::proposal::{MAX_LANES, Proposal};
 use super::record::Record;
 use super::registered_pool::Lent;
-use super::registrations::Lease;
 use super::settings::VerbsConfig;
+pub(super) use super::under_way::{Access, Large, Part, Remotely};
 use super::watching::Ring;
 use crate::flights::{Cargo, Flights};
 use crate::inbox::{Inbox, Payload, Receive, Reply};
@@ -21,8 +20,7 @@ use crate::pool::Pool;
 use crate::region::Loan;
 use crate::slab::Slab;
 use crate::{
-    Completion, Config, Envelope, LossCause, PeerId, PeerName, RecvLoan, RegionSliceMut, RegisterError, RemoteSlice,
-    Tag, Traffic, TransportError,
+    Completion, Config, Envelope, LossCause, PeerId, PeerName, RecvLoan, RegisterError, Tag, Traffic, TransportError,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -53,67 +51,6 @@ pub(super) enum Phase {
     Up,
     /// Over sockets, for this reason.
     Sockets(String),
-}
-
-/// A message that the peer has granted.
-pub(super) struct Large {
-    pub(super) flight: u64,
-    pub(super) cargo: Cargo,
-    /// Our registration of it; none: it goes in pieces.
-    pub(super) lease: Option<Lease>,
-    /// Where the peer wants it.
-    pub(super) remote: Remote,
-    pub(super) key: u32,
-    /// What each lane carries.
-    pub(super) parts: [Part; MAX_LANES],
-}
-
-/// A stretch of a message.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Part {
-    pub(super) start: usize,
-    pub(super) next: usize,
-    pub(super) end: usize,
-    pub(super) delivered: bool,
-}
-
-impl Part {
-    pub(super) fn of(start: usize, end: usize) -> Self {
-        Self { start, next: start, end, delivered: false }
-    }
-
-    /// Whether something of it is still to be delivered.
-    pub(super) fn is_open(&self) -> bool {
-        self.end > self.start && !self.delivered
-    }
-}
-
-/// A read or write of the peer's exposed memory.
-pub(super) struct Remotely {
-    pub(super) lease: Option<Lease>,
-    pub(super) remote: RemoteSlice,
-    /// Bytes of it that have been posted.
-    pub(super) next: usize,
-    pub(super) what: Access,
-    /// What is read or written here in place of the access's slice, which has no bytes then.
-    pub(super) direct: Option<Direct>,
-}
-
-impl Remotely {
-    /// How many bytes it sends or fetches.
-    pub(super) fn bytes(&self) -> usize {
-        match (&self.direct, &self.what) {
-            (Some(direct), _) => direct.bytes,
-            (None, Access::Put { cargo, .. }) => cargo.len(),
-            (None, Access::Get { .. }) => self.remote.bytes as usize,
-        }
-    }
-}
-
-/// Which of the two it is, and with what.
-pub(super) enum Access {
-    Put { flight: u64, cargo: Cargo },
-    Get { from: Envelope, slice: RegionSliceMut },
 }
 
 /// A peer.

@@ -35,6 +35,7 @@ mod registrations;
 mod sending;
 pub mod settings;
 pub mod status;
+mod under_way;
 mod waist;
 mod watch;
 mod watching;
