@@ -39,19 +39,24 @@ class Servers:
         self.kill()
 
 
-def tables(client):
+def tables(client, recovery="none"):
+    settings = {"workers": 2, "recovery": recovery}
     rule = gradwire.Adam(lr=0.01)
-    return client.dense("w", ELEMENTS, rule=rule, workers=2), client.sparse("rows", DIM, optimizer=rule, workers=2)
+    return client.dense("w", ELEMENTS, rule=rule, **settings), client.sparse("rows", DIM, optimizer=rule, **settings)
 
 
-def train(addresses, last, and_then=lambda client: None):
-    """Two workers go on from where the servers are to clock `last`; the values then, and what `and_then` of worker 0 gives."""
+def train(servers, last, and_then=lambda client: None, recovery="none"):
+    """Two workers go on from where the servers are to clock `last`; the values then, and what `and_then` of worker 0 gives.
+
+    `servers`: their addresses, or what connects a rank to them.
+    """
     results, errors = {}, []
+    connect = servers if callable(servers) else lambda rank: gradwire.connect(servers, rank=rank, timeout_s=60)
 
     def work(rank):
         try:
-            with gradwire.connect(addresses, rank=rank, timeout_s=60) as client:
-                dense, sparse = tables(client)
+            with connect(rank) as client:
+                dense, sparse = tables(client, recovery)
                 assert dense.clock == sparse.clock
                 for step in range(dense.clock + 1, last + 1):
                     steps = numpy.arange(ELEMENTS, dtype=numpy.float32)

@@ -18,13 +18,12 @@ STEPS, SIZE, WORKERS = 30, 50_000, 2
 
 
 class Cluster:
-    """A coordinator, and two servers with room for two shards or copies each."""
+    """A coordinator, and two servers with room for all shards or copies each."""
 
-    def __init__(self):
-        self.processes = []
-        self.coordinator = self.start("coordinate", "--shards", "2")
-        for _ in range(2):
-            self.start("serve", "--shards", "2", "--coordinator", self.coordinator)
+    def __init__(self, shards=2, coordinate=(), serve=()):
+        self.processes, self.shards = [], shards
+        self.coordinator = self.start("coordinate", "--shards", str(shards), *coordinate)
+        self.servers = [self.serve(*serve) for _ in range(2)]
 
     def start(self, *arguments):
         environment = {**os.environ, "GRADWIRE_TOKEN": "secret", "GRADWIRE_LOG": "off"}
@@ -32,8 +31,13 @@ class Cluster:
         self.processes.append(process)
         return re.search(r"127\.0\.0\.1:\d+", process.stdout.readline())[0]
 
-    def connect(self, rank):
-        return gradwire.connect(coordinator=self.coordinator, token="secret", rank=rank, timeout_s=60, reconnect_s=20)
+    def serve(self, *flags):
+        self.start("serve", "--shards", str(self.shards), "--coordinator", self.coordinator, *flags)
+        return self.processes[-1]
+
+    def connect(self, rank, **settings):
+        settings = {"timeout_s": 60, "reconnect_s": 20, **settings}
+        return gradwire.connect(coordinator=self.coordinator, token="secret", rank=rank, **settings)
 
     def __enter__(self):
         return self

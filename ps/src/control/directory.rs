@@ -92,20 +92,26 @@ impl Directory {
     /// As [`Directory::ask`]; `Timeout` with what is missing.
     pub(crate) fn wait(&self, deadline: Instant) -> Result<(ClusterMap, Vec<String>), PsError> {
         let began = Instant::now();
+        // What was missing when the coordinator last answered: the last question may have had no time left.
+        let mut missing: Option<(Instant, String)> = None;
         loop {
             let asked = self.ask(deadline);
             match asked {
                 Ok(map) => match map.addresses() {
                     Some(addresses) => return Ok((map, addresses)),
-                    None if Instant::now() >= deadline => {
-                        let what = format!("the cluster to be complete: {}", map.missing());
-                        return Err(PsError::Timeout { what, waited: began.elapsed() });
-                    }
-                    None => {}
+                    None => missing = Some((Instant::now(), map.missing())),
                 },
                 Err(error @ PsError::Authentication { .. }) => return Err(error),
-                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(error)
+                    if Instant::now() >= deadline && missing.as_ref().is_none_or(|(at, _)| at.elapsed() > ASKING) =>
+                {
+                    return Err(error);
+                }
                 Err(_) => {}
+            }
+            if let Some((_, missing)) = missing.as_ref().filter(|_| Instant::now() >= deadline) {
+                let what = format!("the cluster to be complete: {missing}");
+                return Err(PsError::Timeout { what, waited: began.elapsed() });
             }
             // Nobody tells us when it changes, and it does so seldom.
             std::thread::sleep(Duration::from_millis(20));
