@@ -124,8 +124,27 @@ impl Communicator {
         let host = members.get(rank.index()).map_or("unknown", |name| name.host.as_str());
         let who = format!("{rank} (host {host})");
         let submitter = Submitter { shared: Arc::clone(&shared), rank, world_size, chooser: chooser.clone(), who };
-        let devices = Devices::new(links.iter().any(|link| link.kind == WireKind::Verbs));
-        Ok(Self { shared, thread, rank, world_size, group, members, links, chooser, trace, memory, submitter, devices })
+        let rdma = links.iter().any(|link| link.kind == WireKind::Verbs);
+        let devices = Devices::new(rdma);
+        let communicator = Self {
+            shared,
+            thread,
+            rank,
+            world_size,
+            group,
+            members,
+            links,
+            chooser,
+            trace,
+            memory,
+            submitter,
+            devices,
+        };
+        if rdma {
+            // Queue pairs may break under a message whose sender has nothing more to do.
+            communicator.have_progress_thread();
+        }
+        Ok(communicator)
     }
 
     /// This process's place in the group.
@@ -319,6 +338,11 @@ impl Communicator {
     }
 
     fn leave_to_progress_thread(&self) {
+        self.have_progress_thread();
+        self.shared.ring();
+    }
+
+    fn have_progress_thread(&self) {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if thread.is_none() {
             let shared = Arc::clone(&self.shared);
@@ -330,8 +354,6 @@ impl Communicator {
                 .map_err(|error| tracing::warn!(%error, "no progress thread"))
                 .ok();
         }
-        drop(thread);
-        self.shared.ring();
     }
 }
 

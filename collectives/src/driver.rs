@@ -247,6 +247,7 @@ impl Shared {
 
     /// The life of the progress thread.
     pub(crate) fn run_progress(&self) {
+        let mut settled = false;
         while !self.closing.load(Ordering::Acquire) {
             let idle = || {
                 self.unfinished.load(Ordering::Acquire) == 0
@@ -256,10 +257,12 @@ impl Shared {
             let mut inbox = self.inbox();
             if idle() && !self.closing.load(Ordering::Acquire) {
                 // Nothing is under way: sleep until the bell. With work that others drive, look again soon.
-                let nap = if self.unfinished.load(Ordering::Acquire) == 0 { LONG } else { NAP };
                 inbox.thread_sleeps = true;
-                let (mut inbox, _) = self.bell.wait_timeout(inbox, nap).unwrap_or_else(PoisonError::into_inner);
+                let nap = if settled { LONG } else { NAP };
+                let (mut inbox, nap) = self.bell.wait_timeout(inbox, nap).unwrap_or_else(PoisonError::into_inner);
                 inbox.thread_sleeps = false;
+                drop(inbox);
+                settled = nap.timed_out() && idle() && self.is_settled();
                 continue;
             }
             drop(inbox);
@@ -274,6 +277,19 @@ impl Shared {
                 std::thread::yield_now();
             }
         }
+    }
+
+    /// Whether the group can be left alone. Where the wire still owes something to a peer it is driven, until somebody has a call
+    /// for it.
+    fn is_settled(&self) -> bool {
+        let nothing = || self.unfinished.load(Ordering::Acquire) == 0;
+        let Ok(mut engine) = self.engine.try_lock() else { return false };
+        if nothing() && engine.wire.owes() {
+            let claimed = || self.claimants.load(Ordering::SeqCst) > 0 || self.closing.load(Ordering::Acquire);
+            self.drive(&mut engine, &|| !nothing() || claimed(), None);
+            return false;
+        }
+        nothing()
     }
 
     /// Makes the progress thread end.

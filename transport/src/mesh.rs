@@ -391,6 +391,10 @@ impl Wire for Mesh {
         self.looked = None;
     }
 
+    fn owes(&self) -> bool {
+        self.tcp.owes() || self.better.iter().any(|wire| wire.owes())
+    }
+
     fn waker(&self) -> Arc<dyn Wake> {
         self.tcp.waker()
     }

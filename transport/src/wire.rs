@@ -150,6 +150,12 @@ pub trait Wire: Send {
     /// Sleeps until something may have happened, `until`, or a [`Wake::wake`].
     fn park(&mut self, until: Instant);
 
+    /// Whether what was told as sent may still need this end: a queue pair that breaks under it is connected again by both. Who
+    /// does nothing more with the wire drives it for as long, or its peers wait in vain.
+    fn owes(&self) -> bool {
+        false
+    }
+
     /// A handle to wake this wire with.
     fn waker(&self) -> Arc<dyn Wake>;
 

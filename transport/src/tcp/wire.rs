@@ -255,6 +255,10 @@ impl Wire for TcpWire {
         self.park_beside(until, &[]);
     }
 
+    fn owes(&self) -> bool {
+        self.links.values().any(|link| link.lost.is_none() && link.wants_to_write())
+    }
+
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::clone(&self.bell) as _
     }

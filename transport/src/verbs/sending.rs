@@ -55,6 +55,16 @@ impl Link {
             && !self.owes_nudge()
     }
 
+    /// Whether something that was told as sent is not known to be there.
+    pub(super) fn owes(&self) -> bool {
+        let settled = match self.phase {
+            Phase::Up => self.fault.is_none() && self.lanes.iter().all(Lane::is_idle),
+            Phase::Sockets(_) => self.carried.is_empty(),
+            Phase::Apart { .. } => false,
+        };
+        !settled || self.frame.is_some() || !self.queue.is_empty() || self.owes_nudge()
+    }
+
     /// Writes what there is room for.
     pub(super) fn flush(&mut self, nic: &mut Nic, done: &mut Vec<Completion>) {
         if self.lost.is_some() || matches!(self.phase, Phase::Apart { .. }) {

@@ -134,6 +134,10 @@ impl Wire for VerbsWire {
         self.wake_up();
     }
 
+    fn owes(&self) -> bool {
+        !self.words.is_empty() || self.links.iter().flatten().any(|link| link.lost.is_none() && link.owes())
+    }
+
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::new(Nobody)
     }
