@@ -9,16 +9,21 @@ pub fn copy_streaming(dst: &mut [u8], src: &[u8]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+        /// A line of the cache, which is written as a whole: half of one would be read first.
+        #[repr(align(64))]
+        struct Line([__m128i; 4]);
         // SAFETY: every bit pattern is a value of both types.
-        let (head, body, tail) = unsafe { dst.align_to_mut::<__m128i>() };
+        let (head, body, tail) = unsafe { dst.align_to_mut::<Line>() };
         let (first, rest) = src.split_at(head.len());
         head.copy_from_slice(first);
         let (middle, last) = rest.split_at(size_of_val(body));
-        for (slot, bytes) in body.iter_mut().zip(middle.as_chunks::<16>().0) {
-            // SAFETY: `bytes` are 16 readable bytes; SSE2 is part of x86-64.
-            let value = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
-            // SAFETY: `slot` is 16 writable, aligned bytes; SSE2 is part of x86-64.
-            unsafe { _mm_stream_si128(slot, value) };
+        for (line, bytes) in body.iter_mut().zip(middle.as_chunks::<64>().0) {
+            for (slot, bytes) in line.0.iter_mut().zip(bytes.as_chunks::<16>().0) {
+                // SAFETY: `bytes` are 16 readable bytes; SSE2 is part of x86-64.
+                let value = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+                // SAFETY: `slot` is 16 writable, aligned bytes; SSE2 is part of x86-64.
+                unsafe { _mm_stream_si128(slot, value) };
+            }
         }
         tail.copy_from_slice(last);
         // SAFETY: SSE is part of x86-64.
