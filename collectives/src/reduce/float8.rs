@@ -1,4 +1,4 @@
-//! Pure: 8-bit floats, computed with as `f32`: widened by a table, rounded to nearest, ties to even.
+//! Pure: 8-bit floats, computed with as `f32`; rounded to nearest, ties to even.
 //!
 //! The formats are those of Micikevicius et al., "FP8 Formats for Deep Learning", arXiv:2209.05433, and of Noune et al.,
 //! arXiv:2206.02915 (`fnuz`: no infinity, one NaN, no negative zero). What is too large becomes what PyTorch makes of it:
@@ -22,8 +22,6 @@ pub(super) trait Format {
     const MANTISSA_BITS: u32;
     const BIAS: u32;
     const SPECIALS: Specials;
-    /// The value of each code.
-    const VALUES: &[f32; 256] = &values(Self::MANTISSA_BITS, Self::BIAS, Self::SPECIALS);
 }
 
 /// An 8-bit float of the format `F`.
@@ -52,7 +50,7 @@ impl<F: Format> Element for F8<F> {
 
     #[inline(always)]
     fn get(bytes: [u8; 1]) -> f32 {
-        F::VALUES[usize::from(bytes[0])]
+        widen(bytes[0].into(), F::MANTISSA_BITS, F::BIAS, F::SPECIALS)
     }
 
     #[inline(always)]
@@ -61,35 +59,22 @@ impl<F: Format> Element for F8<F> {
     }
 }
 
-const fn values(mantissa_bits: u32, bias: u32, specials: Specials) -> [f32; 256] {
-    let mut values = [0.0; 256];
-    let mut code = 0;
-    while code < 256 {
-        values[code as usize] = widen(code, mantissa_bits, bias, specials);
-        code += 1;
-    }
-    values
-}
-
-const fn widen(code: u32, mantissa_bits: u32, bias: u32, specials: Specials) -> f32 {
-    let (sign, rest) = (code >> 7, code & 0x7f);
-    let (exponent, mantissa) = (rest >> mantissa_bits, rest & ((1 << mantissa_bits) - 1));
-    let highest = exponent == 0x7f >> mantissa_bits;
-    let not_finite = match specials {
-        Specials::Ieee => highest,
-        Specials::Finite => rest == 0x7f,
-        Specials::FiniteUnsignedZero => code == 0x80,
+#[inline(always)]
+fn widen(code: u32, mantissa_bits: u32, bias: u32, specials: Specials) -> f32 {
+    let (sign, rest) = (code >> 7 << 31, code & 0x7f);
+    let placed = rest << (23 - mantissa_bits);
+    // Below the smallest normal number: its steps above that number, and the number taken away again.
+    let lever = (128 - bias) << 23;
+    let subnormal = (f32::from_bits(lever | placed) - f32::from_bits(lever)).to_bits();
+    let size = if rest >> mantissa_bits == 0 { subnormal } else { placed + ((127 - bias) << 23) };
+    let infinity = 0x7f >> mantissa_bits << mantissa_bits;
+    let (infinite, nan) = match specials {
+        Specials::Ieee => (rest == infinity, rest > infinity),
+        Specials::Finite => (false, rest == 0x7f),
+        Specials::FiniteUnsignedZero => (false, code == 0x80),
     };
-    let size = if not_finite && mantissa == 0 && matches!(specials, Specials::Ieee) {
-        f32::INFINITY
-    } else if not_finite {
-        return f32::NAN;
-    } else if exponent == 0 {
-        mantissa as f32 * f32::from_bits((128 - bias - mantissa_bits) << 23)
-    } else {
-        f32::from_bits((exponent + 127 - bias) << 23 | mantissa << (23 - mantissa_bits))
-    };
-    if sign == 1 { -size } else { size }
+    let size = if infinite { f32::INFINITY.to_bits() } else { size };
+    if nan { f32::NAN } else { f32::from_bits(sign | size) }
 }
 
 #[inline(always)]
@@ -119,30 +104,74 @@ fn narrow(value: f32, mantissa_bits: u32, bias: u32, specials: Specials) -> u8 {
 mod tests {
     use super::*;
 
+    /// The value of each code, as the formats are defined.
+    struct Values<F>(std::marker::PhantomData<F>);
+
+    impl<F: Format> Values<F> {
+        const ALL: &[f32; 256] = &values(F::MANTISSA_BITS, F::BIAS, F::SPECIALS);
+    }
+
+    const fn values(mantissa_bits: u32, bias: u32, specials: Specials) -> [f32; 256] {
+        let mut values = [0.0; 256];
+        let mut code = 0;
+        while code < 256 {
+            values[code as usize] = value(code, mantissa_bits, bias, specials);
+            code += 1;
+        }
+        values
+    }
+
+    const fn value(code: u32, mantissa_bits: u32, bias: u32, specials: Specials) -> f32 {
+        let (sign, rest) = (code >> 7, code & 0x7f);
+        let (exponent, mantissa) = (rest >> mantissa_bits, rest & ((1 << mantissa_bits) - 1));
+        let highest = exponent == 0x7f >> mantissa_bits;
+        let not_finite = match specials {
+            Specials::Ieee => highest,
+            Specials::Finite => rest == 0x7f,
+            Specials::FiniteUnsignedZero => code == 0x80,
+        };
+        let size = if not_finite && mantissa == 0 && matches!(specials, Specials::Ieee) {
+            f32::INFINITY
+        } else if not_finite {
+            return f32::NAN;
+        } else if exponent == 0 {
+            mantissa as f32 * f32::from_bits((128 - bias - mantissa_bits) << 23)
+        } else {
+            f32::from_bits((exponent + 127 - bias) << 23 | mantissa << (23 - mantissa_bits))
+        };
+        if sign == 1 { -size } else { size }
+    }
+
     /// The nearest code by trying all; of two, the even one.
     fn nearest<F: Format>(value: f32) -> u8 {
-        let distance = |code: u8| (f64::from(F::VALUES[usize::from(code)]) - f64::from(value)).abs();
-        let codes = (0..=255u8).filter(|&code| F::VALUES[usize::from(code)].is_finite());
+        let distance = |code: u8| (f64::from(Values::<F>::ALL[usize::from(code)]) - f64::from(value)).abs();
+        let codes = (0..=255u8).filter(|&code| Values::<F>::ALL[usize::from(code)].is_finite());
         codes.min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1)))).unwrap()
     }
 
     fn all_values_round_to_the_nearest<F: Format>(largest: f32) {
         for code in 0..=255u8 {
-            let value = F::VALUES[usize::from(code)];
+            let value = Values::<F>::ALL[usize::from(code)];
+            let got = F8::<F>::get([code]);
+            assert!(
+                got.to_bits() == value.to_bits() || got.is_nan() && value.is_nan(),
+                "{code:#x}: {got}, not {value}"
+            );
             let back = F8::<F>::put(value)[0];
             assert!(
-                back == code || value.is_nan() && F::VALUES[usize::from(back)].is_nan(),
+                back == code || value.is_nan() && Values::<F>::ALL[usize::from(back)].is_nan(),
                 "{code:#x}: {value} {back:#x}"
             );
         }
-        assert_eq!(F::VALUES.iter().filter(|value| value.is_finite()).fold(0.0, |a: f32, b| a.max(*b)), largest);
+        assert_eq!(Values::<F>::ALL.iter().filter(|value| value.is_finite()).fold(0.0, |a: f32, b| a.max(*b)), largest);
         // Steps much finer than the format's, and exactly half of them too.
         for step in -60_000..=60_000 {
             for scale in [largest / 60_000.0, 1.0 / 4096.0 / 1024.0, 1.0 / 1024.0] {
                 let value = step as f32 * scale;
                 if value.abs() <= largest && value != 0.0 {
                     let (got, want) = (F8::<F>::put(value)[0], nearest::<F>(value));
-                    let (got_value, want_value) = (F::VALUES[usize::from(got)], F::VALUES[usize::from(want)]);
+                    let (got_value, want_value) =
+                        (Values::<F>::ALL[usize::from(got)], Values::<F>::ALL[usize::from(want)]);
                     assert!(got_value == want_value, "{value}: {got_value}, not {want_value}");
                 }
             }

@@ -1,8 +1,11 @@
 //! Pure: the loops. Elements are read from and written to bytes, so that any alignment will do; the compiler makes wide
 //! loads and stores of it.
 
+use super::extreme::{Greatest, Least};
 use super::float8::{self, F8};
 use super::level::{Instructions, Level, Loop};
+use half::{bf16, f16};
+use std::cmp::Ordering;
 use std::marker::PhantomData;
 
 /// Elements combined at a time when there are more than two inputs: the partial results stay in the first-level cache.
@@ -30,6 +33,8 @@ pub(super) trait Op<T: Copy> {
 
 pub(super) struct Sum;
 pub(super) struct Avg;
+/// The same, by a divisor of [`POWERS`].
+pub(super) struct AvgOfPower;
 pub(super) struct Min;
 pub(super) struct Max;
 pub(super) struct Product;
@@ -37,21 +42,25 @@ pub(super) struct And;
 pub(super) struct Or;
 pub(super) struct Xor;
 
-/// A type of element: how its bytes become values to compute with, and back.
+/// Partial results of a block.
+pub(super) type Block<K> = [<K as Kind>::Value; BLOCK];
+
+/// A type of element: how its bytes are combined, pass by pass.
 pub(super) trait Kind {
     type Value: Copy + Default;
     const BYTES: usize;
-    /// `values = bytes`.
-    fn load<I: Instructions>(bytes: &[u8], values: &mut [Self::Value]);
-    /// `values = values ∘ bytes`.
-    fn combine<I: Instructions, O: Op<Self::Value>>(values: &mut [Self::Value], bytes: &[u8]);
-    /// `bytes = values`, finished.
-    fn store<I: Instructions, O: Op<Self::Value>>(values: &[Self::Value], bytes: &mut [u8], divisor: usize);
-    /// `own = own ∘ other`, finished, without a detour by a block of values; false where there is no such way.
-    #[inline(always)]
-    fn pair<I: Instructions, O: Op<Self::Value>>(_own: &mut [u8], _other: &[u8], _divisor: usize) -> bool {
-        false
-    }
+    /// `own`, finished: there is nothing to combine it with.
+    fn alone<I: Instructions, O: Op<Self::Value>>(own: &mut [u8], divisor: usize);
+    /// `own = own ∘ other`, finished.
+    fn pair<I: Instructions, O: Op<Self::Value>>(own: &mut [u8], other: &[u8], divisor: usize);
+    /// `values = one ∘ other`.
+    fn first<I: Instructions, O: Op<Self::Value>>(values: &mut Block<Self>, one: &[u8], other: &[u8]);
+    /// `values = values ∘ input`.
+    fn next<I: Instructions, O: Op<Self::Value>>(values: &mut Block<Self>, input: &[u8]);
+    /// `own = values ∘ input`, finished.
+    fn last<I: Instructions, O: Op<Self::Value>>(values: &Block<Self>, input: &[u8], own: &mut [u8], divisor: usize);
+    /// `own = values ∘ own`, finished.
+    fn last_own<I: Instructions, O: Op<Self::Value>>(values: &Block<Self>, own: &mut [u8], divisor: usize);
 }
 
 /// An element whose bytes become a value one by one; the compiler makes these loops wide.
@@ -69,32 +78,60 @@ macro_rules! kind {
             const BYTES: usize = $bytes;
 
             #[inline(always)]
-            fn load<I: Instructions>(bytes: &[u8], values: &mut [Self::Value]) {
-                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<$bytes>().0) {
-                    *value = Self::get(*bytes);
+            fn alone<I: Instructions, O: Op<Self::Value>>(own: &mut [u8], divisor: usize) {
+                for own in own.as_chunks_mut::<$bytes>().0 {
+                    *own = Self::put(O::finish(Self::get(*own), divisor));
                 }
             }
 
             #[inline(always)]
-            fn combine<I: Instructions, O: Op<Self::Value>>(values: &mut [Self::Value], bytes: &[u8]) {
-                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<$bytes>().0) {
-                    *value = O::apply(*value, Self::get(*bytes));
-                }
-            }
-
-            #[inline(always)]
-            fn store<I: Instructions, O: Op<Self::Value>>(values: &[Self::Value], bytes: &mut [u8], divisor: usize) {
-                for (value, bytes) in values.iter().zip(bytes.as_chunks_mut::<$bytes>().0) {
-                    *bytes = Self::put(O::finish(*value, divisor));
-                }
-            }
-
-            #[inline(always)]
-            fn pair<I: Instructions, O: Op<Self::Value>>(own: &mut [u8], other: &[u8], divisor: usize) -> bool {
+            fn pair<I: Instructions, O: Op<Self::Value>>(own: &mut [u8], other: &[u8], divisor: usize) {
                 for (own, other) in own.as_chunks_mut::<$bytes>().0.iter_mut().zip(other.as_chunks::<$bytes>().0) {
                     *own = Self::put(O::finish(O::apply(Self::get(*own), Self::get(*other)), divisor));
                 }
-                true
+            }
+
+            #[inline(always)]
+            fn first<I: Instructions, O: Op<Self::Value>>(
+                values: &mut Block<Self>,
+                one: &[u8],
+                other: &[u8],
+            ) {
+                let inputs = one.as_chunks::<$bytes>().0.iter().zip(other.as_chunks::<$bytes>().0);
+                for (value, (one, other)) in values.iter_mut().zip(inputs) {
+                    *value = O::apply(Self::get(*one), Self::get(*other));
+                }
+            }
+
+            #[inline(always)]
+            fn next<I: Instructions, O: Op<Self::Value>>(values: &mut Block<Self>, input: &[u8]) {
+                for (value, input) in values.iter_mut().zip(input.as_chunks::<$bytes>().0) {
+                    *value = O::apply(*value, Self::get(*input));
+                }
+            }
+
+            #[inline(always)]
+            fn last<I: Instructions, O: Op<Self::Value>>(
+                values: &Block<Self>,
+                input: &[u8],
+                own: &mut [u8],
+                divisor: usize,
+            ) {
+                let operands = values.iter().zip(input.as_chunks::<$bytes>().0);
+                for (own, (value, input)) in own.as_chunks_mut::<$bytes>().0.iter_mut().zip(operands) {
+                    *own = Self::put(O::finish(O::apply(*value, Self::get(*input)), divisor));
+                }
+            }
+
+            #[inline(always)]
+            fn last_own<I: Instructions, O: Op<Self::Value>>(
+                values: &Block<Self>,
+                own: &mut [u8],
+                divisor: usize,
+            ) {
+                for (own, value) in own.as_chunks_mut::<$bytes>().0.iter_mut().zip(values) {
+                    *own = Self::put(O::finish(O::apply(*value, Self::get(*own)), divisor));
+                }
             }
         })*
     };
@@ -104,7 +141,7 @@ kind! {
     Plain<f32>, 4; Plain<f64>, 8;
     Plain<i8>, 1; Plain<u8>, 1; Plain<i16>, 2; Plain<u16>, 2;
     Plain<i32>, 4; Plain<u32>, 4; Plain<i64>, 8; Plain<u64>, 8;
-    Truth, 1;
+    Truth, 1; Least<f16>, 2; Least<bf16>, 2; Greatest<f16>, 2; Greatest<bf16>, 2;
     F8<float8::E4M3Fn>, 1; F8<float8::E5M2>, 1; F8<float8::E4M3FnUz>, 1; F8<float8::E5M2FnUz>, 1
 }
 
@@ -197,6 +234,25 @@ macro_rules! average {
     };
 }
 
+/// Divisors by which `AvgOfPower` divides, if they are powers of two: the inverse of one is exact, and it fits every integer.
+pub(super) const POWERS: std::ops::RangeInclusive<usize> = 2..=64;
+
+macro_rules! average_of_power {
+    ($($type:ty),*; $finish:expr) => {
+        $(impl Op<$type> for AvgOfPower {
+            #[inline(always)]
+            fn apply(a: $type, b: $type) -> $type {
+                <Sum as Op<$type>>::apply(a, b)
+            }
+            #[inline(always)]
+            fn finish(value: $type, divisor: usize) -> $type {
+                let finish: fn($type, $type, u32) -> $type = $finish;
+                finish(value, divisor as $type, divisor.trailing_zeros())
+            }
+        })*
+    };
+}
+
 // Which NaN comes of two is the processor's choice, so `put` makes them all the same one. Of two zeros, a minimum takes the
 // negative one and a maximum the positive one, whichever comes first: `if` takes `b` of two equals, so each way gives one
 // of the zeros, and the sign bits tell.
@@ -215,6 +271,12 @@ average!(f32; f32; |a, b| a + b);
 average!(f64; f64; |a, b| a + b);
 average!(i64; i8, i16, i32, i64; |a, b| a.wrapping_add(b));
 average!(u64; u8, u16, u32, u64; |a, b| a.wrapping_add(b));
+average_of_power!(f32, f64; |value, divisor, _| value * (1.0 / divisor));
+average_of_power!(u8, u16, u32, u64; |value, _, places| value >> places);
+// What is negative is cut towards zero too.
+average_of_power!(i8, i16, i32, i64; |value, divisor, places| {
+    value.wrapping_add(if value < 0 { divisor - 1 } else { 0 }) >> places
+});
 
 /// Carries out `job` with the instructions of `level`.
 pub(super) fn run<K: Kind, O: Op<K::Value>>(level: Level, job: Job<'_>) {
@@ -227,27 +289,37 @@ impl<K: Kind, O: Op<K::Value>> Loop for Fold<'_, K, O> {
     #[inline(always)]
     fn run<I: Instructions>(self) {
         let Job { own, at, others, mut copy, divisor } = self.0;
-        if let ([other], None) = (others, &copy)
-            && K::pair::<I, O>(own, other, divisor)
-        {
-            return;
-        }
         let mut values = [K::Value::default(); BLOCK];
+        // One pass will do for two inputs, however long they are.
+        let block = if others.len() < 2 && copy.is_none() { own.len() } else { BLOCK * K::BYTES };
         let mut start = 0;
         while start < own.len() {
-            let end = own.len().min(start + BLOCK * K::BYTES);
-            let values = &mut values[..(end - start) / K::BYTES];
-            for rank in 0..=others.len() {
-                let input = match rank.cmp(&at) {
-                    std::cmp::Ordering::Less => &others[rank][start..end],
-                    std::cmp::Ordering::Equal => &own[start..end],
-                    std::cmp::Ordering::Greater => &others[rank - 1][start..end],
-                };
-                if rank == 0 { K::load::<I>(input, values) } else { K::combine::<I, O>(values, input) }
+            let end = own.len().min(start + block);
+            let own = &mut own[start..end];
+            match others {
+                [] => K::alone::<I, O>(own, divisor),
+                [other] => K::pair::<I, O>(own, &other[start..end], divisor),
+                [one, other, ..] => {
+                    // The first two commute.
+                    let second = if at < 2 { &*own } else { &other[start..end] };
+                    K::first::<I, O>(&mut values, &one[start..end], second);
+                    for rank in 2..others.len() {
+                        let input = match rank.cmp(&at) {
+                            Ordering::Less => &others[rank][start..end],
+                            Ordering::Equal => &*own,
+                            Ordering::Greater => &others[rank - 1][start..end],
+                        };
+                        K::next::<I, O>(&mut values, input);
+                    }
+                    if at == others.len() {
+                        K::last_own::<I, O>(&values, own, divisor);
+                    } else {
+                        K::last::<I, O>(&values, &others[others.len() - 1][start..end], own, divisor);
+                    }
+                }
             }
-            K::store::<I, O>(values, &mut own[start..end], divisor);
             if let Some(copy) = &mut copy {
-                copy[start..end].copy_from_slice(&own[start..end]);
+                copy[start..end].copy_from_slice(own);
             }
             start = end;
         }

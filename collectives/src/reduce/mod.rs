@@ -2,17 +2,22 @@
 
 mod bfloat16;
 mod copy;
+mod extreme;
 mod float16;
 mod float8;
 mod kernel;
 mod level;
+mod packed;
 
 pub use copy::copy_streaming;
 
 use crate::DType;
+use extreme::{Greatest, Least};
 use float8::F8;
-use kernel::{And, Avg, Max, Min, Or, Plain, Product, Sum, Xor};
+use half::{bf16, f16};
+use kernel::{And, Avg, AvgOfPower, Max, Min, Or, Plain, Product, Sum, Xor};
 use level::Level;
+use packed::Packed;
 
 /// How elements are combined.
 ///
@@ -113,37 +118,38 @@ fn fold_at(level: Level, dtype: DType, op: Reduction, job: kernel::Job<'_>) -> R
     assert!(job.at <= job.others.len(), "this rank's place is among the inputs'");
     assert!(job.others.iter().all(|other| other.len() == len), "inputs of one length");
     assert!(job.copy.as_ref().is_none_or(|copy| copy.len() == len), "a copy of the inputs' length");
+    let by_power = job.divisor.is_power_of_two() && kernel::POWERS.contains(&job.divisor);
     macro_rules! floats {
-        ($kind:ty) => {
+        ($kind:ty, $least:ty, $greatest:ty) => {
             match op {
                 Reduction::Sum => kernel::run::<$kind, Sum>(level, job),
+                Reduction::Avg if by_power => kernel::run::<$kind, AvgOfPower>(level, job),
                 Reduction::Avg => kernel::run::<$kind, Avg>(level, job),
-                Reduction::Min => kernel::run::<$kind, Min>(level, job),
-                Reduction::Max => kernel::run::<$kind, Max>(level, job),
+                Reduction::Min => kernel::run::<$least, Min>(level, job),
+                Reduction::Max => kernel::run::<$greatest, Max>(level, job),
                 Reduction::Product => kernel::run::<$kind, Product>(level, job),
                 _ => return Err(UnsupportedReduction { dtype, op }),
             }
+        };
+        ($kind:ty) => {
+            floats!($kind, $kind, $kind)
         };
     }
     macro_rules! integers {
         ($kind:ty) => {
             match op {
-                Reduction::Sum => kernel::run::<$kind, Sum>(level, job),
-                Reduction::Avg => kernel::run::<$kind, Avg>(level, job),
-                Reduction::Min => kernel::run::<$kind, Min>(level, job),
-                Reduction::Max => kernel::run::<$kind, Max>(level, job),
-                Reduction::Product => kernel::run::<$kind, Product>(level, job),
                 Reduction::BitAnd => kernel::run::<$kind, And>(level, job),
                 Reduction::BitOr => kernel::run::<$kind, Or>(level, job),
                 Reduction::BitXor => kernel::run::<$kind, Xor>(level, job),
+                _ => floats!($kind),
             }
         };
     }
     match dtype {
         DType::F32 => floats!(Plain<f32>),
         DType::F64 => floats!(Plain<f64>),
-        DType::F16 => floats!(half::f16),
-        DType::BF16 => floats!(half::bf16),
+        DType::F16 => floats!(Packed<f16>, Least<f16>, Greatest<f16>),
+        DType::BF16 => floats!(Packed<bf16>, Least<bf16>, Greatest<bf16>),
         DType::I8 => integers!(Plain<i8>),
         DType::U8 => integers!(Plain<u8>),
         DType::I16 => integers!(Plain<i16>),

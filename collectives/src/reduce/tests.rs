@@ -1,7 +1,6 @@
 //! Kernels against the plainest possible loop, and against each other.
 
 use super::*;
-use half::{bf16, f16};
 use kernel::Element;
 
 const LENGTHS: [usize; 14] = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 70, 1023, 1025, 5000];
@@ -189,32 +188,115 @@ fn every_set_of_instructions_and_every_cut_gives_the_same_bits() {
     });
 }
 
+/// What `op` makes of two 16-bit floats and perhaps of a third, one after the other, by the plainest means.
+fn plain(dtype: DType, op: Reduction, inputs: &[[u8; 2]], divisor: usize) -> [u8; 2] {
+    let value = |bytes: &[u8; 2]| match dtype {
+        DType::F16 => f16::from_le_bytes(*bytes).to_f32(),
+        _ => bf16::from_le_bytes(*bytes).to_f32(),
+    };
+    let both = |a: f32, b: f32| match op {
+        Reduction::Sum | Reduction::Avg => a + b,
+        Reduction::Product => a * b,
+        _ if a.is_nan() || b.is_nan() => f32::NAN,
+        Reduction::Min => {
+            if a.total_cmp(&b).is_lt() {
+                a
+            } else {
+                b
+            }
+        }
+        _ => {
+            if a.total_cmp(&b).is_gt() {
+                a
+            } else {
+                b
+            }
+        }
+    };
+    let found = inputs.iter().map(value).reduce(both).unwrap();
+    let found = if op == Reduction::Avg { found / divisor as f32 } else { found };
+    match dtype {
+        DType::F16 if found.is_nan() => f16::NAN.to_le_bytes(),
+        DType::F16 => f16::from_f32(found).to_le_bytes(),
+        _ if found.is_nan() => bf16::NAN.to_le_bytes(),
+        _ => bf16::from_f32(found).to_le_bytes(),
+    }
+}
+
 #[test]
-fn all_values_of_bfloat16_are_rounded_alike_by_every_set_of_instructions() {
+fn all_16_bit_floats_are_combined_alike_by_every_set_of_instructions() {
     // In blocks of ordinary values, denormal ones and such as are no numbers, and in both of all.
     let all: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
-    let plain = |op, a: f32, b: f32| match op {
-        Reduction::Sum => a + b,
-        Reduction::Avg => (a + b) / 2.0,
-        _ => a * b,
-    };
-    for other in [0, 0x8000, 0x0001, 0x807f, 0x0080, 0x8081, 0x3f80, 0xbf81, 0x4049, 0x7f7f, 0xff80, 0x7fc1] {
+    let ops = [Reduction::Sum, Reduction::Avg, Reduction::Min, Reduction::Max, Reduction::Product];
+    for other in
+        [0, 0x8000, 0x0001, 0x807f, 0x0400, 0x8081, 0x3c01, 0x3f80, 0xbf81, 0x7bff, 0xfc00, 0x7f7f, 0xff80, 0x7fc1]
+    {
         let mut others: Vec<u8> = u16::to_le_bytes(other).repeat(1 << 16);
         // One odd element in a block of ordinary ones.
         others[2 * 0x4000..2 * 0x4000 + 2].copy_from_slice(&0x0001u16.to_le_bytes());
-        for op in [Reduction::Sum, Reduction::Avg, Reduction::Product] {
-            let expected = all.as_chunks().0.iter().zip(others.as_chunks().0).flat_map(|(&a, &b)| {
-                let value = plain(op, bf16::from_le_bytes(a).to_f32(), bf16::from_le_bytes(b).to_f32());
-                if value.is_nan() { bf16::NAN.to_le_bytes() } else { bf16::from_f32(value).to_le_bytes() }
-            });
-            let expected: Vec<u8> = expected.collect();
-            for level in Level::all() {
-                let mut own = all.clone();
-                let job = kernel::Job { own: &mut own, at: 0, others: &[&others], copy: None, divisor: 2 };
-                fold_at(level, DType::BF16, op, job).unwrap();
-                assert!(own == expected, "{level:?}: {op:?} with {other:#06x}");
+        let third: Vec<u8> = (0..=u16::MAX).flat_map(|bits| bits.wrapping_mul(0x9e37).to_le_bytes()).collect();
+        for (dtype, op) in [DType::F16, DType::BF16].into_iter().flat_map(|dtype| ops.map(|op| (dtype, op))) {
+            for inputs in [&[&others[..]][..], &[&others, &third]] {
+                let divisor = inputs.len() + 1;
+                let expected: Vec<u8> = (0..1 << 16)
+                    .flat_map(|i| {
+                        let at = |input: &[u8]| input.as_chunks().0[i];
+                        let elements = [at(&all), at(inputs[0]), at(inputs[inputs.len() - 1])];
+                        plain(dtype, op, &elements[..divisor], divisor)
+                    })
+                    .collect();
+                for level in Level::all() {
+                    let mut own = all.clone();
+                    let job = kernel::Job { own: &mut own, at: 0, others: inputs, copy: None, divisor };
+                    fold_at(level, dtype, op, job).unwrap();
+                    assert!(own == expected, "{level:?}: {dtype} {op:?} of {divisor} with {other:#06x}");
+                }
             }
         }
+    }
+}
+
+#[test]
+fn an_average_by_a_power_of_two_has_the_bits_of_a_division() {
+    every_reduction(|dtype, op| {
+        if op != Reduction::Avg {
+            return;
+        }
+        for divisor in (2..=6).map(|power| 1 << power).chain([128, 256]) {
+            let (own, other) = (noise(dtype, 3001, 5), noise(dtype, 3001, 6));
+            let fold = |at: Level, by: fn(Level, DType, kernel::Job<'_>)| {
+                let mut own = own.clone();
+                by(at, dtype, kernel::Job { own: &mut own, at: 0, others: &[&other], copy: None, divisor });
+                own
+            };
+            for level in Level::all() {
+                let expected = fold(level, divided);
+                let got = fold(level, |level, dtype, job| fold_at(level, dtype, Reduction::Avg, job).unwrap());
+                assert!(got == expected, "{level:?}: {dtype} by {divisor}");
+            }
+        }
+    });
+}
+
+/// An average by division, whatever the divisor.
+fn divided(level: Level, dtype: DType, job: kernel::Job<'_>) {
+    match dtype {
+        DType::F32 => kernel::run::<Plain<f32>, Avg>(level, job),
+        DType::F64 => kernel::run::<Plain<f64>, Avg>(level, job),
+        DType::F16 => kernel::run::<Packed<f16>, Avg>(level, job),
+        DType::BF16 => kernel::run::<Packed<bf16>, Avg>(level, job),
+        DType::I8 => kernel::run::<Plain<i8>, Avg>(level, job),
+        DType::U8 => kernel::run::<Plain<u8>, Avg>(level, job),
+        DType::I16 => kernel::run::<Plain<i16>, Avg>(level, job),
+        DType::U16 => kernel::run::<Plain<u16>, Avg>(level, job),
+        DType::I32 => kernel::run::<Plain<i32>, Avg>(level, job),
+        DType::U32 => kernel::run::<Plain<u32>, Avg>(level, job),
+        DType::I64 => kernel::run::<Plain<i64>, Avg>(level, job),
+        DType::U64 => kernel::run::<Plain<u64>, Avg>(level, job),
+        DType::F8E4M3Fn => kernel::run::<F8<float8::E4M3Fn>, Avg>(level, job),
+        DType::F8E5M2 => kernel::run::<F8<float8::E5M2>, Avg>(level, job),
+        DType::F8E4M3FnUz => kernel::run::<F8<float8::E4M3FnUz>, Avg>(level, job),
+        _ => kernel::run::<F8<float8::E5M2FnUz>, Avg>(level, job),
     }
 }
 
