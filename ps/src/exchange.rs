@@ -62,8 +62,8 @@ pub fn export_checkpoint(checkpoint: &Path, file: &Path, memory_bytes: u64) -> R
     Ok(Exchanged { name, tables: images.len(), bytes })
 }
 
-/// Makes a checkpoint in `folder`, or at an `s3://` address, of a file that [`export_checkpoint`] wrote: the latest one there, to be restored at any
-/// number of shards. Takes memory for the file, and at most `memory_bytes` for the tables.
+/// Makes a checkpoint in `folder`, or at an `s3://` address, of a file that [`export_checkpoint`] wrote: the latest one there, to be
+/// restored at any number of shards. Takes memory for the file, and at most `memory_bytes` for the tables.
 ///
 /// # Errors
 /// `Invalid` where the file was cut, is another program's, or does not fit what it says of itself; nothing is written then.

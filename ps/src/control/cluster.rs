@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 /// Silence after which a process counts as gone, where no other end of a log has said so before.
 pub const LEASE: Duration = Duration::from_secs(3);
 
-/// How long a coordinator that begins waits for a shard's only holder: many times what servers take to find it.
+/// How long a coordinator that begins waits for a shard's only holder, and any for two that fall silent together: many times what
+/// servers take to find it.
 const GRACE: Duration = Duration::from_secs(15);
 
 #[derive(Clone)]
@@ -34,13 +35,15 @@ pub struct Cluster {
     processes: HashMap<u64, Process>,
     /// Until when nothing that is in somebody's memory is given up: who had it before this coordinator began may still come.
     grace: Option<Instant>,
+    /// Shards of which primary and backup are both silent, and since when: it may be this coordinator that is cut off.
+    silent: HashMap<u32, Instant>,
 }
 
 impl Cluster {
     /// A cluster of `shards` shards with `replicas` copies of each beside the primary, 0 or 1, that nobody has joined.
     pub fn new(shards: u32, replicas: u32) -> Self {
         let map = ClusterMap { replicas, ..ClusterMap::default() };
-        Self { map, shards, origin: String::new(), processes: HashMap::new(), grace: None }
+        Self { map, shards, origin: String::new(), processes: HashMap::new(), grace: None, silent: HashMap::new() }
     }
 
     /// The same, which begins with what the checkpoint of that name holds, where it begins at all: not where there is a map.
@@ -152,12 +155,17 @@ impl Cluster {
             if candidate {
                 self.change(shard, |seats| seats.candidate = None);
             }
+            if !(primary && backup) {
+                self.silent.remove(&shard);
+            }
             match (primary, backup) {
                 (true, false) if self.map.shards[shard as usize].backup.is_some() => self.promote(shard),
                 (false, true) => self.change(shard, |seats| seats.backup = None),
-                // Nobody has it any more; whoever had it may be slow to find a coordinator that was started anew.
-                (true, true) if self.grace.is_none_or(|until| now >= until) => {
-                    self.change(shard, |seats| seats.backup = None)
+                (true, true) => {
+                    let since = *self.silent.entry(shard).or_insert(now);
+                    if now.saturating_duration_since(since) >= GRACE {
+                        self.change(shard, |seats| seats.backup = None);
+                    }
                 }
                 _ => {}
             }
@@ -445,7 +453,10 @@ mod tests {
         // Both are gone, with what was pushed since: what they began with would be taken for it.
         bench.now += 2 * LEASE;
         bench.cluster.tick(bench.now);
+        assert!(!bench.join(5, &[50]) && bench.seats(0) == [11, 21, 0], "it may be the coordinator that is cut off");
+        bench.now += GRACE;
         bench.join(5, &[50]);
+        bench.cluster.tick(bench.now);
         assert!(bench.seats(0)[0] == 50 && origin(&bench).is_empty());
     }
 
