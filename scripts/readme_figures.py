@@ -1,7 +1,7 @@
 """Makes the figures of README's section "How fast" again, all by one command, on the machine that it runs on.
 
-    scripts/readme-figures                 all steps, some 10 minutes on a quiet machine of 2 cores
-    scripts/readme-figures --quick         fewer rounds, some 3 minutes: to see that everything runs, not to be kept
+    scripts/readme-figures                 all steps, some 3 minutes on a quiet machine of 2 cores
+    scripts/readme-figures --quick         fewer rounds, less than a minute: to see that everything runs, not to be kept
     scripts/readme-figures --only servers kernels
     scripts/readme-figures --readme FILE   into another file with the same marks
 
