@@ -7,7 +7,7 @@ use crate::pool::Pool;
 use crate::region::{BufferHome, Loan};
 use crate::slab::{Slab, TagMap};
 use crate::{
-    Arrival, Completion, Envelope, PeerId, PeerName, PostError, RecvLoan, RegionSliceMut, Tag, TransportError,
+    Arrival, Completion, Envelope, PeerId, PeerName, PostError, RecvLoan, RegionSliceMut, Tag, TransportError, short,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -155,6 +155,7 @@ impl Inbox {
     }
 
     /// A message has come whole, unasked; `cost` of the sender's window goes back when it is handed over.
+    #[inline(always)]
     pub(crate) fn deliver(
         &mut self,
         from: Envelope,
@@ -168,6 +169,18 @@ impl Inbox {
         {
             return;
         }
+        self.deliver_later(from, payload, cost, turn, done);
+    }
+
+    /// Delivers what does not meet its receive's slice at once.
+    fn deliver_later(
+        &mut self,
+        from: Envelope,
+        payload: Payload<'_>,
+        cost: u64,
+        turn: u64,
+        done: &mut Vec<Completion>,
+    ) {
         let (receive, alone) = self.meet(from.tag);
         let bytes = payload.bytes().len();
         let mut message =
@@ -181,6 +194,7 @@ impl Inbox {
     }
 
     /// Copies a message straight into the slice that waits for it, if one does and nothing is before it; whether it did.
+    #[inline(always)]
     fn deliver_at_once(&mut self, from: Envelope, bytes: &[u8], cost: u64, done: &mut Vec<Completion>) -> bool {
         let Some(queue) = self.queues.get_mut(&from.tag) else { return false };
         let fits = |receive: &mut Receive| matches!(receive, Receive::Slice(slice) if slice.len() >= bytes.len());
@@ -189,7 +203,7 @@ impl Inbox {
         }
         let Some(Receive::Slice(mut slice)) = queue.posted.pop_front_if(fits) else { return false };
         let empty = queue.posted.is_empty();
-        slice[..bytes.len()].copy_from_slice(bytes);
+        short::copy(&mut slice, bytes);
         self.posted -= 1;
         self.taken += cost;
         self.received.0 += bytes.len() as u64;

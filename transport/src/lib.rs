@@ -28,6 +28,7 @@ mod region;
 pub mod rendezvous;
 mod select;
 pub mod shm;
+mod short;
 pub mod sim;
 mod slab;
 pub mod tcp;

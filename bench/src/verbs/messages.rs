@@ -1,7 +1,7 @@
 //! Does: messages of the verbs wire, alone or as a group has it.
 
 use super::meeting::Meeting;
-use super::{End, Plan, deadline, device, in_time, settings};
+use super::{End, PATIENCE, Plan, deadline, device, in_time, settings};
 use gradwire_transport::{
     Beside, Completion, Config, Envelope, PeerId, PeerName, Rank, Region, RegionSlice, RegionSliceMut, Tag, VerbsWire,
     Wire, WireChoice, WireKind, Words, form_group,
@@ -26,6 +26,9 @@ pub(super) struct Messages {
     /// A buffer for each message under way.
     buffers: Vec<Arc<Region>>,
     done: Vec<Completion>,
+    /// The clock, as it was when it was looked at last, and polls since.
+    now: Instant,
+    turns: u32,
     /// Completions that nobody has waited for yet.
     sent: usize,
     received: usize,
@@ -63,7 +66,8 @@ impl Messages {
         let is_first = meeting.is_first;
         let peer = PeerId(u32::from(is_first));
         let (buffers, done, spin) = (Vec::new(), Vec::new(), plan.spin(meeting));
-        Self { is_first, wire, device, peer, spin, buffers, done, sent: 0, received: 0 }
+        let now = Instant::now();
+        Self { is_first, wire, device, peer, spin, buffers, done, now, turns: 0, sent: 0, received: 0 }
     }
 
     /// At least so many buffers of at least so many bytes.
@@ -102,19 +106,29 @@ impl Messages {
         self.post_recv(tag, slice)
     }
 
-    /// The next completions: polls, then sleeps.
-    fn wait(&mut self, until: Instant) -> Result<Vec<Completion>, Box<dyn Error>> {
-        let (mut idle, mut now) = (0u32, Instant::now());
-        while self.done.is_empty() {
-            self.wire.poll(now, &mut self.done);
-            idle += 1;
-            if idle.is_multiple_of(CLOCK_TURNS) {
-                now = Instant::now();
-            }
-            if idle > self.spin && self.done.is_empty() {
+    /// Polls once, and sleeps where that found nothing after `idle` polls that found nothing.
+    #[inline]
+    fn step(&mut self, idle: &mut u32, until: Instant) -> Result<(), Box<dyn Error>> {
+        self.wire.poll(self.now, &mut self.done);
+        self.turns += 1;
+        if self.turns >= CLOCK_TURNS {
+            (self.now, self.turns) = (Instant::now(), 0);
+        }
+        if self.done.is_empty() {
+            *idle += 1;
+            if *idle > self.spin {
                 in_time(until, "a message")?;
                 self.wire.park(until);
             }
+        }
+        Ok(())
+    }
+
+    /// The next completions.
+    fn wait(&mut self, until: Instant) -> Result<Vec<Completion>, Box<dyn Error>> {
+        let mut idle = 0;
+        while self.done.is_empty() {
+            self.step(&mut idle, until)?;
         }
         let failed = self.done.iter().find_map(|completion| match completion {
             Completion::SendFailed { error, .. }
@@ -129,8 +143,7 @@ impl Messages {
     }
 
     /// Waits for so many completions of either kind; more of them count for the next time.
-    fn wait_for(&mut self, sent: usize, received: usize) -> Result<(), Box<dyn Error>> {
-        let until = deadline();
+    fn wait_for(&mut self, sent: usize, received: usize, until: Instant) -> Result<(), Box<dyn Error>> {
         while self.sent < sent || self.received < received {
             let mut done = self.wait(until)?;
             for completion in done.drain(..) {
@@ -144,6 +157,30 @@ impl Messages {
         self.sent -= sent;
         self.received -= received;
         Ok(())
+    }
+
+    /// Waits until a slice to be sent is here, and one to receive in.
+    fn regain(
+        &mut self,
+        mut sent: Option<RegionSlice>,
+        mut received: Option<RegionSliceMut>,
+        until: Instant,
+    ) -> Result<(RegionSlice, RegionSliceMut), Box<dyn Error>> {
+        let mut idle = 0;
+        while sent.is_none() || received.is_none() {
+            self.step(&mut idle, until)?;
+            for completion in self.done.drain(..) {
+                match completion {
+                    Completion::Sent { slice, .. } => sent = Some(slice),
+                    Completion::Received { slice, .. } => received = Some(slice),
+                    Completion::SendFailed { error, .. }
+                    | Completion::RecvFailed { error, .. }
+                    | Completion::PeerDown { error, .. } => return Err(error.into()),
+                    _ => {}
+                }
+            }
+        }
+        sent.zip(received).ok_or_else(|| "a slice did not come back".into())
     }
 
     fn pour(&mut self, bytes: usize, count: usize, in_flight: usize) -> Result<(), Box<dyn Error>> {
@@ -191,7 +228,7 @@ impl Messages {
             self.done.append(&mut done);
         }
         self.send(BACK, 0, 8)?;
-        self.wait_for(1, 0)
+        self.wait_for(1, 0, deadline())
     }
 }
 
@@ -207,10 +244,10 @@ impl End for Messages {
             self.buffers[0].write(self.place(0, bytes))?.iter_mut().enumerate().for_each(|(at, b)| *b = expected(at));
             self.receive(BACK, 1, bytes)?;
             self.send(FORWARD, 0, bytes)?;
-            self.wait_for(1, 1)?;
+            self.wait_for(1, 1, deadline())?;
         } else {
             self.receive(FORWARD, 1, bytes)?;
-            self.wait_for(0, 1)?;
+            self.wait_for(0, 1, deadline())?;
         }
         let came = self.buffers[1].read(self.place(1, bytes))?;
         if let Some(at) = came.iter().enumerate().position(|(at, &byte)| byte != expected(at)) {
@@ -218,34 +255,36 @@ impl End for Messages {
         }
         if !self.is_first {
             self.post_send(BACK, came)?;
-            self.wait_for(1, 0)?;
+            self.wait_for(1, 0, deadline())?;
         }
         Ok(())
     }
 
     fn ping(&mut self, bytes: usize, rounds: usize) -> Result<Vec<f64>, Box<dyn Error>> {
         self.prepare(bytes, 2);
-        let (out, back) = if self.is_first { (FORWARD, BACK) } else { (BACK, FORWARD) };
-        if !self.is_first {
-            self.receive(back, 1, bytes)?;
-        }
+        let (there, here) = if self.is_first { (FORWARD, BACK) } else { (BACK, FORWARD) };
+        // The same slices over and over, as perftest has the same memory.
+        let mut out = self.buffers[0].read(self.place(0, bytes))?;
+        let mut back = self.buffers[1].write(self.place(1, bytes))?;
         let mut times = Vec::with_capacity(rounds);
-        for round in 0..rounds {
-            let began = Instant::now();
-            // The next receive is posted while a message is on its way.
-            if self.is_first {
-                self.send(out, 0, bytes)?;
-                self.receive(back, 1, bytes)?;
-                self.wait_for(1, 1)?;
+        let mut began = Instant::now();
+        for _ in 0..rounds {
+            let until = began + PATIENCE;
+            (out, back) = if self.is_first {
+                self.post_send(there, out)?;
+                // The receive is posted while the message is on its way.
+                self.post_recv(here, back)?;
+                self.regain(None, None, until)?
             } else {
-                self.wait_for(0, 1)?;
-                self.send(out, 0, bytes)?;
-                if round + 1 < rounds {
-                    self.receive(back, 1, bytes)?;
-                }
-                self.wait_for(1, 0)?;
-            }
-            times.push(began.elapsed().as_secs_f64());
+                self.post_recv(here, back)?;
+                let (sent, received) = self.regain(Some(out), None, until)?;
+                self.post_send(there, sent)?;
+                self.regain(None, Some(received), until)?
+            };
+            // One look at the clock a round, as in perftest.
+            let ended = Instant::now();
+            times.push((ended - began).as_secs_f64());
+            began = ended;
         }
         Ok(times)
     }

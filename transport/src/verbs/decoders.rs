@@ -37,11 +37,11 @@ fn frames() -> Vec<Vec<u8>> {
 
 fn frame(bytes: &[u8]) {
     let (mut rest, mut again) = (bytes, Vec::with_capacity(bytes.len()));
-    while let Ok(Some(record)) = Record::decode(&mut rest) {
+    while let Ok(record) = Record::decode(&mut rest) {
         assert!(record.bytes() <= bytes.len(), "a record is longer than its frame");
         again.resize(record.bytes(), 0);
         record.encode(&mut again);
-        assert_eq!(Record::decode(&mut &again[..]), Ok(Some(record)));
+        assert_eq!(Record::decode(&mut &again[..]), Ok(record));
     }
 }
 

@@ -21,14 +21,14 @@ pub(super) struct Held {
 
 impl Link {
     /// Answers an announced message that has met its receive; where credit is granted, once it is.
-    pub(super) fn answer(&mut self, reply: Option<Reply>) {
+    pub(super) fn answer(&mut self, reply: Reply) {
         match (&mut self.held, reply) {
-            (Some(held), Some(reply @ Reply::Grant { key, .. })) if self.inbox.bytes_of(key) > 0 => {
+            (Some(held), Reply::Grant { key, .. }) if self.inbox.bytes_of(key) > 0 => {
                 held.wants.push(Want { id: held.next, bytes: self.inbox.bytes_of(key) as u64, urgent: false });
                 held.replies.insert(held.next, reply);
                 held.next = held.next.wrapping_add(1);
             }
-            (_, reply) => self.queue.extend(reply.map(Out::Answer)),
+            (_, reply) => self.queue.push_back(Out::Answer(reply)),
         }
     }
 

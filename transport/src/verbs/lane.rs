@@ -118,6 +118,7 @@ impl Lane {
     }
 
     /// Work is posted: its number, and whether it must ask for a completion.
+    #[inline]
     pub(super) fn post(&mut self, carried: Carried, signalled: bool) -> (u64, bool) {
         self.works += 1;
         let signalled = signalled || self.works - self.signalled >= SIGNAL_EVERY;

@@ -229,8 +229,9 @@ impl Link {
 
     /// A receive is posted.
     pub(super) fn receive(&mut self, tag: Tag, receive: Receive, done: &mut Vec<Completion>) {
-        let reply = self.inbox.post(tag, receive, done);
-        self.answer(reply);
+        if let Some(reply) = self.inbox.post(tag, receive, done) {
+            self.answer(reply);
+        }
     }
 
     /// Messages for which the peer has no receive yet, or that wait for room.
@@ -269,35 +270,42 @@ impl Link {
         self.take_frame(frame, nic, done)
     }
 
+    #[inline(always)]
     pub(super) fn take_frame(
         &mut self,
         mut frame: &[u8],
         nic: &mut Nic,
         done: &mut Vec<Completion>,
     ) -> Result<(), Broken> {
-        while let Some(record) = Record::decode(&mut frame)? {
-            self.take(record, nic, done)?;
+        while !frame.is_empty() {
+            let record = Record::decode(&mut frame)?;
+            if self.inbox.unmatched() > self.max_unmatched {
+                return Err("more messages that nobody waits for than it may send");
+            }
+            nic.turn += 1;
+            match record {
+                Record::Eager { tag, note, payload } => {
+                    let (from, cost) = (Envelope { peer: self.peer, tag, note }, payload.len() as u64 + MESSAGE_COST);
+                    self.inbox.deliver(from, Payload::Bytes(payload), cost, nic.turn, done);
+                }
+                record => self.take(record, nic, done)?,
+            }
         }
         Ok(())
     }
 
+    /// Takes a record that carries no whole message.
     fn take(&mut self, record: Record<'_>, nic: &mut Nic, done: &mut Vec<Completion>) -> Result<(), Broken> {
         const NOT_OFFERED: Broken = "an answer to what was not offered";
-        if self.inbox.unmatched() > self.max_unmatched {
-            return Err("more messages that nobody waits for than it may send");
-        }
-        nic.turn += 1;
         match record {
-            Record::Eager { tag, note, payload } => {
-                let (from, cost) = (Envelope { peer: self.peer, tag, note }, payload.len() as u64 + MESSAGE_COST);
-                self.inbox.deliver(from, Payload::Bytes(payload), cost, nic.turn, done);
-            }
+            Record::Eager { .. } => {}
             Record::Announce { tag, note, bytes, id } => {
                 let bytes = usize::try_from(bytes).ok().filter(|&bytes| bytes <= self.max_message_bytes);
                 let bytes = bytes.ok_or("a message longer than is taken (Config::max_message_bytes)")?;
                 let from = Envelope { peer: self.peer, tag, note };
-                let reply = self.inbox.announce(from, bytes, id, nic.turn, done);
-                self.answer(reply);
+                if let Some(reply) = self.inbox.announce(from, bytes, id, nic.turn, done) {
+                    self.answer(reply);
+                }
             }
             Record::Grant { id, address, rkey, key } => {
                 let (flight, cargo) = self.announced.remove(id).ok_or(NOT_OFFERED)?;

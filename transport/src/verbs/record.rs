@@ -2,7 +2,7 @@
 //!
 //! A frame is what one send carries: records one behind the other, each in multiples of eight bytes, all little-endian.
 
-use crate::Tag;
+use crate::{Tag, short};
 
 /// Bytes of the longest head of a record.
 pub(super) const HEAD_BYTES: usize = 40;
@@ -30,6 +30,7 @@ pub(super) enum Record<'a> {
 
 impl Record<'_> {
     /// What the record takes of a frame.
+    #[inline(always)]
     pub(super) fn bytes(&self) -> usize {
         match self {
             Self::Eager { payload, .. } | Self::Piece { payload, .. } => 24 + payload.len().next_multiple_of(8),
@@ -41,7 +42,7 @@ impl Record<'_> {
     }
 
     /// Writes the record at the beginning of `into`, which has room for it; how many bytes it took.
-    #[inline]
+    #[inline(always)]
     pub(super) fn encode(&self, into: &mut [u8]) -> usize {
         match *self {
             Self::Eager { tag, note, payload } => write(into, 1, [tag.0, note], payload),
@@ -56,16 +57,26 @@ impl Record<'_> {
         }
     }
 
-    /// The record at the beginning of `frame`, which is moved behind it; `None` at the end.
+    /// The record at the beginning of `frame`, which is moved behind it.
     ///
     /// # Errors
     /// What is wrong with it.
-    #[inline]
-    pub(super) fn decode<'a>(frame: &mut &'a [u8]) -> Result<Option<Record<'a>>, &'static str> {
-        const SHORT: &str = "a record that ends too early";
-        if frame.is_empty() {
-            return Ok(None);
+    #[inline(always)]
+    pub(super) fn decode<'a>(frame: &mut &'a [u8]) -> Result<Record<'a>, &'static str> {
+        // The usual one: a small message.
+        if let Some((head, mut rest)) = frame.split_first_chunk::<24>()
+            && head[0] == 1
+            && let &[first, tag, note] = head.as_chunks::<8>().0
+            && let Some(payload) = cut(&mut rest, (u64::from_le_bytes(first) >> 32) as usize)
+        {
+            *frame = rest;
+            return Ok(Record::Eager { tag: Tag(u64::from_le_bytes(tag)), note: u64::from_le_bytes(note), payload });
         }
+        Self::decode_any(frame)
+    }
+
+    fn decode_any<'a>(frame: &mut &'a [u8]) -> Result<Record<'a>, &'static str> {
+        const SHORT: &str = "a record that ends too early";
         let mut rest = *frame;
         let first = word(&mut rest).ok_or(SHORT)?;
         let length = usize::try_from(first >> 32).map_err(|_| SHORT)?;
@@ -87,7 +98,7 @@ impl Record<'_> {
             _ => return Err("a record of an unknown kind"),
         };
         *frame = rest;
-        Ok(Some(record))
+        Ok(record)
     }
 }
 
@@ -98,7 +109,7 @@ fn write<const WORDS: usize>(into: &mut [u8], first: u64, words: [u64; WORDS], p
     let (places, _) = head.as_chunks_mut::<8>();
     places[0] = ((payload.len() as u64) << 32 | first).to_le_bytes();
     places[1..].iter_mut().zip(words).for_each(|(place, word)| *place = word.to_le_bytes());
-    rest[..payload.len()].copy_from_slice(payload);
+    short::copy(rest, payload);
     head.len() + payload.len().next_multiple_of(8)
 }
 
@@ -134,9 +145,9 @@ mod tests {
             }
             let mut rest = &frame[..];
             for record in records {
-                assert_eq!(Record::decode(&mut rest), Ok(Some(record)));
+                assert_eq!(Record::decode(&mut rest), Ok(record));
             }
-            assert_eq!(Record::decode(&mut rest), Ok(None));
+            assert!(rest.is_empty());
         }
     }
 
@@ -144,7 +155,7 @@ mod tests {
         #[test]
         fn hostile_frames_are_refused_not_believed(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut rest = &bytes[..];
-            while let Ok(Some(record)) = Record::decode(&mut rest) {
+            while let Ok(record) = Record::decode(&mut rest) {
                 prop_assert!(record.bytes() <= bytes.len());
             }
         }

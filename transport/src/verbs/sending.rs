@@ -28,6 +28,7 @@ const CARRIED: usize = 64;
 
 impl Link {
     /// Writes a small message where the window and a frame have room; whether it did.
+    #[inline]
     pub(super) fn write_eager(&mut self, to: Envelope, payload: &[u8], nic: &mut Nic) -> bool {
         let cost = payload.len() as u64 + MESSAGE_COST;
         let written = payload.len() <= self.eager_bytes
@@ -112,6 +113,7 @@ impl Link {
     }
 
     /// Appends a record to the frame that is being written; whether there was room.
+    #[inline(always)]
     fn put(&mut self, record: &Record<'_>, nic: &mut Nic) -> bool {
         if !self.make_frame(record.bytes(), nic) {
             return false;
@@ -123,9 +125,10 @@ impl Link {
     }
 
     /// Sees to it that the frame being written has room for `bytes`; whether it has.
+    #[inline(always)]
     fn make_frame(&mut self, bytes: usize, nic: &mut Nic) -> bool {
         if self.frame.is_some_and(|used| used + bytes > SLOT_BYTES) {
-            self.end_frame(nic);
+            self.end_full_frame(nic);
         }
         if self.frame.is_none() && self.has_slot(RESERVED) {
             self.frame = Some(0);
@@ -135,6 +138,7 @@ impl Link {
     }
 
     /// Whether a frame can be sent that leaves the peer `reserve` receives.
+    #[inline(always)]
     fn has_slot(&self, reserve: u64) -> bool {
         let lane = &self.lanes[0];
         let free = self.frames_made - self.frames_freed < self.slots as u64 && lane.credits() > reserve;
@@ -146,10 +150,17 @@ impl Link {
     }
 
     /// Tells of receives posted anew, where at least `least` are due on a lane.
+    #[inline(always)]
     fn attach_credit(&mut self, least: u64) {
+        if self.window_is_due() || self.lanes.iter().any(|lane| lane.due() >= least.max(1)) {
+            self.attach_due_credit(least);
+        }
+    }
+
+    fn attach_due_credit(&mut self, least: u64) {
         for at in 0..self.lanes.len() {
             let (due, returned) = (self.lanes[at].due(), self.lanes[at].received);
-            let window_due = at == 0 && self.inbox.taken - self.told >= self.window_bytes / 4;
+            let window_due = at == 0 && self.window_is_due();
             if due < least.max(1) && !window_due {
                 continue;
             }
@@ -166,7 +177,13 @@ impl Link {
     /// Whether so much credit is due that it is worth a frame of its own.
     fn owes_credit(&self) -> bool {
         let half = self.slots as u64 / 2;
-        self.lanes.iter().any(|lane| lane.due() >= half) || self.inbox.taken - self.told >= self.window_bytes / 4
+        self.lanes.iter().any(|lane| lane.due() >= half) || self.window_is_due()
+    }
+
+    /// Whether so much of the peer's window has been taken that it is to be told.
+    #[inline]
+    fn window_is_due(&self) -> bool {
+        self.inbox.taken - self.told >= self.window_bytes / 4
     }
 
     /// Gives credit back, in a frame of its own if need be, once half of it is due.
@@ -201,7 +218,13 @@ impl Link {
             && !matches!(self.phase, Phase::Apart { .. })
     }
 
+    #[cold]
+    fn end_full_frame(&mut self, nic: &mut Nic) {
+        self.end_frame(nic);
+    }
+
     /// Sends the frame that is being written.
+    #[inline(always)]
     pub(super) fn end_frame(&mut self, nic: &mut Nic) {
         if let Some(bytes) = self.frame.take().filter(|&bytes| bytes > 0) {
             self.send_made(bytes, nic);
@@ -221,6 +244,7 @@ impl Link {
         free
     }
 
+    #[inline(always)]
     fn send_made(&mut self, bytes: usize, nic: &mut Nic) {
         let at = self.frames_made;
         let place = self.place(at);
@@ -230,6 +254,7 @@ impl Link {
     }
 
     /// Sends the frame of number `at`, for the first time or again.
+    #[inline(always)]
     pub(super) fn send_frame(&mut self, at: u64, nic: &mut Nic) {
         let bytes = self.lengths[self.place(at)];
         // With many slots in use, each frame asks for a completion, or they would not be known to be free again; and so does a
@@ -264,6 +289,7 @@ impl Link {
         self.lanes[0].room() > FRAME_ROOM
     }
 
+    #[inline(always)]
     pub(super) fn post_work(&mut self, at: usize, number: u64, span: Span, work: Work, signalled: bool, nic: &mut Nic) {
         let Some(queue_pair) = self.lanes[at].queue_pair else { return };
         if let Err(error) = nic.adapter.post(queue_pair, number, span, work, signalled) {

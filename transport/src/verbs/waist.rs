@@ -2,7 +2,7 @@
 
 use super::adapter::Access;
 use super::link::Phase;
-use super::wire::VerbsWire;
+use super::wire::{PROBE_TURNS, VerbsWire};
 use crate::beside::Beside;
 use crate::flights::{self, Cargo};
 use crate::inbox::{self, Receive};
@@ -115,11 +115,18 @@ impl Wire for VerbsWire {
         if self.polls.is_multiple_of(LOOK_TURNS) {
             self.look_around();
         }
-        if !self.pending.is_empty() {
-            done.append(&mut self.pending);
+        match self.pending.len() {
+            0 => {}
+            1 => done.extend(self.pending.pop()),
+            _ => done.append(&mut self.pending),
         }
-        self.take_soon(done);
-        self.flush(now, done);
+        let (came, took) = self.take_soon(done);
+        self.stirred |= came;
+        // What has come is told before anything else is seen to, but not twice in a row.
+        self.hurried = came && !self.hurried;
+        if !self.hurried && (self.stirred || took || self.polls.is_multiple_of(PROBE_TURNS)) {
+            self.flush(now, done);
+        }
     }
 
     fn park(&mut self, until: Instant) {

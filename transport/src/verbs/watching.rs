@@ -81,9 +81,15 @@ impl Ring {
         self.load(self.places * PLACE_BYTES)
     }
 
+    /// Where the last word of frame `number` lies.
+    #[inline]
+    fn end(&self, number: u64) -> usize {
+        ((number as usize & (self.places - 1)) + 1) * PLACE_BYTES - SEAL_BYTES
+    }
+
     /// Copies frame `number` into `frame`, if it is there whole; how many words it has.
     fn take(&self, number: u64, frame: &mut [MaybeUninit<u64>; MOST_WORDS]) -> Option<usize> {
-        let end = ((number as usize & (self.places - 1)) + 1) * PLACE_BYTES - SEAL_BYTES;
+        let end = self.end(number);
         let last = self.load(end);
         let words = watch::words_of(last, number)?;
         fence(Ordering::Acquire);
@@ -99,6 +105,7 @@ impl Ring {
 
 impl Link {
     /// Where a frame of `bytes` goes in the peer's ring, if it watches.
+    #[inline(always)]
     pub(super) fn place_there(&self, bytes: usize) -> Option<Remote> {
         let (remote, places) = self.ring.there?;
         let small = bytes <= MOST_BYTES && matches!(self.phase, Phase::Up);
@@ -110,6 +117,7 @@ impl Link {
     }
 
     /// Writes the seal of the next message behind frame `at`.
+    #[inline(always)]
     pub(super) fn seal(&mut self, at: u64, bytes: usize) {
         let number = self.lanes[0].next_message();
         let frame = self.slot_bytes(at, bytes).as_chunks::<8>().0;
@@ -127,10 +135,18 @@ impl Link {
     }
 
     /// Wakes a peer that has ceased to watch and may lack what was written to its ring.
+    #[inline(always)]
     pub(super) fn nudge(&mut self, nic: &mut Nic) {
         if self.owes_nudge() {
             self.send_empty(nic);
         }
+    }
+
+    /// Whether something may have come into our ring.
+    #[inline]
+    pub(super) fn has_come(&self) -> bool {
+        let number = self.lanes[0].received;
+        watch::words_of(self.ring.load(self.ring.end(number)), number).is_some()
     }
 
     /// Takes what has come into our ring; whether anything had.

@@ -22,10 +22,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// While peers are watched, completions are taken once in so many polls, and in so many where each finds a small frame.
-const EVENT_TURNS: u32 = 4;
+const EVENT_TURNS: u32 = 8;
 const BUSY_TURNS: u32 = 16;
 /// Whether a quiet link's peer is still there is asked once in so many polls, and before a sleep.
-const PROBE_TURNS: u32 = 64;
+pub(super) const PROBE_TURNS: u32 = 64;
 
 /// What the wire has been through; nothing of it moves on a warm and healthy data path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,6 +67,9 @@ pub struct VerbsWire {
     pub(super) polls: u32,
     /// Polls since completions were taken.
     turns: u32,
+    /// Whether anything was posted or has come since the last flush, and whether the last poll left it at telling what had come.
+    pub(super) stirred: bool,
+    pub(super) hurried: bool,
     pub(super) closed: bool,
 }
 
@@ -93,6 +96,8 @@ impl VerbsWire {
             ended: Vec::new(),
             polls: 0,
             turns: 0,
+            stirred: false,
+            hurried: false,
             closed: false,
         }
     }
@@ -143,6 +148,7 @@ impl VerbsWire {
         }
         if let Some(Some(link)) = self.links.get_mut(to.peer.index()) {
             link.post(to, cargo, &mut self.nic, &mut self.pending);
+            self.stirred = true;
         }
         Ok(())
     }
@@ -164,6 +170,7 @@ impl VerbsWire {
         }
         if let Some(Some(link)) = self.links.get_mut(peer.index()) {
             link.receive(tag, receive, &mut self.pending);
+            self.stirred |= !link.queue.is_empty();
             if link.wants_credit() {
                 self.grant_to_all();
             }
@@ -171,8 +178,13 @@ impl VerbsWire {
         Ok(())
     }
 
-    /// Takes what the device has completed.
+    /// Takes what the device has completed, and what has come into our rings; whether there was any.
     pub(super) fn take_events(&mut self, done: &mut Vec<Completion>) -> bool {
+        let any = self.take_completions(done);
+        self.look_at_rings(done).0 || any
+    }
+
+    fn take_completions(&mut self, done: &mut Vec<Completion>) -> bool {
         self.turns = 0;
         let mut events = std::mem::take(&mut self.events);
         self.nic.adapter.poll(&mut events);
@@ -181,28 +193,41 @@ impl VerbsWire {
             self.dispatch(event, done);
         }
         self.events = events;
-        self.look_at_rings(done).0 || any
+        any
     }
 
     /// Takes what has come, for a poll: while a peer is watched, which then sends little else, only seldom by completions.
-    pub(super) fn take_soon(&mut self, done: &mut Vec<Completion>) {
+    /// Whether anything had come into our rings, and whether completions were taken.
+    pub(super) fn take_soon(&mut self, done: &mut Vec<Completion>) -> (bool, bool) {
         let (any, watching) = self.look_at_rings(done);
         self.turns += 1;
-        if !watching || self.turns >= if any { BUSY_TURNS } else { EVENT_TURNS } {
-            self.take_events(done);
+        let due = !watching || self.turns >= if any { BUSY_TURNS } else { EVENT_TURNS };
+        if due {
+            self.take_completions(done);
         }
+        (any, due)
     }
 
     /// Takes what has been written into our rings; whether anything had, and whether a peer is watched.
     fn look_at_rings(&mut self, done: &mut Vec<Completion>) -> (bool, bool) {
-        let (mut any, mut watching) = (false, false);
-        for at in 0..self.links.len() {
-            let Some(link) = self.links[at].as_deref_mut().filter(|link| link.lost.is_none()) else { continue };
+        let (mut any, mut watching, mut ended) = (false, false, None);
+        for (at, link) in self.links.iter_mut().enumerate() {
+            let Some(link) = link.as_deref_mut().filter(|link| link.lost.is_none()) else { continue };
             watching |= link.ring.watcher.is_watching();
+            if !link.has_come() {
+                continue;
+            }
             match link.look(&mut self.nic, done) {
                 Ok(came) => any |= came,
-                Err(broken) => self.end(at, LossCause::Protocol(broken.to_owned()), done),
+                Err(broken) => {
+                    // What has come of the others is found by the next look.
+                    ended = Some((at, broken));
+                    break;
+                }
             }
+        }
+        if let Some((at, broken)) = ended {
+            self.end(at, LossCause::Protocol(broken.to_owned()), done);
         }
         (any, watching)
     }
@@ -273,7 +298,10 @@ impl VerbsWire {
 
     /// Writes what there is room for, on every link, and sees to what failed.
     pub(super) fn flush(&mut self, now: Instant, done: &mut Vec<Completion>) {
-        self.grant_to_all();
+        self.stirred = false;
+        if self.credit.is_some() {
+            self.grant_to_all();
+        }
         let due = self.polls.is_multiple_of(PROBE_TURNS);
         for at in 0..self.links.len() {
             let Some(link) = &mut self.links[at] else { continue };
