@@ -38,11 +38,11 @@ impl Bare {
         for _ in 0..RECEIVES {
             pair.expect_word()?;
         }
-        let (Endpoint { queue_pair, packet, lid, mtu_bytes, gid }, Remote { address, key }) = pair.offer();
-        let offer = serde_json::to_vec(&((queue_pair, packet, lid, mtu_bytes, gid), (address, key)))?;
-        let ((queue_pair, packet, lid, mtu_bytes, gid), (address, key)) =
+        let (Endpoint { queue_pair, packet, lid, mtu_bytes, reads, gid }, Remote { address, key }) = pair.offer();
+        let offer = serde_json::to_vec(&((queue_pair, packet, lid, mtu_bytes, reads, gid), (address, key)))?;
+        let ((queue_pair, packet, lid, mtu_bytes, reads, gid), (address, key)) =
             serde_json::from_slice(&meeting.swap(&offer)?)?;
-        pair.connect((Endpoint { queue_pair, packet, lid, mtu_bytes, gid }, Remote { address, key }))?;
+        pair.connect((Endpoint { queue_pair, packet, lid, mtu_bytes, reads, gid }, Remote { address, key }))?;
         meeting.swap(b"connected")?;
         let (is_first, spin) = (meeting.is_first, plan.spin(meeting));
         Ok(Self { is_first, by_word, pair, spin, writes: 0, mark: 0, progress: Progress::default() })

@@ -18,6 +18,8 @@ pub struct Endpoint {
     pub lid: u16,
     /// Path MTU that its port can take, in bytes.
     pub mtu_bytes: u16,
+    /// Reads and atomics that it answers at once.
+    pub reads: u8,
     /// Global identifier.
     pub gid: [u8; 16],
 }

@@ -46,7 +46,7 @@ fn frame(bytes: &[u8]) {
 }
 
 fn proposals() -> Vec<Vec<u8>> {
-    let endpoint = |at| Endpoint { queue_pair: at, packet: 7, lid: 0, mtu_bytes: 4096, gid: [at as u8; 16] };
+    let endpoint = |at| Endpoint { queue_pair: at, packet: 7, lid: 0, mtu_bytes: 4096, reads: 16, gid: [at as u8; 16] };
     let ring = Remote { address: 1 << 50, key: 2 };
     let pairs = Means::QueuePairs { endpoints: vec![endpoint(1), endpoint(2)], receives: 64, ring };
     let proposal = |means| Proposal { epoch: 3, received: vec![5, 1 << 40], means }.encode();

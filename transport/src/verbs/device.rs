@@ -223,18 +223,16 @@ impl Adapter for Device {
             let open = self.queue_pairs.len();
             TransportError::io(format!("open a queue pair of {}, {open} being open", self.context.name), error)
         })?;
-        let (gid, mtu_bytes) = (self.choice.gid.bytes, self.choice.port.mtu_bytes);
-        Ok(Endpoint { queue_pair, packet, lid: self.lid, mtu_bytes, gid })
+        let Choice { port, gid, .. } = &self.choice;
+        let (mtu_bytes, reads, gid) = (port.mtu_bytes, self.path.reads_answered, gid.bytes);
+        Ok(Endpoint { queue_pair, packet, lid: self.lid, mtu_bytes, reads, gid })
     }
 
     fn connect(&mut self, queue_pair: u32, to: &Endpoint) -> Result<(), TransportError> {
         let own = &self.choice.gid.bytes;
-        let path = Path {
-            mtu_bytes: self.path.mtu_bytes.min(to.mtu_bytes),
-            // Within an InfiniBand subnet the LID says it all; Ethernet has none.
-            global: self.choice.port.link != gid::Link::InfiniBand || own[..8] != to.gid[..8],
-            ..self.path
-        };
+        // Within an InfiniBand subnet the LID says it all; Ethernet has none.
+        let global = self.choice.port.link != gid::Link::InfiniBand || own[..8] != to.gid[..8];
+        let path = Path { global, ..self.path.to(to) };
         let connected = self.known(queue_pair).and_then(|open| open.queue_pair.connect(open.packet, to, &path));
         connected.map_err(|error| {
             let (peer, number) = (gid::text(&to.gid), to.queue_pair);

@@ -348,7 +348,7 @@ impl Adapter for Loopback {
         let (recvs, pending) = (VecDeque::new(), VecDeque::new());
         let pair = Pair { port: self.port, other: None, is_broken: false, recvs, pending };
         state.pairs.insert(queue_pair, pair);
-        Ok(Endpoint { queue_pair, packet: 0, lid: 0, mtu_bytes: 4096, gid: [0; 16] })
+        Ok(Endpoint { queue_pair, packet: 0, lid: 0, mtu_bytes: 4096, reads: 16, gid: [0; 16] })
     }
 
     fn connect(&mut self, queue_pair: u32, to: &Endpoint) -> Result<(), TransportError> {

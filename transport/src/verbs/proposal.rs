@@ -7,7 +7,7 @@ use super::adapter::{Endpoint, Remote};
 const MAX_TEXT: usize = 300;
 /// Queue pairs of one link.
 pub(super) const MAX_LANES: usize = 8;
-const MARK: [u8; 4] = *b"GWV3";
+const MARK: [u8; 4] = *b"GWV4";
 
 /// How one end would go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +77,7 @@ impl Proposal {
                     out.extend(end.packet.to_le_bytes());
                     out.extend(end.lid.to_le_bytes());
                     out.extend(end.mtu_bytes.to_le_bytes());
+                    out.push(end.reads);
                     out.extend(end.gid);
                 }
             }
@@ -113,6 +114,7 @@ fn endpoint(rest: &mut &[u8]) -> Option<Endpoint> {
         packet: u32::from_le_bytes(take(rest)?),
         lid: u16::from_le_bytes(take(rest)?),
         mtu_bytes: u16::from_le_bytes(take(rest)?),
+        reads: u8::from_le_bytes(take(rest)?),
         gid: take(rest)?,
     })
 }
@@ -129,7 +131,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn pairs(count: u32) -> Proposal {
-        let endpoint = |at| Endpoint { queue_pair: at, packet: 7, lid: 0, mtu_bytes: 4096, gid: [at as u8; 16] };
+        let endpoint =
+            |at| Endpoint { queue_pair: at, packet: 7, lid: 0, mtu_bytes: 4096, reads: 16, gid: [at as u8; 16] };
         let endpoints = (0..count).map(endpoint).collect();
         let ring = Remote { address: 1 << 50, key: count };
         Proposal { epoch: 3, received: vec![5, 1 << 40], means: Means::QueuePairs { endpoints, receives: 64, ring } }

@@ -45,6 +45,15 @@ pub(super) struct Path {
     pub reads_asked: u8,
 }
 
+impl Path {
+    /// The same to an end that may take less than we do.
+    pub(super) fn to(self, end: &Endpoint) -> Self {
+        let mtu_bytes = self.mtu_bytes.min(end.mtu_bytes);
+        // An end that answers no reads is still connected to: none are asked of it.
+        Self { mtu_bytes, reads_asked: self.reads_asked.min(end.reads), ..self }
+    }
+}
+
 /// One end of a reliable connection.
 pub(super) struct QueuePair {
     raw: NonNull<ibv_qp>,
@@ -233,5 +242,26 @@ mod tests {
             assert_eq!((mtu_bytes(code), mtu_code(bytes)), (bytes, code));
         }
         assert_eq!((mtu_code(1500), mtu_code(9000), mtu_code(100)), (3, 5, 1));
+    }
+
+    #[test]
+    fn no_more_is_asked_of_the_other_end_than_it_can_do() {
+        let ours = Path {
+            port: 1,
+            gid_index: 3,
+            global: true,
+            mtu_bytes: 4096,
+            traffic_class: 0,
+            service_level: 0,
+            timeout: 14,
+            retries: 6,
+            reads_answered: 16,
+            reads_asked: 16,
+        };
+        let end = |mtu_bytes, reads| Endpoint { queue_pair: 9, packet: 0, lid: 0, mtu_bytes, reads, gid: [0; 16] };
+        let to = |end: Endpoint| (ours.to(&end).mtu_bytes, ours.to(&end).reads_asked, ours.to(&end).reads_answered);
+        assert_eq!(to(end(1024, 4)), (1024, 4, 16));
+        assert_eq!(to(end(4096, 128)), (4096, 16, 16));
+        assert_eq!(to(end(4096, 0)), (4096, 0, 16));
     }
 }

@@ -85,4 +85,23 @@ mod tests {
         assert_eq!(error.to_string(), "GRADWIRE_IB_RETRIES: 7 is not from 0 to 6");
         assert!(VerbsConfig { timeout: 0, ..VerbsConfig::default() }.check().is_err());
     }
+
+    #[test]
+    fn the_defaults_that_readme_tells_are_these() {
+        let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+        let readme = std::fs::read_to_string(file).unwrap();
+        let told = |name: &str| {
+            let row = readme.lines().find(|line| line.starts_with(&format!("| `{name}`"))).expect(name);
+            row.split('|').nth(3).expect("a row has three columns").trim().to_owned()
+        };
+        let VerbsConfig { hca, gid_index, queue_pairs, traffic_class, service_level, timeout, retries, .. } =
+            VerbsConfig::default();
+        assert_eq!((hca, told("GRADWIRE_IB_HCA").as_str()), (None, "any"));
+        assert!(gid_index.is_none() && told("GRADWIRE_IB_GID_INDEX").starts_with("the RoCE v2 one"));
+        assert!(told("GRADWIRE_IB_QUEUE_PAIRS").starts_with(&format!("{queue_pairs};")));
+        assert_eq!(traffic_class, service_level, "one row tells of both");
+        assert!(told("GRADWIRE_IB_TRAFFIC_CLASS").starts_with(&format!("{traffic_class};")));
+        let milliseconds = 4.096e-3 * f64::from(1u32 << timeout);
+        assert_eq!(told("GRADWIRE_IB_TIMEOUT"), format!("{timeout} ({milliseconds:.0} ms), {retries}"));
+    }
 }
