@@ -6,13 +6,13 @@ mod running;
 #[path = "../src/etcd/running.rs"]
 mod running_etcd;
 
-use gradwire_ps::{Client, ClientSettings, DType, DenseTable, Mode, Recovery, TableOptions};
+use gradwire_ps::{Client, ClientSettings, DType, DenseTable, Mode, Recovery, Seating, TableOptions};
 use gradwire_transport::Region;
 use running_etcd::RunningEtcd;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const LONG: Option<Duration> = Some(Duration::from_secs(60));
 const ELEMENTS: usize = 1000;
@@ -141,6 +141,41 @@ fn a_coordinator_that_answers_nothing_keeps_nobody_from_the_next() {
     let (_client, ones) = table(&both);
     push(&ones);
     servers[0].kill();
+    push(&ones);
+    assert_all(&ones, 2.0);
+}
+
+#[test]
+fn a_drain_outlives_the_coordinator_that_heard_it() {
+    let etcd = RunningEtcd::start();
+    let mut first = coordinator(&etcd, "127.0.0.1:0");
+    let mut second = coordinator(&etcd, "127.0.0.1:0");
+    let both = format!("{},{}", first.address, second.address);
+    let servers = [server(&both), server(&both)];
+    let (_client, ones) = table(&both);
+    push(&ones);
+    let at: Vec<String> = both.split(',').map(str::to_owned).collect();
+    let patient = || ClientSettings { timeout: Duration::from_secs(50), ..ClientSettings::default() };
+    Client::drain(&at, &servers[1].address, patient()).unwrap();
+    // Whichever led, another one does in the end.
+    first.kill();
+    let _again = coordinator(&etcd, &first.address);
+    second.kill();
+    let third = server(&both);
+    let until = Instant::now() + Duration::from_secs(60);
+    loop {
+        assert!(Instant::now() < until, "the third server does not become the backup");
+        std::thread::sleep(Duration::from_millis(100));
+        let Ok(map) = Client::map_of(&at, patient()) else { continue };
+        let of = |who: &Option<Seating>| who.as_ref().map(|who| who.address.clone());
+        let seats = &map.shards[0];
+        let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate].map(of);
+        let drained = Some(servers[1].address.clone());
+        assert!(primary != drained && backup != drained && candidate != drained, "{seats:?}");
+        if backup == Some(third.address.clone()) {
+            break;
+        }
+    }
     push(&ones);
     assert_all(&ones, 2.0);
 }

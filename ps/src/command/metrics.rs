@@ -1,6 +1,6 @@
 //! Pure: reports of shards as text that Prometheus reads (exposition format 0.0.4).
 
-use gradwire_ps::{LATENCY_BOUNDS_US, Latencies, Report};
+use gradwire_ps::{LATENCY_BOUNDS_US, Latencies, Report, Role};
 use std::fmt::Write;
 
 /// A metric: its name, kind and help, and a line a value, each with its labels.
@@ -43,6 +43,9 @@ fn of_shards(shards: &[(usize, &Report)]) -> Vec<Family> {
     let mut limit = Family::new("gradwire_memory_limit_bytes", "gauge", "The most that may be taken.");
     let mut clients = Family::new("gradwire_clients", "gauge", "Clients that are connected.");
     let mut refused = Family::new("gradwire_refused_total", "counter", "Requests refused.");
+    let mut role = Family::new("gradwire_role", "gauge", "1 for what the server is to a shard of its cluster.");
+    let mut log = Family::new("gradwire_log_entries", "gauge", "Entries of the log since the primary became that.");
+    let mut lag = Family::new("gradwire_log_lag", "gauge", "Entries of the log that the backup does not have yet.");
     let push = "From a push's arrival to its answer, waiting for other workers included.";
     let mut push = Family::new("gradwire_push_seconds", "histogram", push);
     let mut pull = Family::new("gradwire_pull_seconds", "histogram", "From a pull's arrival to its answer.");
@@ -51,13 +54,20 @@ fn of_shards(shards: &[(usize, &Report)]) -> Vec<Family> {
         used.add(&shard, report.status.memory_bytes);
         limit.add(&shard, report.status.memory_limit_bytes);
         clients.add(&shard, report.status.clients.len());
+        let standing = report.status.standing;
+        if standing.role != Role::Alone {
+            let of = format!("{shard},of_shard=\"{}\"", standing.shard);
+            role.add(&format!("{of},role=\"{}\"", standing.role.name()), 1);
+            log.add(&of, standing.log);
+            standing.lag().into_iter().for_each(|entries| lag.add(&of, entries));
+        }
         for (reason, count) in &report.refused {
             refused.add(&format!("{shard},reason=\"{reason:?}\""), count);
         }
         histogram(&mut push, &shard, &report.push);
         histogram(&mut pull, &shard, &report.pull);
     }
-    vec![used, limit, clients, refused, push, pull]
+    vec![used, limit, clients, refused, role, log, lag, push, pull]
 }
 
 fn histogram(family: &mut Family, labels: &str, latencies: &Latencies) {
@@ -140,10 +150,29 @@ fn escaped(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gradwire_ps::{Epoch, ShardStatus, Standing};
 
     #[test]
     fn a_hostile_name_stays_within_its_quotes() {
         assert_eq!(escaped("a\"b\\c\nd"), "a\\\"b\\\\c\\nd");
+    }
+
+    #[test]
+    fn a_primary_tells_what_its_backup_lacks_and_a_server_by_itself_tells_of_no_log() {
+        let standing = Standing { role: Role::Primary, shard: 3, epoch: Epoch(4), log: 9, backup: Some(7) };
+        let report = |standing| Report {
+            status: ShardStatus { standing, ..ShardStatus::default() },
+            push: Latencies::default(),
+            pull: Latencies::default(),
+            refused: Vec::new(),
+            idle: Vec::new(),
+            waiting_bytes: Vec::new(),
+        };
+        let text = to_text(&[Some(report(standing)), Some(report(Standing { backup: None, ..standing }))]);
+        assert!(text.contains("gradwire_role{shard=\"0\",of_shard=\"3\",role=\"primary\"} 1\n"), "{text}");
+        assert!(text.contains("gradwire_log_lag{shard=\"0\",of_shard=\"3\"} 2\n"), "{text}");
+        assert!(!text.contains("gradwire_log_lag{shard=\"1\""), "without a backup there is no lag");
+        assert!(!to_text(&[Some(report(Standing::default()))]).contains("gradwire_log_entries{"));
     }
 
     #[test]

@@ -70,7 +70,7 @@ impl Cluster {
         }
         let before_it = self.processes.remove(&join.process);
         let (known, leaving) = before_it.map_or((Vec::new(), false), |process| (process.seats, process.leaving));
-        let leaving = leaving || join.leaving;
+        let leaving = leaving || join.leaving || self.map.leaving.contains(&join.process);
         let used =
             |seat| self.map.part_of(seat).is_some() || known.iter().any(|&(other, _, used)| other == seat && used);
         let seats = join.seats.into_iter().map(|(seat, address)| (seat, address, used(seat))).collect();
@@ -113,6 +113,11 @@ impl Cluster {
         let is_there = |process: &Process| process.seats.iter().any(|(_, other, _)| other == address);
         let number = self.processes.iter().find(|(_, process)| is_there(process)).map(|(&number, _)| number)?;
         self.processes.get_mut(&number)?.leaving = true;
+        // In the map, so that whoever coordinates next knows it too.
+        if !self.map.leaving.contains(&number) {
+            self.map.leaving.push(number);
+            self.map.epoch.0 += 1;
+        }
         self.assign(now);
         let is_its = |who: &Option<Seating>| who.as_ref().is_some_and(|who| who.process == number);
         let left = (0..).zip(&self.map.shards).filter(|(_, seats)| is_its(&seats.primary)).map(|(shard, _)| shard);
@@ -148,6 +153,7 @@ impl Cluster {
     pub fn tick(&mut self, now: Instant) -> bool {
         let before = self.map.epoch;
         self.processes.retain(|_, process| now.saturating_duration_since(process.heard) < LEASE);
+        self.forget_who_has_left(now);
         for shard in 0..self.map.shards.len() as u32 {
             let is_gone = |who: &Option<Seating>| who.as_ref().is_some_and(|who| !self.has(who));
             let seats = &self.map.shards[shard as usize];
@@ -172,6 +178,22 @@ impl Cluster {
         }
         self.assign(now);
         self.map.epoch != before
+    }
+
+    /// Numbers of processes are never given again.
+    fn forget_who_has_left(&mut self, now: Instant) {
+        let is_there = |number: &u64| self.processes.contains_key(number);
+        if self.may_come(now) || self.map.leaving.iter().all(is_there) {
+            return;
+        }
+        let left = std::mem::take(&mut self.map.leaving);
+        self.map.leaving = left.into_iter().filter(is_there).collect();
+        self.map.epoch.0 += 1;
+    }
+
+    /// Whether who was there before this coordinator began may still be on its way to it.
+    fn may_come(&self, now: Instant) -> bool {
+        self.grace.is_some_and(|until| now < until)
     }
 
     /// Goes on from what the coordinator before has decided last.
@@ -215,6 +237,11 @@ impl Cluster {
         for who in self.map.shards.iter().flat_map(seated).flatten() {
             self.processes.entry(who.process).or_insert(Process { heard: now, seats: Vec::new(), leaving: false });
         }
+        for number in &self.map.leaving {
+            if let Some(process) = self.processes.get_mut(number) {
+                process.leaving = true;
+            }
+        }
         for process in self.processes.values_mut() {
             for (seat, _, used) in &mut process.seats {
                 *used |= self.map.part_of(*seat).is_some();
@@ -253,7 +280,7 @@ impl Cluster {
                 self.processes.get(&who.process).is_some_and(heard) && self.has(who)
             };
             let seats = &self.map.shards[shard as usize];
-            let waits = seats.primary.is_some() && self.grace.is_some_and(|until| now < until);
+            let waits = seats.primary.is_some() && self.may_come(now);
             let lost = seats.primary.as_ref().is_none_or(|primary| !is_there(primary)) && seats.backup.is_none();
             let lost = lost && !waits;
             if lost && let Some(seating) = self.take_seat(None) {
@@ -390,7 +417,7 @@ mod tests {
         let leaving =
             Join { process: 2, leaving: true, seats: vec![(20, "host:20".to_owned())], known: ClusterMap::default() };
         assert!(!bench.cluster.join(leaving, bench.now), "it has the only copy");
-        assert_eq!(bench.cluster.drain("host:20", bench.now), Some((vec![0], false)));
+        assert_eq!(bench.cluster.drain("host:20", bench.now), Some((vec![0], true)));
         assert!(bench.join(3, &[30]) && bench.seats(0) == [20, 0, 30]);
         assert!(bench.cluster.report(Sighting::Synced { shard: 0, by: 20, whom: 30 }, bench.now));
         assert_eq!(bench.seats(0), [30, 0, 0]);
@@ -436,6 +463,48 @@ mod tests {
         gone.now += GRACE;
         gone.cluster.tick(gone.now);
         assert!(gone.join(3, &[30]) && gone.seats(0) == [30, 0, 0]);
+    }
+
+    #[test]
+    fn a_drain_is_remembered_by_the_coordinator_that_comes_next_until_the_server_is_gone() {
+        let mut bench = Bench::formed();
+        let (left, changed) = bench.cluster.drain("host:20", bench.now).unwrap();
+        assert!(left.is_empty() && changed && bench.seats(0) == [10, 0, 0]);
+        let again = bench.cluster.drain("host:20", bench.now).unwrap();
+        assert_eq!(again, (vec![], false));
+        let map = bench.cluster.map().clone();
+        let mut next = Bench { cluster: Cluster::new(1, 1), now: bench.now };
+        next.cluster.restore(map, next.now).unwrap();
+        next.join(1, &[10]);
+        // A seat that has lost its part comes with a new number.
+        next.join(2, &[21]);
+        assert_eq!(next.seats(0), [10, 0, 0], "who is drained gets no part");
+        next.join(3, &[30]);
+        assert_eq!(next.seats(0), [10, 0, 30]);
+        next.now += GRACE;
+        next.join(1, &[10]);
+        next.join(2, &[21]);
+        next.join(3, &[30]);
+        assert!(!next.cluster.tick(next.now) && next.cluster.map().leaving == [2]);
+        next.now += LEASE;
+        next.join(1, &[10]);
+        next.join(3, &[30]);
+        assert!(next.cluster.tick(next.now) && next.cluster.map().leaving.is_empty());
+    }
+
+    #[test]
+    fn a_primary_that_is_drained_hands_over_although_the_coordinator_changes_meanwhile() {
+        let mut bench = Bench::formed();
+        bench.cluster.drain("host:20", bench.now).unwrap();
+        let (left, _) = bench.cluster.drain("host:10", bench.now).unwrap();
+        assert_eq!(left, [0]);
+        let mut next = Bench { cluster: Cluster::new(1, 1), now: bench.now };
+        next.cluster.restore(bench.cluster.map().clone(), next.now).unwrap();
+        next.join(1, &[10]);
+        next.join(3, &[30]);
+        assert_eq!(next.seats(0), [10, 0, 30]);
+        next.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 30 }, next.now);
+        assert_eq!(next.seats(0), [30, 0, 0]);
     }
 
     #[test]

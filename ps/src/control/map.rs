@@ -5,6 +5,8 @@ use crate::body::{BadBody, Reader, Writer};
 
 /// Most shards of a cluster.
 pub(super) const MAX_SHARDS: usize = 4096;
+/// Most processes that are drained at once: each has a seat, and a shard needs no more than three.
+const MAX_LEAVING: usize = 4 * MAX_SHARDS;
 
 /// A place in a server process that can hold one shard, for one life of it: a seat that has lost its shard takes a new number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +45,8 @@ pub struct ClusterMap {
     pub replicas: u32,
     /// By shard.
     pub shards: Vec<ShardSeats>,
+    /// The numbers of processes that were told to hand over what they have, and that are still there: they get no part.
+    pub leaving: Vec<u64>,
 }
 
 /// What a seat is, by a map.
@@ -98,6 +102,8 @@ impl ClusterMap {
                 }
             }
         }
+        out.number(self.leaving.len() as u64);
+        self.leaving.iter().for_each(|&process| out.number(process));
         out.0
     }
 
@@ -124,7 +130,13 @@ impl ClusterMap {
             let mut who = || if from.byte()? == 0 { Ok(None) } else { Seating::decode(from).map(Some) };
             Ok(ShardSeats { term, formed, origin, primary: who()?, backup: who()?, candidate: who()? })
         });
-        Ok(Self { epoch, replicas, shards: shards.collect::<Result<_, BadBody>>()? })
+        let shards = shards.collect::<Result<_, BadBody>>()?;
+        let count = from.count(8)?;
+        if count > MAX_LEAVING {
+            return Err(BadBody("too many processes that leave"));
+        }
+        let leaving = (0..count).map(|_| from.number()).collect::<Result<_, BadBody>>()?;
+        Ok(Self { epoch, replicas, shards, leaving })
     }
 }
 
@@ -151,7 +163,7 @@ mod tests {
         let first = ShardSeats { term: Epoch(3), primary: seating(1), candidate: seating(2), ..nobody };
         let nobody = ShardSeats::default();
         let second = ShardSeats { term: Epoch(5), primary: seating(3), backup: seating(4), formed: true, ..nobody };
-        let mut map = ClusterMap { epoch: Epoch(9), replicas: 1, shards: vec![first, second] };
+        let mut map = ClusterMap { epoch: Epoch(9), replicas: 1, shards: vec![first, second], leaving: vec![7, 30] };
         let body = map.encode();
         assert_eq!(ClusterMap::decode(&body), Ok(map.clone()));
         for cut in 0..body.len() {

@@ -15,6 +15,7 @@ pub(super) fn to_json(map: &ClusterMap, status: &[ShardStatus], holds: Vec<Value
             "epoch": map.epoch.0,
             "since_epoch": seats.term.0,
             "primary": of(&seats.primary),
+            "primary_leaves": leaves(map, &seats.primary),
             "backup": of(&seats.backup),
             "candidate": of(&seats.candidate),
             "log": standing.map(|standing| standing.log),
@@ -36,7 +37,13 @@ pub(super) fn to_text(map: &ClusterMap, status: &[ShardStatus]) -> String {
         let standing = status.get(shard).map(|status| status.standing);
         let number = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
         let (log, has) = (number(standing.map(|it| it.log)), number(standing.and_then(|it| it.backup)));
-        rows.push(row([&shard.to_string(), &of(&seats.primary), &backup, &seats.term.0.to_string(), &log, &has]));
+        let primary = of(&seats.primary) + if leaves(map, &seats.primary) { " (drained)" } else { "" };
+        rows.push(row([&shard.to_string(), &primary, &backup, &seats.term.0.to_string(), &log, &has]));
     }
     format!("epoch {}, missing: {}\n\n{}\n", map.epoch.0, map.missing(), aligned(&rows))
+}
+
+/// Whether a server was told to hand over what it has.
+fn leaves(map: &ClusterMap, who: &Option<Seating>) -> bool {
+    who.as_ref().is_some_and(|who| map.leaving.contains(&who.process))
 }
