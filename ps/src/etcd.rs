@@ -24,10 +24,12 @@ const ANSWER_BYTES: u64 = 8 << 20;
 #[derive(Clone, Debug, thiserror::Error)]
 pub(crate) enum EtcdError {
     /// No endpoint answers.
-    #[error("no etcd answers: {why}; see that it runs there, and that --etcd names its client port")]
+    #[error("no etcd answers: {why}; see that it runs there, and that --etcd names its client port{}", tls_hint(*.tls))]
     Unreachable {
         /// What was seen at the last endpoint.
         why: String,
+        /// Whether that was to speak TLS.
+        tls: bool,
     },
     /// It answers, and says no.
     #[error("etcd at {endpoint} refused {what} with status {status}: {message}")]
@@ -153,10 +155,11 @@ impl Etcd {
 
     /// Asks the endpoints in turn, that which answered last first.
     fn ask(&self, what: &'static str, question: &Value) -> Result<Value, EtcdError> {
-        let mut why = "no endpoint is known".to_owned();
+        let (mut why, mut tls) = ("no endpoint is known".to_owned(), false);
         let first = self.turn.load(Ordering::Relaxed);
         for turn in first..first + self.endpoints.len() {
             let endpoint = &self.endpoints[turn % self.endpoints.len()];
+            tls = endpoint.starts_with("https:");
             let asked = self.agent.post(format!("{endpoint}/v3/{what}")).send_json(question);
             let read = asked.and_then(|mut answer| {
                 let body = answer.body_mut().with_config().limit(ANSWER_BYTES).read_to_string()?;
@@ -180,7 +183,7 @@ impl Etcd {
                 Err(error) => why = format!("{endpoint}: {error}"),
             }
         }
-        Err(EtcdError::Unreachable { why })
+        Err(EtcdError::Unreachable { why, tls })
     }
 }
 
@@ -288,6 +291,16 @@ fn renew(etcd: &Etcd, lease: i64, held: &Held) {
         if held.is_over() {
             return tracing::warn!("etcd was not reached for a lease's time: another coordinator may lead");
         }
+    }
+}
+
+/// What may be wrong beside, where both ends prove who they are.
+fn tls_hint(tls: bool) -> &'static str {
+    match tls {
+        true => {
+            "; that --etcd-ca has signed its certificate; and that it takes the one of --etcd-cert, where it asks for one"
+        }
+        false => "",
     }
 }
 

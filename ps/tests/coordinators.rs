@@ -1,14 +1,17 @@
 //! Does: kills coordinators and etcd itself under workers that push: who serves what outlives both.
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
+#[path = "../../transport/tests/authority/mod.rs"]
+mod authority;
 mod running;
 // The same etcd that the room of etcd is tested with.
 #[path = "../src/etcd/running.rs"]
 mod running_etcd;
 
+use authority::Authority;
 use gradwire_ps::{Client, ClientSettings, DType, DenseTable, Mode, Recovery, Seating, TableOptions};
 use gradwire_transport::Region;
-use running_etcd::RunningEtcd;
+use running_etcd::{EtcdFiles, RunningEtcd};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command};
 use std::sync::Arc;
@@ -178,4 +181,44 @@ fn a_drain_outlives_the_coordinator_that_heard_it() {
     }
     push(&ones);
     assert_all(&ones, 2.0);
+}
+
+#[test]
+fn coordinators_reach_an_etcd_that_speaks_tls_and_asks_who_they_are() {
+    let authority = Authority::new();
+    let (cert, key) = authority.sign(&["127.0.0.1"], 2200);
+    let etcd = RunningEtcd::start_with(EtcdFiles { cert, key, ca: authority.ca() });
+    let (cert, key) = authority.sign(&["coordinator.example"], 2200);
+    let [ca, cert, key] = [authority.ca(), cert, key].map(|file| file.to_str().unwrap().to_owned());
+    let (endpoint, other) = (etcd.endpoint(), Authority::new());
+    let stranger = other.ca();
+    assert!(endpoint.starts_with("https://"));
+    let with = |more: &[&str]| {
+        let flags = ["coordinate", "--listen", "127.0.0.1:0", "--cluster", "test", "--etcd", &endpoint];
+        flags.iter().chain(more).map(|&flag| flag.to_owned()).collect::<Vec<String>>()
+    };
+    let start = |flags: &[String]| Process::start(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+    let known = with(&["--etcd-ca", &ca, "--etcd-cert", &cert, "--etcd-key", &key]);
+    let mut first = start(&known);
+    let second = start(&known);
+    let both = format!("{},{}", first.address, second.address);
+    let _servers = [server(&both), server(&both)];
+    let (_client, ones) = table(&both);
+    push(&ones);
+    first.kill();
+    push(&ones);
+    assert_all(&table(&second.address).1, 2.0);
+    // Who trusts another authority, and who cannot prove itself, leads nothing and says why.
+    for (flags, why) in [
+        (with(&["--etcd-ca", stranger.to_str().unwrap(), "--etcd-cert", &cert, "--etcd-key", &key]), "certificate"),
+        (with(&["--etcd-ca", &ca]), "ertificate"),
+    ] {
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let mut refused = running::command(&flags).args(["--log", "info"]).spawn().unwrap();
+        let mut log = BufReader::new(refused.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let told = log.find(|line| line.contains("no etcd answers"));
+        refused.kill().unwrap();
+        refused.wait().unwrap();
+        assert!(told.as_ref().is_some_and(|line| line.contains(why) && line.contains(&endpoint)), "{told:?}");
+    }
 }

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 /// The pause between two looks whether nobody leads.
 const AGAIN: Duration = Duration::from_millis(300);
+/// The pause between two words about trouble with etcd.
+const TROUBLE: Duration = Duration::from_secs(10);
 
 /// The right to decide.
 pub(super) struct Right {
@@ -19,6 +21,8 @@ pub(super) struct Right {
     next: Instant,
     /// Who leads, or why that is not known.
     other: String,
+    /// When trouble with etcd was told last; none since all was well.
+    troubled: Option<Instant>,
 }
 
 impl Right {
@@ -30,7 +34,8 @@ impl Right {
         let reach =
             |settings| Etcd::new(settings).map_err(|error| PsError::invalid("reaching etcd", error.to_string()));
         let etcd = etcd.map(reach).transpose()?;
-        Ok(Self { etcd, office: None, name, next: Instant::now(), other: "etcd was not asked yet".to_owned() })
+        let other = "etcd was not asked yet".to_owned();
+        Ok(Self { etcd, office: None, name, next: Instant::now(), other, troubled: None })
     }
 
     /// Whether this coordinator decides.
@@ -65,11 +70,11 @@ impl Right {
                 Ok(Some(map))
             }
             Ok(Election::Lost(leader)) => {
-                self.tell(format!("the coordinator at {leader} leads"));
+                self.stand_by(format!("the coordinator at {leader} leads"), false);
                 Ok(None)
             }
             Err(error) => {
-                self.tell(error.to_string());
+                self.stand_by(error.to_string(), true);
                 Ok(None)
             }
         }
@@ -99,10 +104,18 @@ impl Right {
         format!("this coordinator stands by: {}", self.other)
     }
 
-    fn tell(&mut self, other: String) {
-        if self.other != other {
-            tracing::info!("standing by: {other}");
-            self.other = other;
+    /// Tells why this coordinator decides nothing: once; of trouble, which may show in other words each time, now and then.
+    fn stand_by(&mut self, why: String, is_trouble: bool) {
+        if self.other == why {
+            return;
         }
+        let is_due = self.troubled.is_none_or(|told| told.elapsed() >= TROUBLE);
+        match (is_trouble, is_due) {
+            (true, true) => tracing::warn!("standing by: {why}"),
+            (true, false) => {}
+            (false, _) => tracing::info!("standing by: {why}"),
+        }
+        self.troubled = if is_trouble && !is_due { self.troubled } else { is_trouble.then(Instant::now) };
+        self.other = why;
     }
 }
