@@ -160,7 +160,11 @@ impl Link {
             return done.len() > before;
         }
         // What the peer said before it went is taken first: it may tell why.
-        let moved = self.read_lanes().and_then(|read| self.write_lanes().map(|wrote| read || wrote));
+        let moved = self.read_lanes().and_then(|read| match self.write_lanes() {
+            Ok(wrote) => Ok(read || wrote),
+            // It may have said why between the two, and have closed what we wrote to.
+            Err(cause) => Err(self.read_to_the_end(cause)),
+        });
         self.outgoing.report(done);
         self.incoming.report(&self.name, done);
         match moved {
@@ -218,6 +222,18 @@ impl Link {
         Ok(moved)
     }
 
+    /// Takes what is left to read of a connection that can no more be written to: why it ended, which is `cause` where the peer has
+    /// not said.
+    fn read_to_the_end(&mut self, cause: LossCause) -> LossCause {
+        loop {
+            match self.read_lanes() {
+                Ok(true) => {}
+                Ok(false) | Err(LossCause::Closed) => return cause,
+                Err(said) => return said,
+            }
+        }
+    }
+
     fn read_lanes(&mut self) -> Result<bool, LossCause> {
         let mut moved = false;
         for at in 0..self.lanes.len() {
@@ -242,8 +258,9 @@ impl Link {
                         }
                     }
                     Ok(None) => break,
-                    // The other lanes may end before the goodbye is heard on the first; a process that died ends that too.
-                    Err(error) if (self.heard_goodbye || at > 0) && error.kind() == ErrorKind::UnexpectedEof => {
+                    // The other lanes may end before the goodbye is heard on the first; a process that died ends that too. What
+                    // we have sent meanwhile to one that has left ends them by a reset.
+                    Err(error) if (self.heard_goodbye || at > 0) && is_end(&error) => {
                         self.lanes[at].ended = true;
                     }
                     Err(error) => return Err(broken(error)),
@@ -396,10 +413,12 @@ impl Link {
 }
 
 fn broken(error: io::Error) -> LossCause {
-    match error.kind() {
-        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => LossCause::Closed,
-        _ => LossCause::Io(Arc::new(error)),
-    }
+    if is_end(&error) { LossCause::Closed } else { LossCause::Io(Arc::new(error)) }
+}
+
+/// Whether it tells that the peer has closed its end.
+fn is_end(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
 }
 
 fn protocol(error: &FrameError) -> LossCause {

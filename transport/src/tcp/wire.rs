@@ -297,3 +297,56 @@ impl Wire for TcpWire {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::pair;
+    use super::*;
+    use crate::Config;
+
+    /// One end says goodbye and closes its socket by a reset, as a host does to which something is sent later. What the other
+    /// one is told, who polls only then; `sends`: and has something to send.
+    fn end_of(lanes: usize, sends: bool) -> LossCause {
+        let config = Config { lanes, ..Config::default() };
+        let (mut here, mut there) = pair(&config, &config).unwrap();
+        let mut done = Vec::new();
+        there.links.values_mut().for_each(|link| link.say_goodbye());
+        while there.owes() {
+            there.poll(Instant::now(), &mut done);
+        }
+        for lane in there.links.values().flat_map(|link| &link.lanes) {
+            rustix::net::sockopt::set_socket_linger(lane.stream.socket(), Some(Duration::ZERO)).unwrap();
+        }
+        // All of its sockets, without a word.
+        there.links.clear();
+        if sends {
+            let region = Region::zeroed(1 << 20);
+            let to = Envelope { peer: PeerId(1), tag: Tag(1), note: 0 };
+            here.post_send(to, region.read(0..region.len()).unwrap()).unwrap();
+        }
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < until, "nothing is told of the end");
+            here.poll(Instant::now(), &mut done);
+            let told = done.drain(..).find_map(|completion| match completion {
+                Completion::PeerDown { error: TransportError::PeerLost { cause, .. }, .. } => Some(cause),
+                _ => None,
+            });
+            if let Some(cause) = told {
+                return cause;
+            }
+        }
+    }
+
+    #[test]
+    fn a_goodbye_counts_although_the_connection_is_then_reset() {
+        for lanes in [1, 3] {
+            for sends in [false, true] {
+                for _ in 0..20 {
+                    let cause = end_of(lanes, sends);
+                    assert!(matches!(cause, LossCause::Goodbye), "{lanes} lanes, sends {sends}: {cause}");
+                }
+            }
+        }
+    }
+}
