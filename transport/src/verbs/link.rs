@@ -298,6 +298,7 @@ impl Link {
     fn take(&mut self, record: Record<'_>, nic: &mut Nic, done: &mut Vec<Completion>) -> Result<(), Broken> {
         const NOT_OFFERED: Broken = "an answer to what was not offered";
         match record {
+            // Its taker has seen to it.
             Record::Eager { .. } => {}
             Record::Announce { tag, note, bytes, id } => {
                 let bytes = usize::try_from(bytes).ok().filter(|&bytes| bytes <= self.max_message_bytes);
