@@ -16,6 +16,9 @@ pub const LEASE: Duration = Duration::from_secs(3);
 /// servers take to find it.
 const GRACE: Duration = Duration::from_secs(15);
 
+/// Drained processes that are remembered, where some are gone: more than an operator drains before those before have ended.
+const MOST_LEAVING: usize = 64;
+
 #[derive(Clone)]
 struct Process {
     heard: Instant,
@@ -115,6 +118,7 @@ impl Cluster {
         self.processes.get_mut(&number)?.leaving = true;
         // In the map, so that whoever coordinates next knows it too.
         if !self.map.leaving.contains(&number) {
+            self.forget_who_has_left();
             self.map.leaving.push(number);
             self.map.epoch.0 += 1;
         }
@@ -153,7 +157,6 @@ impl Cluster {
     pub fn tick(&mut self, now: Instant) -> bool {
         let before = self.map.epoch;
         self.processes.retain(|_, process| now.saturating_duration_since(process.heard) < LEASE);
-        self.forget_who_has_left(now);
         for shard in 0..self.map.shards.len() as u32 {
             let is_gone = |who: &Option<Seating>| who.as_ref().is_some_and(|who| !self.has(who));
             let seats = &self.map.shards[shard as usize];
@@ -180,15 +183,13 @@ impl Cluster {
         self.map.epoch != before
     }
 
-    /// Numbers of processes are never given again.
-    fn forget_who_has_left(&mut self, now: Instant) {
-        let is_there = |number: &u64| self.processes.contains_key(number);
-        if self.may_come(now) || self.map.leaving.iter().all(is_there) {
-            return;
+    /// Makes room for one more that is drained. Who is silent may come again, and is drained still: the first that is not there is
+    /// forgotten, of many.
+    fn forget_who_has_left(&mut self) {
+        let gone = self.map.leaving.iter().position(|number| !self.processes.contains_key(number));
+        if let Some(at) = gone.filter(|_| self.map.leaving.len() >= MOST_LEAVING) {
+            self.map.leaving.remove(at);
         }
-        let left = std::mem::take(&mut self.map.leaving);
-        self.map.leaving = left.into_iter().filter(is_there).collect();
-        self.map.epoch.0 += 1;
     }
 
     /// Whether who was there before this coordinator began may still be on its way to it.
@@ -466,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn a_drain_is_remembered_by_the_coordinator_that_comes_next_until_the_server_is_gone() {
+    fn a_drain_is_remembered_by_the_coordinator_that_comes_next() {
         let mut bench = Bench::formed();
         let (left, changed) = bench.cluster.drain("host:20", bench.now).unwrap();
         assert!(left.is_empty() && changed && bench.seats(0) == [10, 0, 0]);
@@ -486,10 +487,30 @@ mod tests {
         next.join(2, &[21]);
         next.join(3, &[30]);
         assert!(!next.cluster.tick(next.now) && next.cluster.map().leaving == [2]);
+        // Silent for a while, it is drained still.
         next.now += LEASE;
         next.join(1, &[10]);
         next.join(3, &[30]);
-        assert!(next.cluster.tick(next.now) && next.cluster.map().leaving.is_empty());
+        next.cluster.tick(next.now);
+        next.join(2, &[21]);
+        assert_eq!((&next.cluster.map().leaving[..], next.cluster.spare_seats()), (&[2][..], 0));
+    }
+
+    #[test]
+    fn of_many_that_were_drained_the_first_that_are_gone_are_forgotten() {
+        let mut bench = Bench::formed();
+        for process in 100..200 {
+            bench.join(process, &[process]);
+            bench.cluster.drain(&format!("host:{process}"), bench.now).unwrap();
+            if process >= 110 {
+                bench.cluster.processes.remove(&process);
+            }
+        }
+        let leaving = &bench.cluster.map().leaving;
+        assert_eq!(
+            (leaving.len(), &leaving[..11]),
+            (MOST_LEAVING, &[&(100..110).collect::<Vec<_>>()[..], &[146]].concat()[..])
+        );
     }
 
     #[test]

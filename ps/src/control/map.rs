@@ -5,8 +5,8 @@ use crate::body::{BadBody, Reader, Writer};
 
 /// Most shards of a cluster.
 pub(super) const MAX_SHARDS: usize = 4096;
-/// Most processes that are drained at once: each has a seat, and a shard needs no more than three.
-const MAX_LEAVING: usize = 4 * MAX_SHARDS;
+/// Most processes that are drained: more than a coordinator has connections.
+const MAX_LEAVING: usize = 1 << 17;
 
 /// A place in a server process that can hold one shard, for one life of it: a seat that has lost its shard takes a new number.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub struct ClusterMap {
     pub replicas: u32,
     /// By shard.
     pub shards: Vec<ShardSeats>,
-    /// The numbers of processes that were told to hand over what they have, and that are still there: they get no part.
+    /// The numbers of processes that were told to hand over what they have: they get no part.
     pub leaving: Vec<u64>,
 }
 
