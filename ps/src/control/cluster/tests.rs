@@ -1,0 +1,242 @@
+//! What the coordinator decides, by a clock that the tests turn.
+
+use super::*;
+
+struct Bench {
+    cluster: Cluster,
+    now: Instant,
+}
+
+impl Bench {
+    fn new(shards: u32) -> Self {
+        Self { cluster: Cluster::new(shards, 1), now: Instant::now() }
+    }
+
+    fn join(&mut self, process: u64, seats: &[u64]) -> bool {
+        self.join_knowing(process, seats, ClusterMap::default())
+    }
+
+    fn join_knowing(&mut self, process: u64, seats: &[u64], known: ClusterMap) -> bool {
+        let seats = seats.iter().map(|&seat| (seat, format!("host:{seat}"))).collect();
+        self.cluster.join(Join { process, leaving: false, seats, known }, self.now)
+    }
+
+    fn seats(&self, shard: usize) -> [u64; 3] {
+        let seats = &self.cluster.map().shards[shard];
+        [&seats.primary, &seats.backup, &seats.candidate].map(|who| who.as_ref().map_or(0, |who| who.seat))
+    }
+
+    fn formed() -> Self {
+        let mut bench = Self::new(1);
+        assert!(!bench.join(1, &[10]) && bench.join(2, &[20]));
+        assert_eq!(bench.seats(0), [10, 0, 20]);
+        assert_eq!(bench.cluster.map().addresses(), None);
+        assert!(bench.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 20 }, bench.now));
+        assert_eq!((bench.seats(0), bench.cluster.map().addresses().unwrap().len()), ([10, 20, 0], 1));
+        bench
+    }
+}
+
+#[test]
+fn parts_go_to_different_processes_and_only_once_all_seats_are_there() {
+    let mut bench = Bench::new(2);
+    assert!(!bench.join(1, &[10, 11, 12, 13]), "one process is no backup of itself");
+    assert!(bench.join(2, &[20, 21]));
+    let map = bench.cluster.map();
+    for shard in &map.shards {
+        assert_ne!(shard.primary.as_ref().unwrap().process, shard.candidate.as_ref().unwrap().process);
+    }
+    assert_ne!(map.shards[0].primary.as_ref().unwrap().process, map.shards[1].primary.as_ref().unwrap().process);
+    let before = map.clone();
+    assert!(!bench.join(2, &[20, 21]), "said again, it changes nothing");
+    assert_eq!(*bench.cluster.map(), before);
+}
+
+#[test]
+fn of_two_ends_that_each_say_the_other_is_gone_the_first_is_believed() {
+    let lost = |by, whom| Sighting::Lost { shard: 0, by, whom };
+    let mut bench = Bench::formed();
+    let term = bench.cluster.map().shards[0].term;
+    assert!(bench.cluster.report(lost(20, 10), bench.now));
+    assert!(bench.cluster.map().shards[0].term > term);
+    assert!(!bench.cluster.report(lost(10, 20), bench.now));
+    assert_eq!(bench.seats(0), [20, 0, 0]);
+    let mut bench = Bench::formed();
+    assert!(bench.cluster.report(lost(10, 20), bench.now));
+    assert!(!bench.cluster.report(lost(20, 10), bench.now));
+    assert_eq!((bench.seats(0), bench.cluster.map().shards[0].term), ([10, 0, 0], term));
+    assert!(!bench.join(2, &[20]), "a seat that was dropped gets no part again");
+    assert!(bench.join(2, &[21]) && bench.seats(0) == [10, 0, 21]);
+    assert!(!bench.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 20 }, bench.now));
+}
+
+#[test]
+fn silence_hands_over_after_the_lease_and_an_only_copy_waits_for_its_server() {
+    let mut bench = Bench::formed();
+    bench.now += LEASE / 2;
+    bench.join(2, &[20]);
+    assert!(!bench.cluster.tick(bench.now));
+    bench.now += LEASE / 2;
+    assert!(bench.cluster.tick(bench.now) && bench.seats(0) == [20, 0, 0]);
+    bench.now += LEASE;
+    assert!(!bench.cluster.tick(bench.now), "nobody else has it");
+    assert!(!bench.join(2, &[20]) && bench.seats(0) == [20, 0, 0]);
+    bench.now += LEASE;
+    bench.cluster.tick(bench.now);
+    assert!(bench.join(3, &[30]), "a new server begins anew");
+    assert_eq!((bench.seats(0), bench.cluster.map().addresses()), ([30, 0, 0], None));
+}
+
+#[test]
+fn who_leaves_hands_its_shards_over_and_an_only_copy_is_copied_first() {
+    let mut bench = Bench::formed();
+    assert_eq!(bench.cluster.drain("nowhere:1", bench.now), None);
+    assert_eq!(bench.cluster.drain("host:10", bench.now), Some((Vec::new(), true)));
+    assert_eq!(bench.seats(0), [20, 0, 0], "its backup is there, and nobody takes its place");
+    assert!(!bench.join(1, &[11]) && bench.seats(0) == [20, 0, 0], "who leaves gets no part");
+    let leaving =
+        Join { process: 2, leaving: true, seats: vec![(20, "host:20".to_owned())], known: ClusterMap::default() };
+    assert!(!bench.cluster.join(leaving, bench.now), "it has the only copy");
+    assert_eq!(bench.cluster.drain("host:20", bench.now), Some((vec![0], true)));
+    assert!(bench.join(3, &[30]) && bench.seats(0) == [20, 0, 30]);
+    assert!(bench.cluster.report(Sighting::Synced { shard: 0, by: 20, whom: 30 }, bench.now));
+    assert_eq!(bench.seats(0), [30, 0, 0]);
+}
+
+#[test]
+fn a_coordinator_started_anew_learns_the_map_from_any_server() {
+    let mut bench = Bench::formed();
+    bench.cluster.report(Sighting::Lost { shard: 0, by: 20, whom: 10 }, bench.now);
+    let known = bench.cluster.map().clone();
+    let mut anew = Bench::new(1);
+    assert!(!anew.join(3, &[30]), "alone it makes no cluster");
+    assert!(anew.join_knowing(2, &[20], known.clone()));
+    assert_eq!(anew.seats(0), [20, 0, 30]);
+    assert!(anew.cluster.map().epoch > known.epoch && anew.cluster.map().shards[0].formed);
+    anew.join_knowing(1, &[10], ClusterMap { epoch: Epoch(1), ..known });
+    assert_eq!(anew.seats(0), [20, 0, 30]);
+}
+
+#[test]
+fn a_copy_that_failed_makes_room_for_the_next_one() {
+    let mut bench = Bench::new(1);
+    assert!(!bench.join(1, &[10]) && bench.join(2, &[20]));
+    assert!(!bench.cluster.tick(bench.now));
+    // It could not hold the copy, and began anew with another number.
+    bench.join(2, &[21]);
+    assert!(bench.cluster.tick(bench.now));
+    assert_eq!(bench.seats(0), [10, 0, 21]);
+}
+
+#[test]
+fn what_a_map_before_gave_to_one_server_only_waits_for_it() {
+    let mut bench = Bench::formed();
+    bench.cluster.report(Sighting::Lost { shard: 0, by: 10, whom: 20 }, bench.now);
+    let mut anew = Bench::new(1);
+    anew.cluster.restore(bench.cluster.map().clone(), anew.now).unwrap();
+    anew.now += GRACE - LEASE;
+    anew.cluster.tick(anew.now);
+    assert!(anew.join(3, &[30]) && anew.seats(0) == [10, 0, 30], "its server may be slow to find this coordinator");
+    assert!(!anew.join(1, &[10]) && anew.seats(0) == [10, 0, 30]);
+    let mut gone = Bench::new(1);
+    gone.cluster.restore(bench.cluster.map().clone(), gone.now).unwrap();
+    gone.now += GRACE;
+    gone.cluster.tick(gone.now);
+    assert!(gone.join(3, &[30]) && gone.seats(0) == [30, 0, 0]);
+}
+
+#[test]
+fn a_drain_is_remembered_by_the_coordinator_that_comes_next() {
+    let mut bench = Bench::formed();
+    let (left, changed) = bench.cluster.drain("host:20", bench.now).unwrap();
+    assert!(left.is_empty() && changed && bench.seats(0) == [10, 0, 0]);
+    let again = bench.cluster.drain("host:20", bench.now).unwrap();
+    assert_eq!(again, (vec![], false));
+    let map = bench.cluster.map().clone();
+    let mut next = Bench { cluster: Cluster::new(1, 1), now: bench.now };
+    next.cluster.restore(map, next.now).unwrap();
+    next.join(1, &[10]);
+    // A seat that has lost its part comes with a new number.
+    next.join(2, &[21]);
+    assert_eq!(next.seats(0), [10, 0, 0], "who is drained gets no part");
+    next.join(3, &[30]);
+    assert_eq!(next.seats(0), [10, 0, 30]);
+    next.now += GRACE;
+    next.join(1, &[10]);
+    next.join(2, &[21]);
+    next.join(3, &[30]);
+    assert!(!next.cluster.tick(next.now) && next.cluster.map().leaving == [2]);
+    // Silent for a while, it is drained still.
+    next.now += LEASE;
+    next.join(1, &[10]);
+    next.join(3, &[30]);
+    next.cluster.tick(next.now);
+    next.join(2, &[21]);
+    assert_eq!((&next.cluster.map().leaving[..], next.cluster.spare_seats()), (&[2][..], 0));
+}
+
+#[test]
+fn of_many_that_were_drained_the_first_that_are_gone_are_forgotten() {
+    let mut bench = Bench::formed();
+    for process in 100..200 {
+        bench.join(process, &[process]);
+        bench.cluster.drain(&format!("host:{process}"), bench.now).unwrap();
+        if process >= 110 {
+            bench.cluster.processes.remove(&process);
+        }
+    }
+    let leaving = &bench.cluster.map().leaving;
+    assert_eq!(
+        (leaving.len(), &leaving[..11]),
+        (MOST_LEAVING, &[&(100..110).collect::<Vec<_>>()[..], &[146]].concat()[..])
+    );
+}
+
+#[test]
+fn a_primary_that_is_drained_hands_over_although_the_coordinator_changes_meanwhile() {
+    let mut bench = Bench::formed();
+    bench.cluster.drain("host:20", bench.now).unwrap();
+    let (left, _) = bench.cluster.drain("host:10", bench.now).unwrap();
+    assert_eq!(left, [0]);
+    let mut next = Bench { cluster: Cluster::new(1, 1), now: bench.now };
+    next.cluster.restore(bench.cluster.map().clone(), next.now).unwrap();
+    next.join(1, &[10]);
+    next.join(3, &[30]);
+    assert_eq!(next.seats(0), [10, 0, 30]);
+    next.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 30 }, next.now);
+    assert_eq!(next.seats(0), [30, 0, 0]);
+}
+
+#[test]
+fn a_cluster_begins_with_its_checkpoint_until_it_has_copies_and_never_again() {
+    let mut bench = Bench { cluster: Cluster::new(1, 1).beginning_with("one".to_owned()), now: Instant::now() };
+    let origin = |bench: &Bench| bench.cluster.map().shards[0].origin.clone();
+    assert!(!bench.join(1, &[10]) && bench.join(2, &[20]));
+    assert_eq!((bench.seats(0), origin(&bench)), ([10, 0, 20], "one".to_owned()));
+    // Its primary could not read it, and began anew with another number.
+    bench.join(1, &[11]);
+    assert_eq!((bench.seats(0), origin(&bench)), ([11, 0, 0], "one".to_owned()));
+    bench.join(2, &[21]);
+    assert!(bench.cluster.report(Sighting::Synced { shard: 0, by: 11, whom: 21 }, bench.now));
+    assert_eq!(bench.seats(0), [11, 21, 0]);
+    // Both are gone, with what was pushed since: what they began with would be taken for it.
+    bench.now += 2 * LEASE;
+    bench.cluster.tick(bench.now);
+    assert!(!bench.join(5, &[50]) && bench.seats(0) == [11, 21, 0], "it may be the coordinator that is cut off");
+    bench.now += GRACE;
+    bench.join(5, &[50]);
+    bench.cluster.tick(bench.now);
+    assert!(bench.seats(0)[0] == 50 && origin(&bench).is_empty());
+}
+
+#[test]
+fn a_map_of_another_size_is_of_another_cluster() {
+    let map = Bench::formed().cluster.map().clone();
+    let now = Instant::now();
+    assert!(Cluster::new(2, 1).restore(map.clone(), now).unwrap_err().contains("--shards says 2"));
+    assert!(Cluster::new(1, 0).restore(map.clone(), now).unwrap_err().contains("--replicas 0"));
+    let mut other = Bench::new(2);
+    other.join_knowing(1, &[10], map.clone());
+    assert_eq!(other.cluster.map().epoch, Epoch(0));
+    assert_eq!(Cluster::new(1, 1).restore(map, now), Ok(()));
+}
