@@ -6,10 +6,10 @@ use std::sync::{Mutex, PoisonError};
 /// Smallest buffer; every class holds twice as much as the one before.
 const SMALLEST: usize = 4 << 10;
 const CLASSES: usize = 12;
-/// Bytes kept for later in one class, in any case; and the most, where so many were lent at once.
+/// Bytes kept for later in one class, in any case; and the most, for as long as so many are needed at once.
 const KEPT_BYTES: usize = 8 << 20;
 const MOST_KEPT_BYTES: usize = 128 << 20;
-/// Buffers given back until less is kept than was lent at the most.
+/// Of so many buffers that come back in a row, those that were never needed meanwhile are let go.
 const FORGET_TURNS: u32 = 4096;
 
 /// Buffers by size class.
@@ -22,33 +22,29 @@ pub(crate) struct Pool {
 #[derive(Default)]
 struct Class {
     free: Vec<Vec<u8>>,
-    lent: usize,
-    /// The most that were lent at once, of late and before.
-    peak: usize,
-    before: usize,
+    /// The fewest that were free, of late.
+    fewest: usize,
     turns: u32,
 }
 
 impl Class {
-    /// One is lent.
     fn take(&mut self) -> Option<Vec<u8>> {
-        self.lent += 1;
-        self.peak = self.peak.max(self.lent);
-        self.free.pop()
+        let taken = self.free.pop();
+        self.fewest = self.fewest.min(self.free.len());
+        taken
     }
 
-    /// One comes back: kept, where as many may be lent again.
     fn take_back(&mut self, buffer: Vec<u8>) {
-        // A buffer that was made elsewhere may come too.
-        self.lent = self.lent.saturating_sub(1);
         let bytes = buffer.len();
-        self.free.push(buffer);
+        if self.free.len() < MOST_KEPT_BYTES / bytes {
+            self.free.push(buffer);
+        }
         self.turns += 1;
         if self.turns >= FORGET_TURNS {
-            (self.before, self.peak, self.turns) = (self.peak, self.lent, 0);
+            let needed = self.free.len() - self.fewest;
+            self.free.truncate(needed.max(KEPT_BYTES / bytes));
+            (self.fewest, self.turns) = (self.free.len(), 0);
         }
-        let wanted = self.peak.max(self.before).min(MOST_KEPT_BYTES / bytes).max(KEPT_BYTES / bytes);
-        self.free.truncate(wanted.saturating_sub(self.lent));
     }
 }
 
