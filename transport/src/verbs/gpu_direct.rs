@@ -92,7 +92,6 @@ impl VerbsWire {
         let what = Access::Put { flight: link.flights.begin(to), cargo: Cargo::Slice(nothing) };
         let key = link.remotely.insert(Remotely { lease: None, remote, next: 0, what, direct });
         link.queue.push_back(Out::Put { key });
-        self.stirred = true;
         Ok(())
     }
 
@@ -114,7 +113,6 @@ impl VerbsWire {
         let what = Access::Get { from, slice };
         let key = link.remotely.insert(Remotely { lease: None, remote, next: 0, what, direct });
         link.queue.push_back(Out::Get { key });
-        self.stirred = true;
         Ok(())
     }
 

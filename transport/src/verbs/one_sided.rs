@@ -80,7 +80,6 @@ impl OneSided for VerbsWire {
         let what = Access::Put { flight, cargo: Cargo::Slice(slice) };
         let key = link.remotely.insert(Remotely { lease, remote, next: 0, what, direct: None });
         link.queue.push_back(Out::Put { key });
-        self.stirred = true;
         Ok(())
     }
 
@@ -102,7 +101,6 @@ impl OneSided for VerbsWire {
         let key =
             link.remotely.insert(Remotely { lease, remote, next: 0, what: Access::Get { from, slice }, direct: None });
         link.queue.push_back(Out::Get { key });
-        self.stirred = true;
         Ok(())
     }
 }

@@ -1,4 +1,6 @@
 //! Does: what goes to a peer: records into frames, large messages into its memory.
+//!
+//! The steps of a small message are inlined into one another: their calls and returns took longer than what they do.
 
 use super::adapter::{Remote, Span, Work};
 use super::fault::Fault;

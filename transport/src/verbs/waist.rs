@@ -2,7 +2,7 @@
 
 use super::adapter::Access;
 use super::link::Phase;
-use super::wire::{PROBE_TURNS, VerbsWire};
+use super::wire::VerbsWire;
 use crate::beside::Beside;
 use crate::flights::{self, Cargo};
 use crate::inbox::{self, Receive};
@@ -120,11 +120,9 @@ impl Wire for VerbsWire {
             1 => done.extend(self.pending.pop()),
             _ => done.append(&mut self.pending),
         }
-        let (came, took) = self.take_soon(done);
-        self.stirred |= came;
         // What has come is told before anything else is seen to, but not twice in a row.
-        self.hurried = came && !self.hurried;
-        if !self.hurried && (self.stirred || took || self.polls.is_multiple_of(PROBE_TURNS)) {
+        self.hurried = self.take_soon(done) && !self.hurried;
+        if !self.hurried {
             self.flush(now, done);
         }
     }

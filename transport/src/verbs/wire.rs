@@ -25,7 +25,7 @@ use std::time::Instant;
 const EVENT_TURNS: u32 = 8;
 const BUSY_TURNS: u32 = 16;
 /// Whether a quiet link's peer is still there is asked once in so many polls, and before a sleep.
-pub(super) const PROBE_TURNS: u32 = 64;
+const PROBE_TURNS: u32 = 64;
 
 /// What the wire has been through; nothing of it moves on a warm and healthy data path.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,8 +67,7 @@ pub struct VerbsWire {
     pub(super) polls: u32,
     /// Polls since completions were taken.
     turns: u32,
-    /// Whether anything was posted or has come since the last flush, and whether the last poll left it at telling what had come.
-    pub(super) stirred: bool,
+    /// Whether the last poll left it at telling what had come.
     pub(super) hurried: bool,
     pub(super) closed: bool,
 }
@@ -96,7 +95,6 @@ impl VerbsWire {
             ended: Vec::new(),
             polls: 0,
             turns: 0,
-            stirred: false,
             hurried: false,
             closed: false,
         }
@@ -148,7 +146,6 @@ impl VerbsWire {
         }
         if let Some(Some(link)) = self.links.get_mut(to.peer.index()) {
             link.post(to, cargo, &mut self.nic, &mut self.pending);
-            self.stirred = true;
         }
         Ok(())
     }
@@ -170,7 +167,6 @@ impl VerbsWire {
         }
         if let Some(Some(link)) = self.links.get_mut(peer.index()) {
             link.receive(tag, receive, &mut self.pending);
-            self.stirred |= !link.queue.is_empty();
             if link.wants_credit() {
                 self.grant_to_all();
             }
@@ -197,15 +193,14 @@ impl VerbsWire {
     }
 
     /// Takes what has come, for a poll: while a peer is watched, which then sends little else, only seldom by completions.
-    /// Whether anything had come into our rings, and whether completions were taken.
-    pub(super) fn take_soon(&mut self, done: &mut Vec<Completion>) -> (bool, bool) {
+    /// Whether anything had come into our rings.
+    pub(super) fn take_soon(&mut self, done: &mut Vec<Completion>) -> bool {
         let (any, watching) = self.look_at_rings(done);
         self.turns += 1;
-        let due = !watching || self.turns >= if any { BUSY_TURNS } else { EVENT_TURNS };
-        if due {
+        if !watching || self.turns >= if any { BUSY_TURNS } else { EVENT_TURNS } {
             self.take_completions(done);
         }
-        (any, due)
+        any
     }
 
     /// Takes what has been written into our rings; whether anything had, and whether a peer is watched.
@@ -298,7 +293,6 @@ impl VerbsWire {
 
     /// Writes what there is room for, on every link, and sees to what failed.
     pub(super) fn flush(&mut self, now: Instant, done: &mut Vec<Completion>) {
-        self.stirred = false;
         if self.credit.is_some() {
             self.grant_to_all();
         }
