@@ -5,11 +5,13 @@ mod shards;
 use crate::body::{BadBody, Reader, Writer};
 use crate::checkpoint::{Manifest, Object, name_at};
 use crate::header::{HEADER_BYTES, Header, Kind};
+use crate::rally;
+use crate::schedule::{rates_body, read_rates};
 use crate::unpacking::Unpacking;
 use crate::{
     Adagrad, Adam, ClientStatus, Codec, Combine, Compression, Course, DType, Epoch, Eviction, Ftrl, Initializer,
-    KeyRange, Mode, Reason, Refusal, Role, Schedule, ShardStatus, SparseSpec, SparseStatus, Standing, TableSpec,
-    TableStatus, UpdateRule, WarmUp, open_body, open_sparse_body, rate_body,
+    KeyRange, Mode, Reason, Refusal, Role, Schedule, ShardStatus, SparseSpec, SparseStatus, Standing, TableId,
+    TableSpec, TableStatus, UpdateRule, WarmUp, open_body, open_sparse_body, rate_body,
 };
 use gradwire_transport::decoders::Decoder;
 use std::time::Duration;
@@ -24,6 +26,8 @@ pub fn all() -> Vec<Decoder> {
         Decoder::new("dense table", tables, table, (16 << 10, 4)),
         Decoder::new("sparse table", sparse_tables, sparse_table, (16 << 10, 4)),
         Decoder::new("schedule of learning rates", schedules, schedule, (4 << 10, 8)),
+        Decoder::new("learning rates given again", given_rates, given_rate, (4 << 10, 8)),
+        Decoder::new("offer of what was pulled", offers, offer, (4 << 10, 4)),
         Decoder::new("refusal", refusals, refusal, (4 << 10, 4)),
         Decoder::new("status", statuses, status, (64 << 10, 64)),
         Decoder::new("compressed gradient", gradients, gradient, (8 << 10, 0)),
@@ -148,6 +152,27 @@ fn schedule(bytes: &[u8]) {
         assert_eq!(whole(&rate_body(&schedule), Schedule::decode).as_ref(), Some(&schedule));
         let rates = [0, 1, 1 << 20, u64::MAX].map(|step| schedule.at(step));
         assert!(rates.iter().all(|rate| rate.is_finite()), "{schedule:?} has rates {rates:?}");
+    }
+}
+
+fn given_rates() -> Vec<Vec<u8>> {
+    vec![rates_body(&[(3, Schedule::from(0.5)), (9, Course::List(vec![0.5, 0.25]).into())])]
+}
+
+fn given_rate(bytes: &[u8]) {
+    if let Ok(rates) = read_rates(bytes) {
+        let again = read_rates(&rates_body(&rates)).map(|again| again.len());
+        assert_eq!(again, Ok(rates.len()));
+    }
+}
+
+fn offers() -> Vec<Vec<u8>> {
+    vec![rally::offer_body([(TableId(7), 3), (TableId(8), rally::NOTHING)].into_iter())]
+}
+
+fn offer(bytes: &[u8]) {
+    if let Ok(offer) = rally::read_offer(bytes) {
+        assert_eq!(rally::offer_body(offer.into_iter()), bytes);
     }
 }
 

@@ -4,6 +4,7 @@ mod clipping;
 mod encoded;
 mod image;
 mod nearness;
+mod restoring;
 
 pub(crate) use image::{DenseBuilder, TableImage, decode_windows, encode_windows, merge_windows};
 
@@ -108,6 +109,8 @@ pub(crate) struct Table {
     parts: Vec<Part>,
     rates: Rates,
     clipping: clipping::Clipping,
+    /// What is missing, where another server had it and is gone.
+    lost: Option<restoring::Lost>,
 }
 
 impl Table {
@@ -133,6 +136,7 @@ impl Table {
             memory_bytes,
             rates: Rates::new(spec.rule),
             clipping: clipping::Clipping::default(),
+            lost: None,
             spec,
         })
     }

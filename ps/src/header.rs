@@ -62,6 +62,15 @@ pub enum Kind {
     SparsePull = 14,
     /// Asks which ids were evicted, from the number in the clock's place on.
     Evicted = 15,
+    /// A worker says which values it has of tables that a server has lost; answered once all workers have, with the clocks to go
+    /// on from and who writes what.
+    Offer = 16,
+    /// A lost table is to go on from the clock, with the learning rates in the body; answered with whether its values are wanted.
+    Restart = 17,
+    /// Writes a part of a table that was restarted.
+    Restore = 18,
+    /// A worker has written what it was to, in the round in the clock's place; answered once all have.
+    Restored = 19,
     /// A seat wants to be the backup: the client is its number.
     Follow = 32,
     /// A backup has every entry of the log up to the sequence.
@@ -90,7 +99,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 27] = [
+    const ALL: [Self; 31] = [
         Self::Hello,
         Self::Open,
         Self::ClaimInit,
@@ -106,6 +115,10 @@ impl Kind {
         Self::SparsePush,
         Self::SparsePull,
         Self::Evicted,
+        Self::Offer,
+        Self::Restart,
+        Self::Restore,
+        Self::Restored,
         Self::Follow,
         Self::Applied,
         Self::Join,

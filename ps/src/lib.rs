@@ -29,6 +29,7 @@ mod memory;
 mod monitor;
 mod patience;
 mod protocol;
+mod rally;
 mod rates;
 mod recovery;
 mod refusal;

@@ -31,6 +31,26 @@ impl Rates {
         Self { rule, rates: Vec::new() }
     }
 
+    /// `rule` with learning rates that hold from those clocks on, as whoever gives a table again says them.
+    pub(crate) fn given(rule: UpdateRule, given: Vec<(u64, Schedule)>, subject: String) -> Result<Self, Refusal> {
+        let wrong = |expected: &str, got: String| {
+            Refusal::new(Reason::Malformed, subject.clone(), "learning rates", expected, got)
+        };
+        if !given.is_empty() && rule.learning_rate().is_none() {
+            return Err(wrong("none, for this rule", rule.to_string()));
+        }
+        if !given.is_sorted_by(|before, after| before.0 < after.0) {
+            return Err(wrong("one a clock, in their order", "others".into()));
+        }
+        for (_, schedule) in &given {
+            let checked = schedule.check().and_then(|()| rule.with_learning_rate(schedule.least()).check());
+            checked.map_err(|why| wrong("at least 0", why))?;
+        }
+        let each = given.into_iter();
+        let rates = each.map(|(clock, schedule)| Rate { clock, origin: clock, schedule, client: NOBODY, sequence: 0 });
+        Ok(Self { rule, rates: rates.collect() })
+    }
+
     /// The rule as it is at `clock`; in asynchronous mode, for the push of that number.
     pub(crate) fn at(&self, clock: u64) -> UpdateRule {
         let last = self.rates.iter().rev().find(|rate| rate.clock <= clock);

@@ -2,6 +2,7 @@
 
 use crate::body::{BadBody, Reader, Writer};
 use crate::refusal::{Reason, Refusal};
+use crate::{Codec, Compression, Mode};
 use std::fmt;
 
 /// What becomes of a table when a server of it dies.
@@ -13,6 +14,9 @@ pub enum Recovery {
     None,
     /// Another server has all of it and takes its place: what was acknowledged is there, and nothing counts twice.
     Replicate,
+    /// Its workers, who have all pulled it, give its values again ([`crate::Client::recover`]). Costs nothing before that; what
+    /// only the lost server had, the optimizer's state for its share, begins anew.
+    Workers,
 }
 
 impl Recovery {
@@ -25,10 +29,32 @@ impl Recovery {
         Ok(())
     }
 
+    /// Says why a dense table of this kind cannot be recovered so, if it cannot.
+    pub(crate) fn check_table(self, mode: Mode, clipped: bool, compression: Compression) -> Result<(), String> {
+        if self != Self::Workers {
+            return Ok(());
+        }
+        if !matches!(mode, Mode::Sync { .. }) {
+            return Err(format!("workers, of a table that is {mode}: at no clock do its workers have the same values"));
+        }
+        if clipped {
+            return Err(
+                "workers, of a clipped table: a norm is over many tables, which may be at different clocks".into()
+            );
+        }
+        if compression != (Compression { push: Codec::Whole, pull: Codec::Whole }) {
+            return Err(format!(
+                "workers, with compression {compression}: they have no whole values, or pushes leave some out"
+            ));
+        }
+        Ok(())
+    }
+
     pub(crate) fn encode(self, out: &mut Writer) {
         out.byte(match self {
             Self::None => 0,
             Self::Replicate => 1,
+            Self::Workers => 2,
         });
     }
 
@@ -36,6 +62,7 @@ impl Recovery {
         match from.byte()? {
             0 => Ok(Self::None),
             1 => Ok(Self::Replicate),
+            2 => Ok(Self::Workers),
             _ => Err(BadBody("no such recovery")),
         }
     }
@@ -46,6 +73,7 @@ impl fmt::Display for Recovery {
         f.write_str(match self {
             Self::None => "none",
             Self::Replicate => "replicate",
+            Self::Workers => "workers",
         })
     }
 }
@@ -57,8 +85,27 @@ mod tests {
     #[test]
     fn a_replicated_table_needs_servers_with_backups_and_others_need_nothing() {
         assert!(Recovery::None.check(0, String::new()).is_ok() && Recovery::Replicate.check(1, String::new()).is_ok());
+        assert!(Recovery::Workers.check(0, String::new()).is_ok());
         let refusal = Recovery::Replicate.check(0, "table \"w\"".into()).unwrap_err();
         assert!(refusal.to_string().contains("--coordinator"), "{refusal}");
         assert!(Recovery::decode(&mut Reader(&[9])).is_err());
+    }
+
+    #[test]
+    fn workers_give_again_only_what_all_of_them_have_whole_at_one_clock() {
+        let (sync, whole) = (Mode::Sync { workers: 2 }, Compression::default());
+        let bf16 = Compression { push: Codec::Whole, pull: Codec::Bf16 };
+        assert!(Recovery::Workers.check_table(sync, false, whole).is_ok());
+        let ssp = Mode::Ssp { workers: 2, staleness: 1 };
+        for (mode, clipped, compression, why) in [
+            (Mode::Async, false, whole, "async"),
+            (ssp, false, whole, "ssp"),
+            (sync, true, whole, "clipped"),
+            (sync, false, bf16, "compression"),
+        ] {
+            let refused = Recovery::Workers.check_table(mode, clipped, compression).unwrap_err();
+            assert!(refused.contains(why), "{refused}");
+            assert!(Recovery::None.check_table(mode, clipped, compression).is_ok());
+        }
     }
 }

@@ -83,6 +83,26 @@ pub fn rate_body(schedule: &Schedule) -> Vec<u8> {
     out.0
 }
 
+/// The body of a request that gives schedules, each from a clock on.
+pub(crate) fn rates_body(rates: &[(u64, Schedule)]) -> Vec<u8> {
+    let mut out = Writer::default();
+    out.number(rates.len() as u64);
+    for (clock, schedule) in rates {
+        out.number(*clock);
+        schedule.encode(&mut out);
+    }
+    out.0
+}
+
+/// What such a body says.
+pub(crate) fn read_rates(body: &[u8]) -> Result<Vec<(u64, Schedule)>, BadBody> {
+    let mut from = Reader(body);
+    let rates = (0..from.count(25)?).map(|_| Ok((from.number()?, Schedule::decode(&mut from)?)));
+    let rates = rates.collect::<Result<_, BadBody>>()?;
+    from.end()?;
+    Ok(rates)
+}
+
 impl Schedule {
     /// The rate at `step`.
     pub fn at(&self, step: u64) -> f64 {

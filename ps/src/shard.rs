@@ -2,27 +2,32 @@
 
 mod checks;
 mod copies;
+mod first_values;
 mod image;
 mod limits;
+mod restoring;
 mod snapshot;
 
 pub use limits::Limits;
 use limits::check_waiting;
+pub(crate) use restoring::AGAIN;
 pub(crate) use snapshot::CLOCK;
 pub use snapshot::Cut;
 
 use crate::body::{Reader, Writer};
-use crate::dense::{Answer, Init, Table, Wait};
+use crate::dense::{Answer, Table, Wait};
 use crate::header::{FLAG_CHECKED, FLAG_INLINE, Header, Kind};
 use crate::members::Members;
 use crate::memory::{Memory, Shelf};
+use crate::rally::Rallies;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, MAX_PART_BYTES};
 use crate::sparse::{Means, SparseTable};
 use crate::status::{PAGE, ShardStatus, Standing, TableStatus};
 use crate::unpacking::{Unpacking, check_answer_codec};
-use crate::{Schedule, SparseSpec, TableId, TableSpec};
-use checks::{check_pusher, expect_elements, not_for_a_shard, unknown};
+use crate::{Recovery, Schedule, SparseSpec, TableId, TableSpec};
+use checks::{check_pusher, expect_elements, not_for_a_shard, there, unknown};
+use first_values::grant_init;
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -105,6 +110,7 @@ pub struct Shard {
     answers: Vec<Answer>,
     unpacking: Unpacking,
     awaited: Option<snapshot::Awaited>,
+    rallies: Rallies,
     restored: bool,
 }
 
@@ -123,6 +129,7 @@ impl Shard {
             answers: Vec::new(),
             unpacking: Unpacking::default(),
             awaited: None,
+            rallies: Rallies::new(instance),
             restored: false,
             limits,
         }
@@ -204,6 +211,7 @@ impl Shard {
             Kind::SparsePush | Kind::SparsePull => self.sparse_data(wait, payload, now, out),
             Kind::Evicted => self.evicted(wait, out),
             Kind::Snapshot => self.snapshot(wait, payload, now, out),
+            Kind::Offer | Kind::Restart | Kind::Restore | Kind::Restored => self.recovering(wait, payload, out),
             Kind::SetRate => {
                 let mut from = Reader(payload);
                 let schedule = Schedule::decode(&mut from).and_then(|schedule| from.end().map(|()| schedule));
@@ -217,14 +225,14 @@ impl Shard {
                 Ok(())
             }
             Kind::Norm => {
-                let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+                let table = there(&mut self.tables, header)?;
                 check_waiting(table.waiting(), || table.spec.subject(), &self.limits)?;
                 table.norm(*wait, &mut self.answers)
             }
             Kind::Scale => {
                 let wrong = |_| Refusal::new(Reason::Malformed, "request", "scale", "8 bytes", payload.len());
                 let scale = payload.try_into().map(f64::from_le_bytes).map_err(wrong)?;
-                let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+                let table = there(&mut self.tables, header)?;
                 table.scale(header, scale, &mut self.memory, &mut self.answers)?;
                 done(wait, header.clock, out);
                 Ok(())
@@ -284,9 +292,13 @@ impl Shard {
         } else {
             self.check_new(header, spec.subject())?;
             spec.recovery.check(self.limits.replicas, spec.subject())?;
-            self.tables.insert(header.table, Table::new(spec, &mut self.memory)?);
+            let mut table = Table::new(spec, &mut self.memory)?;
+            if header.clock == AGAIN && table.spec.recovery == Recovery::Workers {
+                table.mark_lost();
+            }
+            self.tables.insert(header.table, table);
         }
-        let pushed = self.table(header)?.pushed_by(header.client);
+        let pushed = self.tables.get(&header.table).map_or(0, |table| table.pushed_by(header.client));
         done(wait, pushed, out);
         Ok(())
     }
@@ -305,57 +317,12 @@ impl Shard {
     }
 
     fn table(&mut self, header: &Header) -> Result<&mut Table, Refusal> {
-        self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))
-    }
-
-    /// Answers with the claim's number, or 0 when first values are there already; waits while another client writes them.
-    fn claim_init(&mut self, wait: &Wait, out: &mut Vec<Action>) -> Result<(), Refusal> {
-        let header = wait.header;
-        let table = self.table(&header)?;
-        let mine = (header.client, header.incarnation);
-        let untouched = table.is_untouched();
-        match table.init.holder {
-            Some((client, incarnation, _)) if (client, incarnation) == mine => {
-                table.init.holder = Some((client, incarnation, wait.to));
-                done(wait, table.init.claim, out);
-            }
-            _ if table.init.done || !untouched => done(wait, 0, out),
-            None => grant_init(&mut table.init, wait, out),
-            Some(_) => {
-                table.init.waits.retain(|other| other.header.client != header.client);
-                table.init.waits.push(*wait);
-            }
-        }
-        Ok(())
-    }
-
-    fn init(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
-        let header = wait.header;
-        let table = self.table(&header)?;
-        let part = table.part(header.keys)?;
-        expect_elements(table, &header, header.dtype == Some(table.spec.dtype))?;
-        table.write_initial(part, header.sequence, payload);
-        done(wait, 0, out);
-        Ok(())
-    }
-
-    /// Answers with the claim's number, or 0 when it was given to somebody else meanwhile.
-    fn end_init(&mut self, wait: &Wait, out: &mut Vec<Action>) -> Result<(), Refusal> {
-        let header = wait.header;
-        let init = &mut self.table(&header)?.init;
-        let current = header.sequence == init.claim;
-        if current {
-            init.done = true;
-            init.holder = None;
-            init.waits.drain(..).for_each(|wait| done(&wait, 0, out));
-        }
-        done(wait, if current { init.claim } else { 0 }, out);
-        Ok(())
+        there(&mut self.tables, header)
     }
 
     fn push(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
         let header = &wait.header;
-        let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+        let table = there(&mut self.tables, header)?;
         let part = table.part(header.keys)?;
         let fits = header.dtype.is_some_and(|dtype| dtype.pushes_to(table.spec.dtype));
         let payload = match header.payload_codec() {
@@ -376,7 +343,7 @@ impl Shard {
 
     fn pull(&mut self, wait: &Wait) -> Result<(), Refusal> {
         let header = &wait.header;
-        let table = self.tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+        let table = there(&mut self.tables, header)?;
         let part = table.part(header.keys)?;
         if header.dtype != Some(table.spec.dtype) {
             let got = header.dtype.map_or("none", |dtype| dtype.name());
@@ -451,6 +418,7 @@ impl Shard {
     /// A connection is closed: nothing waits for it any more.
     pub fn gone(&mut self, peer: PeerId, out: &mut Vec<Action>) {
         self.members.gone(peer);
+        self.rallies.gone(peer);
         self.sparse.values_mut().for_each(|table| table.forget(peer, &mut self.memory));
         for table in self.tables.values_mut() {
             table.forget(peer, &mut self.memory);
@@ -467,6 +435,7 @@ impl Shard {
         self.expire_snapshot(now, out);
         let mut late = |wait: Wait, refusal: Refusal| refuse(wait.to, &wait.header, &refusal, out);
         self.members.expire(now, &mut late);
+        self.rallies.expire(now, &mut late);
         let memory = &mut self.memory;
         let waiting = self.tables.values_mut().filter(|table| table.waiting() > 0);
         waiting.for_each(|table| table.expire(now, memory, &mut late));
@@ -508,12 +477,6 @@ impl Shard {
             clients: Vec::new(),
         }
     }
-}
-
-fn grant_init(init: &mut Init, wait: &Wait, out: &mut Vec<Action>) {
-    init.claim += 1;
-    init.holder = Some((wait.header.client, wait.header.incarnation, wait.to));
-    done(wait, init.claim, out);
 }
 
 fn done(wait: &Wait, clock: u64, out: &mut Vec<Action>) {

@@ -106,6 +106,9 @@ impl TableSpec {
                 self.mode.to_string(),
             );
         }
+        if let Err(what) = self.recovery.check_table(self.mode, self.clipped, self.compression) {
+            return wrong("recovery", "one that this table can have".to_owned(), what);
+        }
         if let Err(what) = self.compression.check() {
             return wrong("compression", "what a table may have".to_owned(), what);
         }

@@ -114,6 +114,12 @@ pub(crate) trait Values: Send {
     fn apply_closed(&mut self, rule: &UpdateRule, n: u64, scale: f64);
     /// Makes `bytes`, in the table's type, the value.
     fn write(&mut self, bytes: &[u8]);
+    /// The same, of a part without any state: the `n`-th time that a rule is applied was the last one, and the next the first.
+    fn restart(&mut self, bytes: &[u8], n: u64);
+    /// The `n` from which the rule's times are counted.
+    fn born(&self) -> u64;
+    /// Counts the rule's times from the `n`-th on.
+    fn set_born(&mut self, n: u64);
     /// How often the value has been written: tells one value from another.
     fn version(&self) -> u64;
     /// The value, in the table's type, as it is now: later updates leave these bytes alone.
@@ -139,6 +145,7 @@ struct Dense<C> {
     dtype: DType,
     elements: usize,
     version: u64,
+    born: u64,
     value: Arc<Region>,
     /// Earlier values that were being sent when the next one was written.
     spare: Vec<Arc<Region>>,
@@ -160,6 +167,7 @@ impl<C: Real> Dense<C> {
             dtype,
             elements,
             version: 0,
+            born: 0,
             value: Region::zeroed(elements * dtype.bytes()),
             spare: Vec::new(),
             wide: filled(0.0, dtype != C::DTYPE),
@@ -240,7 +248,7 @@ impl<C: Shared> Values for Dense<C> {
     }
 
     fn apply(&mut self, rule: &UpdateRule, n: u64, divisor: f64, source: Source<'_>) {
-        let step = Step::<C>::new(rule, n);
+        let step = Step::<C>::new(rule, n.saturating_sub(self.born).max(1));
         let mut bytes = self.writable();
         let (mut value, mut gradient) = ([C::default(); BLOCK], [C::default(); BLOCK]);
         let [first, second] = self.state.each_mut().map(Arc::make_mut);
@@ -300,6 +308,19 @@ impl<C: Shared> Values for Dense<C> {
         if !self.wide.is_empty() {
             C::load(self.dtype, bytes, Arc::make_mut(&mut self.wide));
         }
+    }
+
+    fn restart(&mut self, bytes: &[u8], n: u64) {
+        self.write(bytes);
+        self.born = n;
+    }
+
+    fn born(&self) -> u64 {
+        self.born
+    }
+
+    fn set_born(&mut self, n: u64) {
+        self.born = n;
     }
 
     fn version(&self) -> u64 {

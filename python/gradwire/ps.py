@@ -153,6 +153,11 @@ class DenseTable:
         """Pushes made by this client."""
         return self._native.clock
 
+    @property
+    def pulled(self):
+        """The clock of the value that this client's last pull which ended well has brought, or None; with `recovery="workers"`."""
+        return self._native.pulled
+
     def init(self, values):
         """Writes the first values, unless another client has; True when they are ours. Blocks until they are there."""
         self._check(values, "values")
@@ -247,7 +252,9 @@ class Client:
             compression: None, "bf16", "fp16" or "int8" for both directions, `TopK(ratio)` for gradients, or `Compression(push, pull)`.
             clipped: with `workers`: each clock's gradient is applied only after `clip_grad_norm`, which every worker calls.
             recovery: what becomes of it when a server dies: "none", what no checkpoint holds is gone. "replicate", another server
-                has all of it and takes its place; needs servers that have backups (`gradwire-ps serve --coordinator`).
+                has all of it and takes its place; needs servers that have backups (`gradwire-ps serve --coordinator`). "workers",
+                they give it again once a server is there again, see `recover`; needs `workers`, and neither `staleness`,
+                `clipped` nor `compression`.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
@@ -287,7 +294,7 @@ class Client:
             capacity: most rows over all servers; None: as many as there is memory for.
             eviction: which rows make room: None (a push that needs more room is refused), `LRU()`, `LFU()` or `TTL(seconds)`.
             admission: how many pushes an id must come in before it gets a row; until then its gradients are dropped.
-            workers, staleness, average, recovery: as for `dense`. With `workers`, every worker pushes at every clock, if only no ids.
+            workers, staleness, average, recovery: as for `dense`, but never "workers", none of whom has all rows. With `workers`, every worker pushes at every clock, if only no ids.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
@@ -304,6 +311,34 @@ class Client:
         over all of them before clipping: the same bits whatever the number of servers. Blocks until all have pushed.
         """
         return self._native.clip([table._native for table in tables], float(max_norm))
+
+    def recover(self, values):
+        """Gives servers that were lost, and are there again, tables that were opened with `recovery="workers"`.
+
+        All workers call it, with the same tables in the same order, once a call has raised `ServerLostError`. It waits until
+        all workers and servers are there, for `timeout_s` of the connection at most. Each table goes on from the latest clock
+        that any worker has pulled; a worker that had an earlier value gets that one. `table.clock` says from where to go on:
+        push again, the same, what you had pushed beyond it. Servers that have counted it count it once, so tables with the
+        rules "sum", "replace" and SGD without momentum come out as if nothing had happened. The optimizer's state of what was
+        lost begins anew.
+
+        Args:
+            values: a list of (table, array): what the last pull that ended well has brought, whole, of the table's shape and
+                dtype; newer values are written into it. A pull that failed may have left pieces in its `out`.
+
+        Raises:
+            ServerLostError: a server stays away, or was restored from a checkpoint: connect anew and go on at `table.clock`.
+            ServerTimeoutError: not all workers came; it says which.
+            ValueError: a table that was opened otherwise, or that nobody has pulled.
+        """
+        values = list(values)
+        for table, value in values:
+            table._check(value, "values")
+        had = [table.pulled for table, _ in values]
+        clocks = self._native.recover([(table._native, value) for table, value in values])
+        behind = [pair for pair, before, clock in zip(values, had, clocks, strict=True) if before != clock]
+        for work in [table.pull_async(value) for table, value in behind]:
+            work.wait()
 
     def barrier(self, name, clients, timeout_s=None):
         """Waits until `clients` clients have come to the barrier `name`."""

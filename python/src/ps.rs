@@ -112,7 +112,8 @@ pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
     match name {
         "none" => Ok(Recovery::None),
         "replicate" => Ok(Recovery::Replicate),
-        _ => Err(PyValueError::new_err(format!("recovery is \"none\" or \"replicate\", not {name:?}"))),
+        "workers" => Ok(Recovery::Workers),
+        _ => Err(PyValueError::new_err(format!("recovery is \"none\", \"replicate\" or \"workers\", not {name:?}"))),
     }
 }
 
@@ -196,6 +197,18 @@ impl PsClient {
     fn clip(&self, py: Python<'_>, tables: Vec<Py<PsTable>>, most: f64) -> PyResult<f64> {
         let tables: Vec<&gradwire_ps::DenseTable> = tables.iter().map(|table| &table.get().inner).collect();
         py.detach(|| self.inner.clip(&tables, most)).map_err(|error| errors::ps(py, &error))
+    }
+
+    /// Gives lost tables again, each with the value that was pulled last; the clocks to go on from.
+    fn recover(&self, py: Python<'_>, tables: Vec<(Py<PsTable>, Bound<'_, PyAny>)>) -> PyResult<Vec<u64>> {
+        let mut values = Vec::new();
+        for (table, value) in &tables {
+            let table = &table.get().inner;
+            let (value, dtype) = reading(value, "values")?;
+            same_type(&dtype.to_string(), "values", table.name(), table.dtype())?;
+            values.push((table, value));
+        }
+        py.detach(|| self.inner.recover(&values)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Waits until `clients` clients have come.
@@ -394,6 +407,12 @@ impl PsTable {
     #[getter]
     fn clock(&self) -> u64 {
         self.inner.clock()
+    }
+
+    /// The clock of the value that was pulled last.
+    #[getter]
+    fn pulled(&self) -> Option<u64> {
+        self.inner.pulled()
     }
 }
 

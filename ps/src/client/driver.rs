@@ -2,6 +2,7 @@
 
 use super::engine::{Engine, NewRequest};
 use super::pending::Call;
+use crate::TableId;
 use crate::patience::Patience;
 use gradwire_transport::Wake;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -111,6 +112,19 @@ impl Driver {
             state.followers -= 1;
         }
         true
+    }
+
+    /// Gives up all that is under way about these tables.
+    pub(super) fn abandon(&self, tables: &[TableId]) {
+        // Whoever sleeps with the engine makes way.
+        self.waker.wake();
+        let finished = {
+            let mut engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
+            self.take_inbox(&mut engine);
+            engine.abandon(tables);
+            engine.take_finished()
+        };
+        self.finish(finished);
     }
 
     /// Ends everything: calls under way fail, and new ones are refused.

@@ -2,8 +2,8 @@
 
 use super::engine::{Cargo, Engine, Phase};
 use super::pending::{Call, Done};
-use crate::PsError;
 use crate::protocol::{PAYLOAD_BYTES, value};
+use crate::{PsError, TableId};
 use gradwire_transport::{LossCause, PeerId, RegionSliceMut, TransportError};
 use std::sync::Arc;
 use std::time::Instant;
@@ -109,6 +109,19 @@ impl Engine {
                 if self.entries[slot].as_ref().is_some_and(|entry| of_call(call, &entry.call)) {
                     self.give_up(slot as u32, error.clone());
                 }
+            }
+        }
+    }
+
+    /// Gives up every request about these tables.
+    pub(super) fn abandon(&mut self, tables: &[TableId]) {
+        for slot in 0..self.entries.len() {
+            let Some(entry) = &self.entries[slot] else { continue };
+            if tables.contains(&entry.request.header.table) {
+                let shard = entry.request.shard;
+                let address = self.shards[shard as usize].address.clone();
+                let cause = "its tables are being recovered: push again what is beyond their clocks".to_owned();
+                self.give_up(slot as u32, PsError::ServerLost { shard, address, cause });
             }
         }
     }

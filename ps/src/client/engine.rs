@@ -2,7 +2,7 @@
 
 use super::lane::Lane;
 use super::pending::{Call, Done};
-use super::reach::Reach;
+use super::reach::{Reach, WITHOUT_TABLES};
 use crate::control::Directory;
 use crate::dial::Dialer;
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
@@ -53,6 +53,8 @@ pub(super) struct NewRequest {
     pub(super) lane: Option<bool>,
     /// Whether the caller wants the body of the answer.
     pub(super) keep_body: bool,
+    /// Whether it is in vain once any server has lost its tables: their workers must notice together.
+    pub(super) fragile: bool,
 }
 
 /// Where a request is.
@@ -345,8 +347,7 @@ impl Engine {
                 PsError::Timeout { what: format!("{what} (shard {shard} at {address}): {refusal}"), waited: timeout }
             }
             Reason::UnknownTable if self.shards[shard as usize].restarted => {
-                let cause = "another server process answers there now, without the tables".to_owned();
-                PsError::ServerLost { shard, address, cause }
+                PsError::ServerLost { shard, address, cause: WITHOUT_TABLES.to_owned() }
             }
             _ => PsError::Refused { shard, address, refusal: Box::new(refusal) },
         }

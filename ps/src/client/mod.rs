@@ -8,6 +8,7 @@ mod lane;
 mod pending;
 mod posting;
 mod reach;
+mod recovering;
 mod snapshot;
 mod sparse;
 mod squeeze;
@@ -23,12 +24,13 @@ use crate::dial::{self, Dialer};
 use crate::header::{Header, Kind};
 use crate::key::TableId;
 use crate::patience;
+use crate::protocol::INLINE_BYTES;
 use crate::shard_map::{Epoch, MAX_PART_BYTES, ShardMap};
 use crate::status::{PAGE, ShardStatus};
 use crate::{ClusterMap, DType, KeyRange, Mode, PsError};
 use driver::Driver;
 use engine::{Cargo, Engine, NewRequest};
-use gradwire_transport::{Config, CreditSettings};
+use gradwire_transport::{Config, CreditSettings, Region, RegionSlice};
 use pending::{Call, LastStep, What};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -71,6 +73,7 @@ impl Default for ClientSettings {
 /// A connection to all shards of a parameter server. All methods may be called from any thread.
 pub struct Client {
     core: Arc<Core>,
+    timeout: Duration,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -122,12 +125,22 @@ impl Core {
         Err(PsError::invalid(subject, reason))
     }
 
-    /// A request without elements.
+    /// A request without elements; a body of any length.
     fn request(&self, shard: u32, header: Header, body: Vec<u8>) -> NewRequest {
-        let cargo = if body.is_empty() { Cargo::Nothing } else { Cargo::Body(body) };
+        let cargo = match body.len() {
+            0 => Cargo::Nothing,
+            1..=INLINE_BYTES => Cargo::Body(body),
+            _ => {
+                let region = Region::from_vec(body);
+                Cargo::Slice(region.read(0..region.len()).expect("nobody else knows it"))
+            }
+        };
         let header = Header { epoch: self.map.epoch, sequence: self.next_sequence(), ..header };
-        let keep_body = matches!(header.kind, Kind::Status | Kind::Evicted | Kind::Norm | Kind::Snapshot);
-        NewRequest { shard, header, cargo, target: None, lane: None, keep_body }
+        let keep_body = matches!(
+            header.kind,
+            Kind::Status | Kind::Evicted | Kind::Norm | Kind::Snapshot | Kind::Offer | Kind::Restart
+        );
+        NewRequest { shard, header, cargo, target: None, lane: None, keep_body, fragile: false }
     }
 }
 
@@ -233,7 +246,7 @@ impl Client {
             tables: Mutex::new(HashMap::new()),
             sparse: Mutex::new(HashMap::new()),
         };
-        Ok(Self { core: Arc::new(core), thread: Mutex::new(Some(thread)) })
+        Ok(Self { core: Arc::new(core), timeout: settings.timeout, thread: Mutex::new(Some(thread)) })
     }
 
     /// Makes the dense table `name`, or finds it where somebody has made it. All clients must describe it alike. Blocks.
@@ -273,6 +286,22 @@ impl Client {
     /// `Invalid` for tables that were not opened to be clipped; `Refused` where workers differ; `Timeout` with who is missing.
     pub fn clip(&self, tables: &[&DenseTable], most: f64) -> Result<f64, PsError> {
         clip::clip(&self.core, tables, most)
+    }
+
+    /// Gives servers that were lost, and are there again, `tables` that were opened with [`crate::Recovery::Workers`]: each with
+    /// the value that this worker's last pull which ended well has brought. All workers call it with the same tables, once a
+    /// call has failed with `ServerLost`; calls on them that are under way are given up. The clock of each table to go on from:
+    /// the latest that any worker has. A worker that had an earlier one pulls; then it pushes again, the same, what it had
+    /// pushed beyond that clock: servers that have counted it count it once. Blocks until all workers and servers are there,
+    /// for the client's timeout at most.
+    ///
+    /// What no worker has begins anew: the optimizer's state of what was lost, and bits beyond the table's type.
+    ///
+    /// # Errors
+    /// `Invalid` for other tables, or where nobody has pulled one; `Timeout` and `Refused` with who did not come;
+    /// `ServerLost` where a server stays away, or was restored from a checkpoint.
+    pub fn recover(&self, tables: &[(&DenseTable, RegionSlice)]) -> Result<Vec<u64>, PsError> {
+        recovering::recover(&self.core, tables, self.timeout)
     }
 
     /// Waits until `clients` clients have come to the barrier `name`, each as often as this one. Blocks.

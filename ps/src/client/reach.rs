@@ -1,6 +1,6 @@
 //! Does: the connection to each shard: dialled, greeted, lost, dialled again, given up.
 
-use super::engine::{Engine, Phase};
+use super::engine::{Engine, Entry, Phase};
 use crate::PsError;
 use crate::header::{HEADER_BYTES, Header, Kind};
 use crate::protocol::{POSTED_REPLIES, REPLY, REPLY_BYTES, REQUEST};
@@ -24,6 +24,14 @@ const SILENCE: Duration = Duration::from_secs(1);
 const NO_COORDINATOR: Duration = Duration::from_secs(5);
 /// How long a server has to answer a hello.
 const GREETING: Duration = Duration::from_secs(5);
+
+/// Why a server that was restored from a checkpoint is not gone on with: what was pushed after it would be missing, and nobody
+/// would know.
+pub(super) const RESTORED: &str =
+    "another server process answers there now, restored from a checkpoint: its tables' clocks say from where to go on";
+
+/// Why another server process than the one we began with is of no use to calls on its tables.
+pub(super) const WITHOUT_TABLES: &str = "another server process answers there now, without the tables";
 
 /// How the connection stands.
 #[derive(Clone, Debug)]
@@ -175,7 +183,12 @@ impl Engine {
     /// Dials a server that is needed, once what was posted to it before has come back.
     fn dial_again(&mut self, at: usize, now: Instant) -> bool {
         let of_shard = || self.entries.iter().flatten().filter(|entry| entry.request.shard as usize == at);
-        let needed = of_shard().any(|entry| entry.outcome.is_none());
+        let waits = |entry: &Entry| entry.outcome.is_none();
+        let needed = self
+            .entries
+            .iter()
+            .flatten()
+            .any(|it| waits(it) && (it.request.shard as usize == at || it.request.fragile));
         let posted = of_shard().any(|entry| entry.receiving || entry.sending > 0);
         let Reach { state, trying_since, .. } = &mut self.shards[at];
         let State::Down { since, next, cause } = state else { return false };
@@ -254,22 +267,26 @@ impl Engine {
         }
         let shard = &self.shards[peer.index()];
         if header.status != 0 && shard.instance.is_some_and(|instance| instance != header.clock) {
-            // Going on would leave out what was pushed after the checkpoint, and nobody would know.
-            let cause = "another server process answers there now, restored from a checkpoint: its tables' clocks say from \
-                         where to go on";
-            let error = PsError::ServerLost { shard: peer.0, address: shard.address.clone(), cause: cause.to_owned() };
+            let error =
+                PsError::ServerLost { shard: peer.0, address: shard.address.clone(), cause: RESTORED.to_owned() };
             self.fail_shard(peer.0, error);
             let error = self.silence(peer, Duration::ZERO);
             self.wire.disconnect(peer, error);
             return;
         }
         let shard = &mut self.shards[peer.index()];
-        shard.restarted |= shard.instance.is_some_and(|instance| instance != header.clock);
+        let restarted = shard.instance.is_some_and(|instance| instance != header.clock);
+        shard.restarted |= restarted;
         shard.instance.get_or_insert(header.clock);
         shard.epoch = header.epoch;
         shard.most_bytes = header.keys.len();
         shard.trying_since = None;
         shard.state = State::Up;
+        if restarted {
+            let (shard, address) = (peer.0, shard.address.clone());
+            let cause = WITHOUT_TABLES.to_owned();
+            self.fail_fragile(&PsError::ServerLost { shard, address, cause });
+        }
     }
 
     /// A server does not serve the shard: another is asked for.
@@ -359,8 +376,18 @@ impl Engine {
         settled.into_iter().for_each(|slot| self.settle(slot));
     }
 
+    /// Gives up what is in vain once any server has lost its tables.
+    fn fail_fragile(&mut self, error: &PsError) {
+        for slot in 0..self.entries.len() {
+            if self.entries[slot].as_ref().is_some_and(|entry| entry.request.fragile) {
+                self.give_up(slot as u32, error.clone());
+            }
+        }
+    }
+
     /// Gives up every request to a shard.
     pub(super) fn fail_shard(&mut self, shard: u32, error: PsError) {
+        self.fail_fragile(&error);
         for slot in 0..self.entries.len() {
             if self.entries[slot].as_ref().is_some_and(|entry| entry.request.shard == shard) {
                 self.give_up(slot as u32, error.clone());

@@ -1,15 +1,12 @@
 //! Does: asks all shards for a checkpoint at clocks that they share.
 
-use super::engine::{Cargo, NewRequest};
-use super::{Client, Core};
+use super::Client;
 use crate::body::Writer;
 use crate::checkpoint::name_at;
 use crate::header::{Header, Kind};
-use crate::protocol::INLINE_BYTES;
 use crate::refusal::Reason;
 use crate::shard::CLOCK;
 use crate::{Mode, PsError, ShardStatus, TableId};
-use gradwire_transport::Region;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -87,6 +84,7 @@ impl Client {
         let unix_ms = u64::try_from(unix.as_millis()).unwrap_or(u64::MAX).saturating_add(ahead);
         let name = format!("{}-{:08x}", name_at(unix_ms), std::process::id());
         let shards = self.core.map.shards();
+        let wait_ms = u32::try_from(timeout.as_millis().max(1)).unwrap_or(u32::MAX);
         let requests = (0..shards).map(|shard| {
             let mut body = Writer::default();
             body.text(&name);
@@ -99,7 +97,7 @@ impl Client {
                 body.number(TableId::of(table).0);
                 body.number(clocks.get(table).map_or(0, |(_, clock)| *clock));
             }
-            request(&self.core, shard, body.0, timeout)
+            self.core.request(shard, Header { wait_ms, ..Header::new(Kind::Snapshot) }, body.0)
         });
         let pending = self.core.start("writing", &format!("checkpoint {name}").into(), requests.collect())?;
         pending.wait(None)?;
@@ -109,17 +107,4 @@ impl Client {
             clocks.into_iter().filter(|(_, (sync, _))| *sync).map(|(name, (_, clock))| (name, clock)).collect();
         Ok(Checkpoint { name, bytes, took: begun.elapsed(), clocks })
     }
-}
-
-fn request(core: &Core, shard: u32, body: Vec<u8>, timeout: Duration) -> NewRequest {
-    let wait_ms = u32::try_from(timeout.as_millis().max(1)).unwrap_or(u32::MAX);
-    let mut request = core.request(shard, Header { wait_ms, ..Header::new(Kind::Snapshot) }, Vec::new());
-    request.cargo = if body.len() <= INLINE_BYTES {
-        Cargo::Body(body)
-    } else {
-        let region = Region::zeroed(body.len());
-        region.write(0..body.len()).expect("nobody else knows it").copy_from_slice(&body);
-        Cargo::Slice(region.read(0..body.len()).expect("its only writer has given it back"))
-    };
-    request
 }

@@ -351,6 +351,6 @@ impl SparseTable {
         let keys = KeyRange { start, end: start + ids as u64 };
         let header = Header { table: self.table.spec.id(), keys, epoch: self.core.map.epoch, ..header };
         let lane = Some(self.table.spec.mode.workers().is_some());
-        NewRequest { shard, header, cargo: Cargo::Slice(slice), target, lane, keep_body: false }
+        NewRequest { shard, header, cargo: Cargo::Slice(slice), target, lane, keep_body: false, fragile: false }
     }
 }

@@ -4,7 +4,8 @@ use super::engine::{Cargo, NewRequest};
 use super::pending::LastStep;
 use super::squeeze::Squeeze;
 use super::{Core, Pending};
-use crate::header::{Header, Kind};
+use crate::header::{FLAG_AGAIN, Header, Kind};
+use crate::rally::NOTHING;
 use crate::schedule::rate_body;
 use crate::shard_map::{part_elements, parts};
 use crate::spec::open_body;
@@ -12,6 +13,7 @@ use crate::{
     Codec, Combine, Compression, DType, KeyRange, Mode, PsError, Recovery, Schedule, TableId, TableSpec, UpdateRule,
 };
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// How a table treats what is pushed to it; the same for all its clients.
@@ -62,6 +64,16 @@ pub(super) struct Table {
     squeeze: Mutex<Squeeze>,
     /// Pushes made by this client. Held while a call is submitted, so that clocks are submitted in their order.
     pushed: Mutex<u64>,
+    /// What this client must know should a server lose the table.
+    memory: Memory,
+}
+
+/// What is remembered of a table that its workers may have to give again.
+struct Memory {
+    /// The clock of the last pull that ended well.
+    pulled: Arc<AtomicU64>,
+    /// The learning rates that were set, from which clocks on.
+    rates: Mutex<Vec<(u64, Schedule)>>,
 }
 
 /// Opens a table on every shard, once a client.
@@ -118,6 +130,7 @@ pub(super) fn open(
         parts,
         squeeze: Mutex::default(),
         pushed: Mutex::new(pushed),
+        memory: Memory { pulled: Arc::new(AtomicU64::new(NOTHING)), rates: Mutex::default() },
         spec,
     };
     let table = Arc::new(table);
@@ -210,8 +223,7 @@ impl DenseTable {
         self.core.start("writing the first values of", &self.table.subject, requests.collect())?.wait(None)?;
         // The claim is in place of a sequence, so it is not drawn anew.
         let end = Header { kind: Kind::EndInit, sequence: claim, epoch: self.core.map.epoch, ..header };
-        let request =
-            NewRequest { shard: 0, header: end, cargo: Cargo::Nothing, target: None, lane: None, keep_body: false };
+        let request = NewRequest { header: end, ..self.core.request(0, end, Vec::new()) };
         let ended = self.core.start("ending the first values of", &self.table.subject, vec![request])?.wait(None)?;
         Ok(ended.clock == claim)
     }
@@ -234,13 +246,18 @@ impl DenseTable {
         self.check_worker()?;
         schedule.check().map_err(|why| PsError::invalid(&*self.table.subject, why))?;
         let pushed = self.pushed();
-        let requests = (0..self.core.map.shards()).map(|shard| {
-            let header = Header { table: self.table.spec.id(), clock: *pushed + 1, ..Header::new(Kind::SetRate) };
-            self.core.request(shard, header, rate_body(schedule))
-        });
-        let pending = self.core.start("setting the learning rate of", &self.table.subject, requests.collect())?;
+        self.remember_rate(*pushed + 1, schedule);
+        let pending = self.tell_rate(*pushed + 1, schedule, 0)?;
         drop(pushed);
         pending.wait(None).map(|_| ())
+    }
+
+    fn tell_rate(&self, clock: u64, schedule: &Schedule, flags: u8) -> Result<Pending, PsError> {
+        let requests = (0..self.core.map.shards()).map(|shard| {
+            let header = Header { table: self.table.spec.id(), clock, flags, ..Header::new(Kind::SetRate) };
+            self.core.request(shard, header, rate_body(schedule))
+        });
+        self.core.start("setting the learning rate of", &self.table.subject, requests.collect())
     }
 
     /// Its name.
@@ -277,6 +294,86 @@ impl DenseTable {
         self.table.pushed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The clock of the value that the last pull which ended well has brought: what counts in [`crate::Client::recover`].
+    pub fn pulled(&self) -> Option<u64> {
+        let clock = self.table.memory.pulled.load(Ordering::Acquire);
+        (clock != NOTHING).then_some(clock)
+    }
+
+    /// Remembers a pull of the value at `clock` once it has ended well, for a table that may have to be given again.
+    fn remember_pull(&self, clock: u64, last_step: Option<LastStep>) -> Option<LastStep> {
+        if self.options().recovery != Recovery::Workers {
+            return last_step;
+        }
+        let pulled = Arc::clone(&self.table.memory.pulled);
+        Some(Box::new(move || {
+            last_step.into_iter().for_each(|step| step());
+            pulled.store(clock, Ordering::Release);
+        }))
+    }
+
+    fn remember_rate(&self, clock: u64, schedule: &Schedule) {
+        if self.options().recovery == Recovery::Workers {
+            let past = self.pulled().unwrap_or(0);
+            let mut rates = self.rates();
+            rates.retain(|(known, _)| *known < clock);
+            rates.push((clock, schedule.clone()));
+            // Of those that began in the past, the last still holds.
+            let begun = rates.partition_point(|(known, _)| *known <= past);
+            rates.drain(..begun.saturating_sub(1));
+        }
+    }
+
+    fn rates(&self) -> MutexGuard<'_, Vec<(u64, Schedule)>> {
+        self.table.memory.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The learning rates that were set for clocks up to `clock`.
+    pub(super) fn rates_by(&self, clock: u64) -> Vec<(u64, Schedule)> {
+        self.rates().iter().filter(|(known, _)| *known <= clock).cloned().collect()
+    }
+
+    /// Counts this client's pushes from `clock` on, and tells the learning rates of later clocks again.
+    pub(super) fn go_on_from(&self, clock: u64) -> Result<(), PsError> {
+        let mut pushed = self.pushed();
+        *pushed = clock;
+        let later: Vec<_> = self.rates().iter().filter(|(known, _)| *known > clock).cloned().collect();
+        for (clock, schedule) in later {
+            // A server that has gone beyond it knows it.
+            self.tell_rate(clock, &schedule, FLAG_AGAIN)?.wait(None)?;
+        }
+        Ok(())
+    }
+
+    /// Writes of the parts that `shards` have, out of a buffer that holds the whole table.
+    pub(super) fn values_for(
+        &self,
+        shards: &[u32],
+        values: &RegionSlice,
+        header: Header,
+    ) -> Result<Vec<NewRequest>, PsError> {
+        let slices = self.read_parts(values, self.dtype())?.into_iter().zip(self.table.parts.iter());
+        let wanted = slices.filter(|(_, (shard, _))| shards.contains(shard));
+        let write = |(slice, part)| {
+            let sequence = self.core.next_sequence();
+            self.data((Cargo::Slice(slice), None, part), Header { sequence, ..header }, None)
+        };
+        Ok(wanted.map(write).collect())
+    }
+
+    pub(super) fn spec(&self) -> &TableSpec {
+        &self.table.spec
+    }
+
+    pub(super) fn subject(&self) -> &Arc<str> {
+        &self.table.subject
+    }
+
+    /// How many workers push to it, where they are counted.
+    pub(super) fn workers(&self) -> u32 {
+        self.table.spec.mode.workers().unwrap_or(0)
+    }
+
     pub(super) fn id(&self) -> TableId {
         self.table.spec.id()
     }
@@ -296,7 +393,7 @@ impl DenseTable {
         self.table.spec.mode.workers().is_some()
     }
 
-    fn check_size(&self, bytes: usize, dtype: DType) -> Result<(), PsError> {
+    pub(super) fn check_size(&self, bytes: usize, dtype: DType) -> Result<(), PsError> {
         let expected = self.table.elements * dtype.bytes();
         if bytes == expected {
             return Ok(());
@@ -307,7 +404,7 @@ impl DenseTable {
         Err(PsError::invalid(&*self.table.subject, reason))
     }
 
-    fn check_worker(&self) -> Result<(), PsError> {
+    pub(super) fn check_worker(&self) -> Result<(), PsError> {
         self.core.check_worker(self.table.spec.mode, &self.table.subject)
     }
 
@@ -349,6 +446,7 @@ impl DenseTable {
         let lane = Some(self.is_synchronous());
         let parts = cargo.into_iter().zip(targets).zip(self.table.parts.iter());
         let requests = parts.map(|((cargo, target), part)| self.data((cargo, target, part), header, lane)).collect();
+        let last_step = if kind.pulls() { self.remember_pull(*pushed, last_step) } else { last_step };
         let verb = match kind {
             Kind::Push => "push to",
             Kind::Pull => "pull of",
@@ -399,7 +497,8 @@ impl DenseTable {
     fn data(&self, (cargo, target, &(shard, keys)): PartOf<'_>, header: Header, lane: Option<bool>) -> NewRequest {
         let dtype = header.dtype.or(Some(self.dtype()));
         let header = Header { keys, epoch: self.core.map.epoch, dtype, ..header };
-        NewRequest { shard, header, cargo, target, lane, keep_body: false }
+        let fragile = lane.is_some() && self.options().recovery == Recovery::Workers;
+        NewRequest { shard, header, cargo, target, lane, keep_body: false, fragile }
     }
 
     /// The parts of a buffer that holds the whole table, to read.

@@ -29,6 +29,7 @@ pub(crate) struct TableImage {
 pub(crate) struct PartImage {
     keys: KeyRange,
     init_claim: u64,
+    born: u64,
     order: Order,
     /// Squares of a whole sum that waits for its scale.
     closed: Option<ExactSum>,
@@ -43,6 +44,7 @@ impl Part {
         PartImage {
             keys: self.keys,
             init_claim: self.init_claim,
+            born: self.values.born(),
             order: self.order.clone(),
             closed: self.closed.clone(),
             fields: self.values.image(with_sum),
@@ -66,7 +68,7 @@ impl Part {
         let image = match clean {
             Some(order) => {
                 let (keys, init_claim, fields) = (self.keys, self.init_claim, self.values.image(false));
-                PartImage { keys, init_claim, order, closed: None, fields, held: Vec::new() }
+                PartImage { keys, init_claim, born: self.values.born(), order, closed: None, fields, held: Vec::new() }
             }
             None => self.image(),
         };
@@ -234,6 +236,10 @@ impl PartImage {
         if let Some(squares) = &self.closed {
             squares.encode(&mut head);
         }
+        // Seldom there, and not read by those who never write it.
+        if self.born > 0 {
+            head.number(self.born);
+        }
         let numbers = self.fields.iter().flat_map(move |(_, numbers)| {
             let pieces = (0..numbers.bytes()).step_by(PIECE_BYTES);
             pieces.map(move |start| {
@@ -370,6 +376,7 @@ impl DenseBuilder {
             0 => None,
             _ => Some(ExactSum::decode(from)?),
         };
+        let born = if from.end().is_ok() { 0 } else { from.counter()? };
         from.end()?;
         let whole = matches!(&order, Order::Clocks(ledger) if ledger.is_whole());
         if whole != closed.is_some() || (whole && !spec.clipped) {
@@ -399,6 +406,9 @@ impl DenseBuilder {
         for at in overlapping {
             let part = &mut self.table.parts[at];
             part.init_claim = part.init_claim.max(claim);
+            // Where older state meets younger, all counts as old: a rule that takes it for young would take too large steps.
+            let known = self.orders[at].as_ref().map_or(born, |_| part.values.born());
+            part.values.set_born(born.min(known));
             let merged = match self.orders[at].take() {
                 Some(known) => known.merged(order.clone()).map_err(|what| self.wrong(what))?,
                 None => order.clone(),

@@ -263,6 +263,8 @@ fn changes(kind: Kind) -> bool {
         Kind::Pull | Kind::SparsePull | Kind::Status | Kind::Evicted => false,
         // Who asks for a norm, or for a checkpoint, waits for an answer and changes nothing: it asks the next primary again.
         Kind::Norm | Kind::Snapshot => false,
+        // About tables that have no copy.
+        Kind::Offer | Kind::Restart | Kind::Restore | Kind::Restored => false,
         Kind::Follow | Kind::Applied | Kind::Join | Kind::Sighting | Kind::Map | Kind::Drain => false,
         Kind::Done | Kind::Refused | Kind::Later => false,
         Kind::Hello | Kind::Open | Kind::ClaimInit | Kind::Init | Kind::EndInit | Kind::SetRate | Kind::Barrier => true,

@@ -1,9 +1,11 @@
 //! Pure: what is looked at before a shard does anything.
 
 use crate::Mode;
+use crate::TableId;
 use crate::dense::Table;
 use crate::header::Header;
 use crate::refusal::{Reason, Refusal};
+use std::collections::BTreeMap;
 
 /// Checks that the payload holds the elements that the header speaks of, of a type that may come here.
 pub(super) fn expect_elements(table: &Table, header: &Header, dtype_fits: bool) -> Result<(), Refusal> {
@@ -34,6 +36,13 @@ pub(super) fn check_pusher(header: &Header, mode: Mode, subject: impl Fn() -> St
         return Err(Refusal::new(Reason::Malformed, subject(), "sequence", "from 1", 0));
     }
     Ok(())
+}
+
+/// The table that the header names, with its values.
+pub(super) fn there<'a>(tables: &'a mut BTreeMap<TableId, Table>, header: &Header) -> Result<&'a mut Table, Refusal> {
+    let table = tables.get_mut(&header.table).ok_or_else(|| unknown(header))?;
+    table.check_there()?;
+    Ok(table)
 }
 
 pub(super) fn not_for_a_shard(header: &Header) -> Refusal {

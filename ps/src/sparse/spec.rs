@@ -96,6 +96,10 @@ impl SparseSpec {
         if self.shards == 0 || self.shard >= self.shards {
             return wrong("shard", "one of its shards".to_owned(), format!("{} of {}", self.shard, self.shards));
         }
+        if self.recovery == Recovery::Workers {
+            let got = "workers, none of whom has all rows".to_owned();
+            return wrong("recovery", "one that a sparse table can have".to_owned(), got);
+        }
         if let Err(workers) = self.mode.check() {
             return wrong("workers", "as many as can be told apart".to_owned(), workers);
         }

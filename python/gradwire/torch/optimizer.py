@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from ..errors import ServerLostError
 from ..ps import SGD, Adagrad, Adam
 
 
@@ -48,7 +49,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             `torch.nn.utils.clip_grad_norm_`; `grad_norm` is the last one before clipping. Costs a round trip a step.
         compression: how gradients and values travel, as for `Client.dense`: "int8", "bf16", `TopK(0.1)`, `Compression(...)`.
             `pull_whole()` takes the servers' full values, for the end of training.
-        recovery: "replicate": the model outlives the death of a server, as for `Client.dense`.
+        recovery: "replicate": the model outlives the death of a server, as for `Client.dense`. "workers": when a server dies,
+            `step()` waits until it is there again, all workers give it the model, and training goes on with the same step;
+            what it had of the optimizer's state begins anew (with `where="worker"` it has none).
         where: "server", or "worker": the servers only average the gradients, and each worker's own `optimizer`, of any
             kind, takes the step.
 
@@ -79,6 +82,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._inner, self._on_server = optimizer, where == "server"
         self._client, self._passes = client, backward_passes_per_step
         self._max_grad_norm, self.grad_norm = max_grad_norm, None
+        self._recovers, self._lost = recovery == "workers", False
         how = {"workers": workers, "average": True, "clipped": max_grad_norm is not None}
         how |= {"compression": compression, "recovery": recovery}
         self._entries = {}
@@ -109,11 +113,20 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if parameter in self._works:
             message = f"parameter {entry.index} has a second gradient before step(): raise backward_passes_per_step"
             raise RuntimeError(message)
-        if self._on_server:
-            self._tell_rate(entry)
         # The tensor is kept until the push is done, also when zero_grad() drops it from the parameter.
         gradient = parameter.grad.contiguous()
-        self._works[parameter] = (entry.table.push_pull_async(gradient, entry.fresh), gradient)
+        self._works[parameter] = (self._start(entry, gradient), gradient)
+
+    def _start(self, entry, gradient):
+        """Pushes a gradient; None where that must wait until a server is recovered."""
+        try:
+            if self._on_server and not self._lost:
+                self._tell_rate(entry)
+        except ServerLostError:
+            if not self._recovers:
+                raise
+            self._lost = True
+        return None if self._lost else entry.table.push_pull_async(gradient, entry.fresh)
 
     def _tell_rate(self, entry):
         rule = _rule(self._inner, entry.group)
@@ -122,8 +135,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if replace(rule, lr=entry.rule.lr) != entry.rule:
             message = f"the servers were told {entry.rule}, and only lr may change, not {rule}"
             raise ValueError(f"{message} (OneCycleLR and CyclicLR: pass cycle_momentum=False)")
-        entry.table.set_learning_rate(rule.lr)
+        # A rate that does not arrive since a server is lost is told when it is recovered.
         entry.rule = rule
+        entry.table.set_learning_rate(rule.lr)
 
     @torch.no_grad()
     def pull_whole(self):
@@ -152,14 +166,48 @@ class DistributedOptimizer(torch.optim.Optimizer):
         if self._max_grad_norm is not None:
             tables = [entry.table for entry in self._entries.values()]
             self.grad_norm = self._client.clip_grad_norm(tables, self._max_grad_norm)
-        works, self._works = self._works, {}
-        for parameter, (work, _) in works.items():
-            work.wait()
-            target = parameter if self._on_server else parameter.grad
-            target.copy_(self._entries[parameter].fresh)
+        while not self._take():
+            self._recover()
         if not self._on_server:
             self._inner.step()
         return loss
+
+    def _take(self):
+        """Waits for the new values, and takes those that come. False where some are lost with a server, to be recovered."""
+        for parameter, (work, _) in list(self._works.items()):
+            if work is None:
+                continue
+            try:
+                work.wait()
+            except ServerLostError:
+                if not self._recovers:
+                    raise
+                continue
+            self._took(parameter)
+        return not self._works
+
+    def _took(self, parameter):
+        target = parameter if self._on_server else parameter.grad
+        target.copy_(self._entries[parameter].fresh)
+        del self._works[parameter]
+
+    def _recover(self):
+        """Gives lost servers the model again with all workers, and pushes what they have not counted of this step."""
+        self._lost = False
+        entries = self._entries.items()
+        steps = {parameter: entry.table.pulled + 1 for parameter, entry in entries if parameter in self._works}
+        # Where the servers only average, a value is what they sent last.
+        values = [(entry.table, parameter.detach() if self._on_server else entry.fresh) for parameter, entry in entries]
+        self._client.recover(values)
+        for parameter, step in steps.items():
+            entry, (_, gradient) = self._entries[parameter], self._works[parameter]
+            if entry.table.clock < step:
+                self._works[parameter] = (self._start(entry, gradient), gradient)
+            elif self._on_server:
+                # It was counted, and its value came with the recovery.
+                del self._works[parameter]
+            else:
+                self._took(parameter)
 
 
 class _Entry:
