@@ -10,7 +10,7 @@ use std::time::Duration;
 pub enum PsError {
     /// A server is gone, and did not come back in time.
     #[error(
-        "lost shard {shard} at {address}: {cause}; its tables are gone with it: start it again, connect anew and restore them"
+        "lost shard {shard} at {address}: {cause}; its tables are gone with it: start it again, and restore them, or have their workers recover them"
     )]
     ServerLost {
         /// Which shard: its place in the list of addresses.

@@ -229,6 +229,9 @@ class PsClient:
     def clip(self, tables: Sequence[PsTable], most: float) -> float:
         """Clips the gradients that were pushed last by their common norm; the norm."""
 
+    def recover(self, tables: Sequence[tuple[PsTable, Any]]) -> list[int]:
+        """Gives lost tables again, each with the value that was pulled last; the clocks to go on from."""
+
     def barrier(self, name: str, clients: int, timeout_s: float | None = None) -> None:
         """Waits until `clients` clients have come."""
 
@@ -268,6 +271,10 @@ class PsTable:
     @property
     def clock(self) -> int:
         """Pushes made by this client."""
+
+    @property
+    def pulled(self) -> int | None:
+        """The clock of the value that was pulled last."""
 
 @final
 class PsSparseTable:

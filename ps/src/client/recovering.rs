@@ -68,8 +68,8 @@ fn attempt(core: &Arc<Core>, tables: &[Has<'_>]) -> Result<Option<Vec<u64>>, PsE
     };
     // Whatever this worker sent before is behind us on each connection once this is answered.
     let spec = |table: &DenseTable, shard| open_body(&TableSpec { shard, ..table.spec().clone() });
-    core.start("opening again", &subject, everywhere(Kind::Open, AGAIN, &spec))?.wait(None)?;
-
+    let open = || core.start("opening again", &subject, everywhere(Kind::Open, AGAIN, &spec))?.wait(None);
+    open()?;
     let keys = KeyRange { start: 0, end: u64::from(tables[0].0.workers()) };
     let meet = |kind, clock, body| {
         let header = Header { table: tables[0].0.id(), clock, keys, ..Header::new(kind) };
@@ -84,6 +84,8 @@ fn attempt(core: &Arc<Core>, tables: &[Has<'_>]) -> Result<Option<Vec<u64>>, PsE
         address: String::new(),
         reason: bad.to_string(),
     })?;
+    // Servers may have been started anew while the others came: whoever goes on has met the processes that have the values.
+    open()?;
     for ((table, values), &(clock, worker)) in tables.iter().zip(&decisions) {
         if clock == NOTHING {
             let reason = "no worker has pulled it, so nobody has its values: write them with init";
