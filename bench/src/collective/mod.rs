@@ -8,6 +8,7 @@ pub(crate) use work::{Element, Load, Operation, Work};
 use crate::family::Family;
 use crate::machine;
 use crate::report::{Chart, Report, Section, Series};
+use crate::sizes;
 use crate::statistics::{percentile, sorted};
 use crate::verbs;
 use clap::{Args, ValueEnum};
@@ -88,11 +89,11 @@ pub(crate) struct Options {
     /// Type of the elements
     #[arg(long, value_enum, default_value = "float32")]
     dtype: Element,
-    /// Smallest buffer, in bytes: the largest that a rank has, as nccl-tests counts it
-    #[arg(long, default_value_t = 8)]
+    /// Smallest buffer, in bytes, as 4096, 64k or 1m: the largest that a rank has, as nccl-tests counts it
+    #[arg(long, default_value = "8", value_parser = sizes::parse)]
     min_bytes: usize,
     /// Largest buffer, in bytes
-    #[arg(long, default_value_t = 64 << 20)]
+    #[arg(long, default_value = "64m", value_parser = sizes::parse)]
     max_bytes: usize,
     /// Calls of each size; fewer of large ones, never under 10
     #[arg(long, default_value_t = 1000)]

@@ -13,7 +13,7 @@ pub(crate) use member::MemberOptions;
 use crate::collective::Way;
 use crate::family::Family;
 use crate::report::{Chart, Report, Section, Series};
-use crate::{machine, plural};
+use crate::{machine, plural, sizes};
 use clap::Args;
 use row::{About, Cc, Row, Shape, Switch};
 use std::error::Error;
@@ -48,7 +48,7 @@ pub(crate) struct Options {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "none,credit")]
     cc: Vec<Cc>,
     /// Bytes of a push; 256 KiB is what the parameter server sends as one part
-    #[arg(long, default_value_t = 256 << 10)]
+    #[arg(long, default_value = "256k", value_parser = sizes::parse)]
     bytes: usize,
     /// Pushes that a sender has under way at once
     #[arg(long, default_value_t = 4)]

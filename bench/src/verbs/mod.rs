@@ -4,6 +4,7 @@ mod bare;
 mod meeting;
 mod messages;
 
+use crate::sizes;
 use crate::statistics::{percentile, sorted};
 use clap::{Args, ValueEnum};
 use gradwire_transport::VerbsConfig;
@@ -77,10 +78,10 @@ struct Plan {
     #[arg(long, value_enum)]
     only: Option<Figure>,
     /// Smallest message, in bytes
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value = "8", value_parser = sizes::parse)]
     min_bytes: usize,
     /// Largest message, in bytes
-    #[arg(long, default_value_t = 8 << 20)]
+    #[arg(long, default_value = "8m", value_parser = sizes::parse)]
     max_bytes: usize,
     /// Factor from one size to the next
     #[arg(long, default_value_t = 4)]

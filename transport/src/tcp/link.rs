@@ -21,6 +21,8 @@ pub(super) struct Link {
     pub(super) incoming: Incoming,
     pub(super) lanes: Vec<Lane<Payload>>,
     pub(super) lost: Option<TransportError>,
+    /// Whether the system has told that a socket has something, and nobody has looked.
+    pub(super) ready: bool,
     /// Whether a poll has passed since it was lost, so that its end has been told.
     pub(super) told: bool,
     sent: (u64, u64),
@@ -57,6 +59,7 @@ impl Link {
             incoming: Incoming::new(peer, pool),
             lanes: streams.into_iter().map(Lane::new).collect(),
             lost: None,
+            ready: false,
             told: false,
             sent: (0, 0),
             window: config.window_bytes,
@@ -84,6 +87,26 @@ impl Link {
     /// Whether operations have ended that nobody has been told of.
     pub(super) fn has_news(&self) -> bool {
         self.outgoing.has_news() || self.incoming.has_news()
+    }
+
+    /// Whether there is something to do. A post may have met what had come already, or have been written at once: that is news
+    /// without a byte.
+    pub(super) fn is_busy(&mut self) -> bool {
+        let ready = std::mem::take(&mut self.ready) || self.lanes.iter().any(|lane| lane.stream.watched.is_none());
+        ready || self.wants_to_write() || self.has_news() || self.is_ahead()
+    }
+
+    /// Before sleeping: has the system tell when sockets that are full have room again.
+    pub(super) fn wait_for_room(&mut self) {
+        for at in 0..self.lanes.len() {
+            let blocked = self.is_blocked(&self.lanes[at]);
+            self.lanes[at].stream.wait_for_room(blocked);
+        }
+    }
+
+    /// Whether a lane waits for room to write.
+    pub(super) fn is_blocked(&self, lane: &Lane<Payload>) -> bool {
+        !self.outgoing.is_idle() || lane.writing.is_some() || lane.stream.holds_back()
     }
 
     /// Answers the peer about a message that has met its receive.

@@ -10,6 +10,7 @@ mod options;
 mod outgoing;
 mod stream;
 mod tls;
+mod watch;
 mod wire;
 
 pub use accept::Acceptance;
@@ -29,9 +30,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stream::Stream;
+use watch::Watch;
 
 /// Longest wait for one address before the next is tried.
 const PER_ADDRESS: Duration = Duration::from_secs(3);
+/// With more peers than this, the system watches the connections, and is asked who has something before anything is read.
+const FEW: usize = 8;
 /// Pause before all addresses are tried again.
 const AGAIN: Duration = Duration::from_millis(20);
 
@@ -44,6 +48,7 @@ pub struct TcpWire {
     identities: BTreeMap<PeerId, Identity>,
     pool: Arc<Pool>,
     bell: Arc<Bell>,
+    watch: Watch,
     pending: Vec<Completion>,
     turns: u32,
     credit: Option<Credit>,
@@ -65,7 +70,7 @@ impl TcpWire {
     /// A wire without peers.
     ///
     /// # Errors
-    /// `Io` when the system gives no event descriptor.
+    /// `Io` when the system gives no descriptors for events.
     pub fn new(config: &Config, me: Identity, accept: Acceptance) -> Result<Self, TransportError> {
         let bell = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| TransportError::io("create an event descriptor", error))?;
@@ -76,6 +81,7 @@ impl TcpWire {
             identities: BTreeMap::new(),
             pool: Arc::new(Pool::default()),
             bell: Arc::new(Bell(bell)),
+            watch: Watch::new()?,
             pending: Vec::new(),
             turns: 0,
             credit: config.credit.map(Credit::new),
@@ -196,6 +202,23 @@ impl TcpWire {
         self.begin_credit(peer, &mut link, address);
         self.links.insert(peer, Box::new(link));
         self.identities.insert(peer, identity);
+        self.watch_links();
+    }
+
+    /// Has the system watch all connections, once they are too many to be looked at each time.
+    fn watch_links(&mut self) {
+        if self.links.len() <= FEW {
+            return;
+        }
+        let watch = &self.watch;
+        for (&peer, link) in &mut self.links {
+            for lane in link.lanes.iter_mut().filter(|lane| lane.stream.watched.is_none()) {
+                if let Err(error) = watch.add(&mut lane.stream, peer) {
+                    // As where the system has no memory for it: it is asked for by itself, as before.
+                    tracing::warn!(%error, peer = peer.0, "a connection cannot be watched with the others");
+                }
+            }
+        }
     }
 
     fn link(&mut self, peer: PeerId) -> Result<&mut Link, TransportError> {

@@ -1,5 +1,6 @@
 //! Does: the bytes of one connection: those of its socket, or sealed by TLS. Which of both is decided once, when it is made.
 
+use super::watch::Watched;
 use rustix::fd::{AsFd, BorrowedFd};
 use rustls::Connection;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
@@ -12,6 +13,8 @@ const SEALED_BYTES: usize = 64 << 10;
 pub(super) struct Stream {
     socket: TcpStream,
     seal: Option<Box<Seal>>,
+    /// Its place among the connections that the system watches.
+    pub(super) watched: Option<Watched>,
 }
 
 /// TLS over it.
@@ -23,7 +26,7 @@ struct Seal {
 
 impl Stream {
     pub(super) fn plain(socket: TcpStream) -> Self {
-        Self { socket, seal: None }
+        Self { socket, seal: None, watched: None }
     }
 
     /// From now on all bytes are those of `session`.
@@ -50,6 +53,13 @@ impl Stream {
     /// Whether bytes that were taken still wait for the socket.
     pub(super) fn holds_back(&self) -> bool {
         self.seal.as_ref().is_some_and(|seal| seal.session.wants_write())
+    }
+
+    /// Whether the system tells when it has room to write.
+    pub(super) fn wait_for_room(&mut self, room: bool) {
+        if let Some(watched) = &mut self.watched {
+            watched.wait_for_room(self.socket.as_fd(), room);
+        }
     }
 
     /// Moves bytes that were taken into the socket, as far as it takes them now.
@@ -166,6 +176,14 @@ impl Write for Stream {
 
     fn flush(&mut self) -> io::Result<()> {
         self.send()
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(watched) = &self.watched {
+            watched.forget(self.socket.as_fd());
+        }
     }
 }
 

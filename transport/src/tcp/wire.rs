@@ -2,7 +2,7 @@
 
 use super::incoming::Receive;
 use super::outgoing::Cargo;
-use super::{Link, TcpWire};
+use super::{FEW, Link, TcpWire};
 use crate::region::Loan;
 use crate::{
     Completion, Envelope, Identity, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
@@ -13,8 +13,6 @@ use rustix::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// With more peers than this, the wire asks the system who has something before it reads.
-const FEW: usize = 8;
 /// How often the listeners are looked at while the wire is polled.
 const DOOR_TURNS: u32 = 64;
 /// Longest message that can be lent.
@@ -99,37 +97,28 @@ impl TcpWire {
         }
     }
 
-    /// Descriptors to sleep on, with what to wait for: the bell, the door, every lane.
+    /// Descriptors to sleep on, with what to wait for: the bell, the door, every lane, or what watches them all.
     fn poll_fds(&self) -> Vec<PollFd<'_>> {
-        let mut fds = vec![PollFd::new(&self.bell.0, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(&self.bell.0, PollFlags::IN), PollFd::new(&self.watch, PollFlags::IN)];
         fds.extend(self.entrance.listeners().map(|listener| PollFd::new(listener, PollFlags::IN)));
         fds.extend(self.entrance.guest_streams().map(|stream| PollFd::new(stream, PollFlags::IN)));
         for link in self.links.values() {
-            let wants = link.wants_to_write();
-            for lane in &link.lanes {
-                let blocked = wants && (lane.writing.is_some() || lane.stream.holds_back() || !link.outgoing.is_idle());
-                let flags = if blocked { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+            for lane in link.lanes.iter().filter(|lane| lane.stream.watched.is_none()) {
+                let flags = if link.is_blocked(lane) { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
                 fds.push(PollFd::new(&lane.stream, flags));
             }
         }
         fds
     }
 
-    /// Which links have something to read or write, by the system's word.
-    fn busy_links(&self) -> Vec<bool> {
-        let mut fds = self.poll_fds();
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let _ = rustix::event::poll(&mut fds, Some(&zero));
-        let lanes = fds.len() - self.links.values().map(|link| link.lanes.len()).sum::<usize>();
-        let mut ready = fds[lanes..].iter().map(|fd| !fd.revents().is_empty());
-        self.links
-            .values()
-            .map(|link| {
-                let any = ready.by_ref().take(link.lanes.len()).fold(false, |any, ready| any | ready);
-                // A post may have met what had come already, or have been written at once: that is news without a byte.
-                any || link.wants_to_write() || link.has_news() || link.is_ahead()
-            })
-            .collect()
+    /// Finds which links have something to read or write, by the system's word.
+    fn look_at_links(&mut self) {
+        let Self { watch, links, .. } = self;
+        watch.ready(|peer| {
+            if let Some(link) = links.get_mut(&peer) {
+                link.ready = true;
+            }
+        });
     }
 
     /// Sleeps as [`Wire::park`] does, and until one of `beside` is readable.
@@ -138,6 +127,7 @@ impl TcpWire {
         let ahead = self.config.tls.is_some() && self.links.values().any(|link| link.is_ahead());
         let wait = if ahead { Duration::ZERO } else { until.saturating_duration_since(Instant::now()) };
         let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        self.links.values_mut().for_each(|link| link.wait_for_room());
         let mut fds = self.poll_fds();
         fds.extend(beside.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)));
         // Interrupted or refused, the caller polls and comes back.
@@ -243,9 +233,11 @@ impl Wire for TcpWire {
                 link.progress(done);
             }
         } else {
-            let busy = self.busy_links();
-            for (link, _) in self.links.values_mut().zip(busy).filter(|(_, busy)| *busy) {
-                link.progress(done);
+            self.look_at_links();
+            for link in self.links.values_mut() {
+                if link.is_busy() {
+                    link.progress(done);
+                }
             }
         }
         self.grant_to_all();
