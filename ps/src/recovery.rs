@@ -2,6 +2,7 @@
 
 use crate::body::{BadBody, Reader, Writer};
 use crate::refusal::{Reason, Refusal};
+use crate::shard::Limits;
 use crate::{Codec, Compression, Mode};
 use std::fmt;
 
@@ -14,19 +15,26 @@ pub enum Recovery {
     None,
     /// Another server has all of it and takes its place: what was acknowledged is there, and nothing counts twice.
     Replicate,
+    /// The servers keep checkpoints, and begin with the last one: what was pushed after it is pushed again.
+    Checkpoint,
     /// Its workers, who have all pulled it, give its values again ([`crate::Client::recover`]). Costs nothing before that; what
     /// only the lost server had, the optimizer's state for its share, begins anew.
     Workers,
 }
 
 impl Recovery {
-    /// Refuses a choice that a shard of a cluster with `replicas` copies of each shard, beside the first, cannot keep.
-    pub(crate) fn check(self, replicas: u32, subject: String) -> Result<(), Refusal> {
-        if self == Self::Replicate && replicas == 0 {
-            let expected = "servers that have backups (serve --coordinator, of one with --replicas 1)";
-            return Err(Refusal::new(Reason::Mismatch, subject, "recovery", expected, "replicate, and none has"));
-        }
-        Ok(())
+    /// Refuses a choice that a shard with these limits cannot keep.
+    pub(crate) fn check(self, limits: &Limits, subject: String) -> Result<(), Refusal> {
+        let (expected, got) = match self {
+            Self::Replicate if limits.replicas == 0 => {
+                ("servers that have backups (serve --coordinator, of one with --replicas 1)", "replicate, and none has")
+            }
+            Self::Checkpoint if !limits.checkpoints => {
+                ("servers that keep checkpoints (serve --checkpoint-dir)", "checkpoint, and this one keeps none")
+            }
+            _ => return Ok(()),
+        };
+        Err(Refusal::new(Reason::Mismatch, subject, "recovery", expected, got))
     }
 
     /// Says why a dense table of this kind cannot be recovered so, if it cannot.
@@ -55,6 +63,7 @@ impl Recovery {
             Self::None => 0,
             Self::Replicate => 1,
             Self::Workers => 2,
+            Self::Checkpoint => 3,
         });
     }
 
@@ -63,6 +72,7 @@ impl Recovery {
             0 => Ok(Self::None),
             1 => Ok(Self::Replicate),
             2 => Ok(Self::Workers),
+            3 => Ok(Self::Checkpoint),
             _ => Err(BadBody("no such recovery")),
         }
     }
@@ -74,6 +84,7 @@ impl fmt::Display for Recovery {
             Self::None => "none",
             Self::Replicate => "replicate",
             Self::Workers => "workers",
+            Self::Checkpoint => "checkpoint",
         })
     }
 }
@@ -83,11 +94,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_replicated_table_needs_servers_with_backups_and_others_need_nothing() {
-        assert!(Recovery::None.check(0, String::new()).is_ok() && Recovery::Replicate.check(1, String::new()).is_ok());
-        assert!(Recovery::Workers.check(0, String::new()).is_ok());
-        let refusal = Recovery::Replicate.check(0, "table \"w\"".into()).unwrap_err();
-        assert!(refusal.to_string().contains("--coordinator"), "{refusal}");
+    fn what_the_servers_must_do_for_a_table_is_asked_for() {
+        let (bare, backed) = (Limits::default(), Limits { replicas: 1, ..Limits::default() });
+        let kept = Limits { checkpoints: true, ..Limits::default() };
+        assert!([Recovery::None, Recovery::Workers].iter().all(|it| it.check(&bare, String::new()).is_ok()));
+        assert!(Recovery::Replicate.check(&backed, String::new()).is_ok());
+        assert!(Recovery::Checkpoint.check(&kept, String::new()).is_ok());
+        for (recovery, limits, remedy) in
+            [(Recovery::Replicate, &kept, "--coordinator"), (Recovery::Checkpoint, &backed, "--checkpoint-dir")]
+        {
+            let refusal = recovery.check(limits, "table \"w\"".into()).unwrap_err();
+            assert!(refusal.to_string().contains(remedy), "{refusal}");
+        }
+        for recovery in [Recovery::None, Recovery::Replicate, Recovery::Checkpoint, Recovery::Workers] {
+            let mut body = Writer::default();
+            recovery.encode(&mut body);
+            assert_eq!(Recovery::decode(&mut Reader(&body.0)), Ok(recovery));
+        }
         assert!(Recovery::decode(&mut Reader(&[9])).is_err());
     }
 

@@ -149,12 +149,15 @@ impl Server {
     }
 
     /// Listens for a seat.
-    pub(crate) fn bind_seat(settings: ServerSettings, instance: u64, seat: Seat) -> Result<Self, PsError> {
+    pub(crate) fn bind_seat(settings: ServerSettings, instance: u64, mut seat: Seat) -> Result<Self, PsError> {
         settings.check()?;
         let token = settings.token.filter(|token| !token.is_empty());
         let config = Config { token, ..settings.transport };
         let who = (instance, settings.limits.clients);
         let (wire, address) = dial::listener(&config, settings.listen, who)?;
+        if settings.checkpoints.is_some() {
+            seat.keep_checkpoints();
+        }
         let keeper = settings.checkpoints.map(|kept| Keeper::start(&kept, wire.waker())).transpose()?;
         Ok(Self { keeper, ..Self::seated(wire, address, seat, settings.spin) })
     }

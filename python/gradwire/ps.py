@@ -251,7 +251,9 @@ class Client:
                 of another: its pushes and pulls wait until the others are near enough.
             compression: None, "bf16", "fp16" or "int8" for both directions, `TopK(ratio)` for gradients, or `Compression(push, pull)`.
             clipped: with `workers`: each clock's gradient is applied only after `clip_grad_norm`, which every worker calls.
-            recovery: what becomes of it when a server dies: "none", what no checkpoint holds is gone. "replicate", another server
+            recovery: what becomes of it when a server dies: "none", what no checkpoint holds is gone. "checkpoint", the same, but
+                refused by servers that keep none (`gradwire-ps serve --checkpoint-dir --checkpoint-every`), so that nobody
+                trains for days without; see `snapshot`. "replicate", another server
                 has all of it and takes its place; needs servers that have backups (`gradwire-ps serve --coordinator`). "workers",
                 they give it again once a server is there again, see `recover`; needs `workers`, and neither `staleness`,
                 `clipped` nor `compression`.

@@ -112,8 +112,12 @@ pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
     match name {
         "none" => Ok(Recovery::None),
         "replicate" => Ok(Recovery::Replicate),
+        "checkpoint" => Ok(Recovery::Checkpoint),
         "workers" => Ok(Recovery::Workers),
-        _ => Err(PyValueError::new_err(format!("recovery is \"none\", \"replicate\" or \"workers\", not {name:?}"))),
+        _ => {
+            let known = "\"none\", \"checkpoint\", \"replicate\" or \"workers\"";
+            Err(PyValueError::new_err(format!("recovery is {known}, not {name:?}")))
+        }
     }
 }
 

@@ -81,21 +81,21 @@ def test_killed_servers_go_on_from_their_latest_checkpoint_with_the_bits_of_an_u
     with gradwire.LocalCluster(servers=2) as cluster:
         expected = train(cluster.addresses, 7)
     with Servers(2, "--checkpoint-dir", tmp_path) as servers:
-        *_, written = train(servers.addresses, 4, lambda client: client.snapshot())
+        *_, written = train(servers.addresses, 4, lambda client: client.snapshot(), recovery="checkpoint")
         assert written.name.startswith("checkpoint-") and written.clocks == {"rows": 4, "w": 4}
         assert written.bytes > 3 * 4 * ELEMENTS and written.seconds > 0
         # What comes after it is lost with them.
-        train(servers.addresses, 5)
+        train(servers.addresses, 5, recovery="checkpoint")
         left = gradwire.connect(servers.addresses, rank=0, reconnect_s=0.5)
-        table, _ = tables(left)
+        table, _ = tables(left, "checkpoint")
         servers.kill()
         with pytest.raises(gradwire.ServerLostError):
             table.push(numpy.zeros(ELEMENTS, numpy.float32))
     for shards in [2, 3]:
         with Servers(shards, "--checkpoint-dir", tmp_path, "--restore", "latest") as servers:
             with gradwire.connect(servers.addresses, rank=1) as client:
-                assert [table.clock for table in tables(client)] == [4, 4]
-            got = train(servers.addresses, 7)
+                assert [table.clock for table in tables(client, "checkpoint")] == [4, 4]
+            got = train(servers.addresses, 7, recovery="checkpoint")
         assert all(numpy.array_equal(one, other) for one, other in zip(got[:2], expected[:2])), shards
 
 

@@ -44,6 +44,11 @@ impl Seat {
         Self { id, shard, part: Part::Spare, map: ClusterMap::default(), at: 0, over: None }
     }
 
+    /// Checkpoints of the shard are kept.
+    pub(crate) fn keep_checkpoints(&mut self) {
+        self.shard.keep_checkpoints();
+    }
+
     /// The shard, or the copy.
     pub fn shard(&self) -> &Shard {
         &self.shard

@@ -19,6 +19,8 @@ pub struct Limits {
     pub waiting: usize,
     /// Copies of the shard that its cluster keeps beside the first. Default 0.
     pub replicas: u32,
+    /// Whether its server keeps checkpoints. Set by the server.
+    pub checkpoints: bool,
     /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
     pub patience: Duration,
 }
@@ -32,6 +34,7 @@ impl Default for Limits {
             clients: 4096,
             waiting: 1 << 16,
             replicas: 0,
+            checkpoints: false,
             patience: Duration::from_secs(3600),
         }
     }

@@ -167,6 +167,11 @@ impl Shard {
         self.restored = true;
     }
 
+    /// Checkpoints of it are kept.
+    pub(crate) fn keep_checkpoints(&mut self) {
+        self.limits.checkpoints = true;
+    }
+
     /// What tells this process from others at the same address.
     pub(crate) fn instance(&self) -> u64 {
         self.instance
