@@ -25,8 +25,11 @@ use tokio::time::{sleep, timeout};
 const READ_BYTES: u64 = 8 << 20;
 /// Uploads of parts of one object under way.
 const UPLOADS: usize = 2;
-/// Of the time, this many parts are rest: servers and workers want the processor and the memory more.
+/// For each part of the time that writes, this many are rest: servers and workers want the processor and the memory more. Most
+/// where there are no cores beside theirs.
 const REST: u32 = 3;
+const REST_OF_FEW_CORES: u32 = 14;
+const FEW_CORES: usize = 4;
 
 /// How often writing sees whether it is to end, whatever the store does.
 const LOOK: Duration = Duration::from_millis(50);
@@ -59,7 +62,9 @@ impl Storage {
             let listed = listed.map_err(|_| wrong(format!("no answer within {} s", GREETING.as_secs())))?;
             listed.map_err(|error| wrong(place::with_remedy(&error)))?;
         }
-        Ok(Self { at, runtime, place: place.to_owned(), cancelled: Arc::default(), rest: REST, writer })
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let rest = if cores <= FEW_CORES { REST_OF_FEW_CORES } else { REST };
+        Ok(Self { at, runtime, place: place.to_owned(), cancelled: Arc::default(), rest, writer })
     }
 
     /// The same, where nobody else wants the processor: without rest.
