@@ -9,7 +9,10 @@ use gradwire_ps::{
 };
 use gradwire_transport::{Region, RegionSlice};
 use running::Running;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -222,5 +225,68 @@ fn who_does_not_come_to_recover_is_named_and_lost_values_are_not_read() {
             assert!(refusal.to_string().contains("recover"), "{refusal}");
         }
         other => panic!("{other:?}"),
+    }
+}
+
+/// Passes bytes on between a client and a server, until it is told to cut what there is.
+struct Gate {
+    address: String,
+    open: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Gate {
+    fn new(server: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, open) = (listener.local_addr().unwrap().to_string(), Arc::new(Mutex::new(Vec::new())));
+        let (server, all) = (server.to_owned(), Arc::clone(&open));
+        std::thread::spawn(move || {
+            for near in listener.incoming() {
+                // While the server is gone, whoever calls is let go.
+                let (near, Ok(far)) = (near.unwrap(), TcpStream::connect(&server)) else { continue };
+                let both = || [near.try_clone().unwrap(), far.try_clone().unwrap()];
+                all.lock().unwrap().extend(both());
+                let ([near, far], [back_from, back_to]) = (both(), both());
+                for (mut from, mut to) in [(near, far), (back_to, back_from)] {
+                    std::thread::spawn(move || {
+                        let mut buffer = vec![0; 8192];
+                        while let Ok(read @ 1..) = from.read(&mut buffer) {
+                            if to.write_all(&buffer[..read]).is_err() {
+                                break;
+                            }
+                        }
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+            }
+        });
+        Self { address, open }
+    }
+
+    fn cut(&self) {
+        self.open.lock().unwrap().drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
+    }
+}
+
+#[test]
+fn a_connection_that_is_cut_after_a_recovery_loses_nothing() {
+    let mut first = server("127.0.0.1:0");
+    let address = first.addresses[0].clone();
+    let gate = Gate::new(&address);
+    let client = Client::connect(std::slice::from_ref(&gate.address), settings(0)).unwrap();
+    let mode = Mode::Sync { workers: 1 };
+    let table = client.dense("w", &[9], DType::F32, TableOptions { mode, ..options(UpdateRule::Sum) }).unwrap();
+    let (ones, value) = (Region::from_vec(1f32.to_le_bytes().repeat(9)), Region::zeroed(36));
+    let step = || table.push_pull(read(&ones), value.write(0..36).unwrap()).unwrap().wait(None);
+    step().unwrap();
+    first.child.kill().unwrap();
+    first.child.wait().unwrap();
+    let _second = server(&address);
+    assert!(matches!(step(), Err(PsError::ServerLost { .. })));
+    assert_eq!(client.recover(&[(&table, read(&value))]).unwrap(), [1]);
+    for clock in 2..6 {
+        // The same process answers: it has the table.
+        gate.cut();
+        step().unwrap();
+        assert_eq!((table.clock(), floats(&value)), (clock, vec![clock as f32; 9]));
     }
 }

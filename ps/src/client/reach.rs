@@ -277,7 +277,7 @@ impl Engine {
         let shard = &mut self.shards[peer.index()];
         let restarted = shard.instance.is_some_and(|instance| instance != header.clock);
         shard.restarted |= restarted;
-        shard.instance.get_or_insert(header.clock);
+        shard.instance = Some(header.clock);
         shard.epoch = header.epoch;
         shard.most_bytes = header.keys.len();
         shard.trying_since = None;
