@@ -3,6 +3,7 @@
 use crate::buffer::{Access, Taken};
 use crate::device::Landing;
 use crate::errors;
+use crate::forked::Own;
 use crate::schedule::Described;
 use crate::settings::Options;
 use crate::sparse::{Making, PsSparseTable};
@@ -22,19 +23,19 @@ use std::sync::{Mutex, PoisonError};
 /// A connection to all servers.
 #[pyclass(module = "gradwire._native", frozen)]
 pub(crate) struct PsClient {
-    inner: gradwire_ps::Client,
+    inner: Own<gradwire_ps::Client>,
 }
 
 /// A table that is cut over all servers.
 #[pyclass(module = "gradwire._native", frozen)]
 pub(crate) struct PsTable {
-    inner: gradwire_ps::DenseTable,
+    inner: Own<gradwire_ps::DenseTable>,
 }
 
 /// A push or pull under way.
 #[pyclass(module = "gradwire._native", frozen)]
 pub(crate) struct PsPending {
-    inner: gradwire_ps::Pending,
+    inner: Own<gradwire_ps::Pending>,
     /// What is still to be brought to a device when it has ended.
     landing: Mutex<Option<Result<Landing, CudaError>>>,
 }
@@ -42,7 +43,7 @@ pub(crate) struct PsPending {
 /// Servers of this process.
 #[pyclass(module = "gradwire._native", frozen)]
 pub(crate) struct PsServers {
-    inner: Mutex<Option<LocalServers>>,
+    inner: Mutex<Option<Own<LocalServers>>>,
     addresses: Vec<String>,
 }
 
@@ -152,7 +153,7 @@ impl PsClient {
             true => gradwire_ps::Client::through(&addresses, settings),
             false => gradwire_ps::Client::connect(&addresses, settings),
         });
-        Ok(Self { inner: inner.map_err(|error| errors::ps(py, &error))? })
+        Ok(Self { inner: Own::new(inner.map_err(|error| errors::ps(py, &error))?) })
     }
 
     /// Makes a dense table, or finds it. `workers`: synchronous with so many, or within `staleness`; none: asynchronous.
@@ -180,8 +181,9 @@ impl PsClient {
             compression: Compression { push: compression.0.codec()?, pull: compression.1.codec()? },
         };
         let dtype = table_type(dtype_name)?;
-        let table = py.detach(|| self.inner.dense(name, &shape, dtype, options));
-        Ok(PsTable { inner: table.map_err(|error| errors::ps(py, &error))? })
+        let client = self.inner.get()?;
+        let table = py.detach(|| client.dense(name, &shape, dtype, options));
+        Ok(PsTable { inner: Own::new(table.map_err(|error| errors::ps(py, &error))?) })
     }
 
     /// Makes a sparse table, or finds it.
@@ -194,44 +196,49 @@ impl PsClient {
         rule: Rule,
         making: Making,
     ) -> PyResult<PsSparseTable> {
-        PsSparseTable::open(py, &self.inner, name, (dim, dtype_name), &rule, &making)
+        PsSparseTable::open(py, self.inner.get()?, name, (dim, dtype_name), &rule, &making)
     }
 
     /// Clips the gradients that were pushed last by their common norm; the norm.
     fn clip(&self, py: Python<'_>, tables: Vec<Py<PsTable>>, most: f64) -> PyResult<f64> {
-        let tables: Vec<&gradwire_ps::DenseTable> = tables.iter().map(|table| &table.get().inner).collect();
-        py.detach(|| self.inner.clip(&tables, most)).map_err(|error| errors::ps(py, &error))
+        let client = self.inner.get()?;
+        let tables = tables.iter().map(|table| table.get().inner.get()).collect::<PyResult<Vec<_>>>()?;
+        py.detach(|| client.clip(&tables, most)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Gives lost tables again, each with the value that was pulled last; the clocks to go on from.
     fn recover(&self, py: Python<'_>, tables: Vec<(Py<PsTable>, Bound<'_, PyAny>)>) -> PyResult<Vec<u64>> {
         let mut values = Vec::new();
         for (table, value) in &tables {
-            let table = &table.get().inner;
+            let table = table.get().inner.get()?;
             let (value, dtype) = reading(value, "values")?;
             same_type(&dtype.to_string(), "values", table.name(), table.dtype())?;
             values.push((table, value));
         }
-        py.detach(|| self.inner.recover(&values)).map_err(|error| errors::ps(py, &error))
+        let client = self.inner.get()?;
+        py.detach(|| client.recover(&values)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Waits until `clients` clients have come.
     #[pyo3(signature = (name, clients, timeout_s=None))]
     fn barrier(&self, py: Python<'_>, name: &str, clients: u32, timeout_s: Option<f64>) -> PyResult<()> {
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
-        py.detach(|| self.inner.barrier(name, clients, timeout)).map_err(|error| errors::ps(py, &error))
+        let client = self.inner.get()?;
+        py.detach(|| client.barrier(name, clients, timeout)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Writes a checkpoint: its name, its bytes, how many seconds it took, and the clocks of synchronous tables.
     fn snapshot(&self, py: Python<'_>, timeout_s: f64) -> PyResult<(String, u64, f64, BTreeMap<String, u64>)> {
         let timeout = seconds(timeout_s, "timeout_s")?;
-        let written = py.detach(|| self.inner.snapshot(timeout)).map_err(|error| errors::ps(py, &error))?;
+        let client = self.inner.get()?;
+        let written = py.detach(|| client.snapshot(timeout)).map_err(|error| errors::ps(py, &error))?;
         Ok((written.name, written.bytes, written.took.as_secs_f64(), written.clocks))
     }
 
     /// What each server holds: a list of dicts.
     fn status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        let all = py.detach(|| self.inner.status()).map_err(|error| errors::ps(py, &error))?;
+        let client = self.inner.get()?;
+        let all = py.detach(|| client.status()).map_err(|error| errors::ps(py, &error))?;
         let out = PyList::empty(py);
         for shard in all {
             let entry = PyDict::new(py);
@@ -281,13 +288,16 @@ impl PsClient {
 
     /// Number of shards.
     #[getter]
-    fn shards(&self) -> u32 {
-        self.inner.shards()
+    fn shards(&self) -> PyResult<u32> {
+        Ok(self.inner.get()?.shards())
     }
 
     /// Says goodbye to the servers.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.inner.close());
+        // A fork has nothing to say.
+        if let Ok(client) = self.inner.get() {
+            py.detach(|| client.close());
+        }
     }
 }
 
@@ -370,59 +380,67 @@ pub(crate) fn same_type(name: &str, argument: &str, table: &str, dtype: DType) -
 impl PsTable {
     /// Writes the first values, unless another client has.
     fn init(&self, py: Python<'_>, values: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let table = self.inner.get()?;
         let (values, dtype) = reading(values, "values")?;
-        same_type(&dtype.to_string(), "values", self.inner.name(), self.inner.dtype())?;
-        py.detach(|| self.inner.init(values)).map_err(|error| errors::ps(py, &error))
+        same_type(&dtype.to_string(), "values", table.name(), table.dtype())?;
+        py.detach(|| table.init(values)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Starts a push.
     fn push(&self, py: Python<'_>, gradient: &Bound<'_, PyAny>) -> PyResult<PsPending> {
+        let table = self.inner.get()?;
         let (gradient, dtype) = reading(gradient, "gradient")?;
-        let pushed = py.detach(|| self.inner.push_as(gradient, dtype));
+        let pushed = py.detach(|| table.push_as(gradient, dtype));
         Ok(PsPending::new(pushed.map_err(|error| errors::ps(py, &error))?))
     }
 
     /// Starts a pull; `whole`: uncompressed, whatever the table says.
     fn pull(&self, py: Python<'_>, out: &Bound<'_, PyAny>, whole: bool) -> PyResult<PsPending> {
-        let (out, landing) = writing(out, "out", &self.inner)?;
-        let pulled = py.detach(|| if whole { self.inner.pull_whole(out) } else { self.inner.pull(out) });
-        Ok(PsPending { inner: pulled.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing.map(Ok)) })
+        let table = self.inner.get()?;
+        let (out, landing) = writing(out, "out", table)?;
+        let pulled = py.detach(|| if whole { table.pull_whole(out) } else { table.pull(out) });
+        let inner = Own::new(pulled.map_err(|error| errors::ps(py, &error))?);
+        Ok(PsPending { inner, landing: Mutex::new(landing.map(Ok)) })
     }
 
     /// Starts a push whose answer is what came of it.
     fn push_pull(&self, py: Python<'_>, gradient: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<PsPending> {
-        let ((gradient, dtype), (out, landing)) = (reading(gradient, "gradient")?, writing(out, "out", &self.inner)?);
-        let started = py.detach(|| self.inner.push_pull_as(gradient, dtype, out));
-        Ok(PsPending { inner: started.map_err(|error| errors::ps(py, &error))?, landing: Mutex::new(landing.map(Ok)) })
+        let table = self.inner.get()?;
+        let ((gradient, dtype), (out, landing)) = (reading(gradient, "gradient")?, writing(out, "out", table)?);
+        let started = py.detach(|| table.push_pull_as(gradient, dtype, out));
+        let inner = Own::new(started.map_err(|error| errors::ps(py, &error))?);
+        Ok(PsPending { inner, landing: Mutex::new(landing.map(Ok)) })
     }
 
     /// Sets the learning rate from this worker's next push on.
     fn set_learning_rate(&self, py: Python<'_>, rate: f64) -> PyResult<()> {
-        py.detach(|| self.inner.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
+        let table = self.inner.get()?;
+        py.detach(|| table.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Sets the learning rates from this worker's next push on.
     fn set_schedule(&self, py: Python<'_>, schedule: Described) -> PyResult<()> {
         let schedule = schedule.schedule()?;
-        py.detach(|| self.inner.set_schedule(&schedule)).map_err(|error| errors::ps(py, &error))
+        let table = self.inner.get()?;
+        py.detach(|| table.set_schedule(&schedule)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Pushes made by this client.
     #[getter]
-    fn clock(&self) -> u64 {
-        self.inner.clock()
+    fn clock(&self) -> PyResult<u64> {
+        Ok(self.inner.get()?.clock())
     }
 
     /// The clock of the value that was pulled last.
     #[getter]
-    fn pulled(&self) -> Option<u64> {
-        self.inner.pulled()
+    fn pulled(&self) -> PyResult<Option<u64>> {
+        Ok(self.inner.get()?.pulled())
     }
 }
 
 impl PsPending {
     pub(crate) fn new(inner: gradwire_ps::Pending) -> Self {
-        Self { inner, landing: Mutex::default() }
+        Self { inner: Own::new(inner), landing: Mutex::default() }
     }
 }
 
@@ -432,8 +450,9 @@ impl PsPending {
     #[pyo3(signature = (timeout_s=None))]
     fn wait(&self, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<bool> {
         let timeout = maybe_seconds(timeout_s, "timeout_s")?;
-        let came = by_turns(py, timeout, |slice| match self.inner.wait(Some(slice)) {
-            Err(PsError::Timeout { .. }) if !self.inner.is_done() => None,
+        let pending = self.inner.get()?;
+        let came = by_turns(py, timeout, |slice| match pending.wait(Some(slice)) {
+            Err(PsError::Timeout { .. }) if !pending.is_done() => None,
             result => Some(result),
         })?;
         match came {
@@ -453,8 +472,8 @@ impl PsPending {
     }
 
     /// Whether it has ended, well or not.
-    fn is_done(&self) -> bool {
-        self.inner.is_done()
+    fn is_done(&self) -> PyResult<bool> {
+        Ok(self.inner.get()?.is_done())
     }
 }
 
@@ -466,7 +485,7 @@ impl PsServers {
         let transport = options.wires(ServerSettings::default().transport)?;
         let settings = ServerSettings { token, transport, ..ServerSettings::default() };
         let inner = py.detach(|| LocalServers::start(servers, settings)).map_err(|error| errors::ps(py, &error))?;
-        Ok(Self { addresses: inner.addresses().to_vec(), inner: Mutex::new(Some(inner)) })
+        Ok(Self { addresses: inner.addresses().to_vec(), inner: Mutex::new(Some(Own::new(inner))) })
     }
 
     /// Where they listen, in the order of the shards.
@@ -476,12 +495,13 @@ impl PsServers {
     }
 
     /// Stops one of them, as if its process had ended.
-    fn stop_shard(&self, py: Python<'_>, shard: usize) {
+    fn stop_shard(&self, py: Python<'_>, shard: usize) -> PyResult<()> {
         py.detach(|| {
             if let Some(servers) = self.inner.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-                servers.stop_shard(shard);
+                servers.get_mut()?.stop_shard(shard);
             }
-        });
+            Ok(())
+        })
     }
 
     /// Stops them all.

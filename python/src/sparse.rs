@@ -2,6 +2,7 @@
 
 use crate::buffer::{Access, Memory};
 use crate::errors;
+use crate::forked::Own;
 use crate::ps::{PsPending, Rule, in_use, mode, reading, recovery, same_type, table_type};
 use crate::schedule::Described;
 use crate::wait::seconds;
@@ -13,7 +14,7 @@ use pyo3::prelude::*;
 /// A sparse table over all servers.
 #[pyclass(module = "gradwire._native", frozen)]
 pub(crate) struct PsSparseTable {
-    inner: gradwire_ps::SparseTable,
+    inner: Own<gradwire_ps::SparseTable>,
 }
 
 /// How a sparse table is made, as the front says it.
@@ -75,7 +76,7 @@ impl PsSparseTable {
     ) -> PyResult<Self> {
         let (options, dtype) = (making.options(rule)?, table_type(dtype_name)?);
         let table = py.detach(|| client.sparse(name, dim, dtype, options));
-        Ok(Self { inner: table.map_err(|error| errors::ps(py, &error))? })
+        Ok(Self { inner: Own::new(table.map_err(|error| errors::ps(py, &error))?) })
     }
 }
 
@@ -94,41 +95,46 @@ fn ids(object: &Bound<'_, PyAny>) -> PyResult<RegionSlice> {
 impl PsSparseTable {
     /// Starts a push of a gradient for each id.
     fn push(&self, py: Python<'_>, ids_of: &Bound<'_, PyAny>, gradients: &Bound<'_, PyAny>) -> PyResult<PsPending> {
+        let table = self.inner.get()?;
         let (ids, (gradients, dtype)) = (ids(ids_of)?, reading(gradients, "gradients")?);
-        let pushed = py.detach(|| self.inner.push_as(&ids, &gradients, dtype));
+        let pushed = py.detach(|| table.push_as(&ids, &gradients, dtype));
         Ok(PsPending::new(pushed.map_err(|error| errors::ps(py, &error))?))
     }
 
     /// Starts a pull of the row of each id.
     fn pull(&self, py: Python<'_>, ids_of: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<PsPending> {
+        let table = self.inner.get()?;
         let ids = ids(ids_of)?;
         let memory = Memory::of(out, "out", Access::Write)?;
-        same_type(memory.element.name(), "out", self.inner.name(), self.inner.dtype())?;
+        same_type(memory.element.name(), "out", table.name(), table.dtype())?;
         let piece = memory.piece();
         let out = piece.region.write(piece.range).map_err(in_use)?;
-        let pulled = py.detach(|| self.inner.pull(&ids, out));
+        let pulled = py.detach(|| table.pull(&ids, out));
         Ok(PsPending::new(pulled.map_err(|error| errors::ps(py, &error))?))
     }
 
     /// Sets the learning rate from this worker's next push on.
     fn set_learning_rate(&self, py: Python<'_>, rate: f64) -> PyResult<()> {
-        py.detach(|| self.inner.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
+        let table = self.inner.get()?;
+        py.detach(|| table.set_learning_rate(rate)).map_err(|error| errors::ps(py, &error))
     }
 
     /// Sets the learning rates from this worker's next push on.
     fn set_schedule(&self, py: Python<'_>, schedule: Described) -> PyResult<()> {
         let schedule = schedule.schedule()?;
-        py.detach(|| self.inner.set_schedule(&schedule)).map_err(|error| errors::ps(py, &error))
+        let table = self.inner.get()?;
+        py.detach(|| table.set_schedule(&schedule)).map_err(|error| errors::ps(py, &error))
     }
 
     /// The ids that were evicted since last asked, and how many more are forgotten.
     fn evicted(&self, py: Python<'_>) -> PyResult<(Vec<u64>, u64)> {
-        py.detach(|| self.inner.evicted()).map_err(|error| errors::ps(py, &error))
+        let table = self.inner.get()?;
+        py.detach(|| table.evicted()).map_err(|error| errors::ps(py, &error))
     }
 
     /// Pushes made by this client.
     #[getter]
-    fn clock(&self) -> u64 {
-        self.inner.clock()
+    fn clock(&self) -> PyResult<u64> {
+        Ok(self.inner.get()?.clock())
     }
 }

@@ -148,6 +148,31 @@ def test_the_binary_stops_cleanly_when_told_to():
         assert server.wait(timeout=10) == 0
 
 
+def test_a_forked_child_refuses_its_parent_s_client_and_leaves_it_alone():
+    with gradwire.LocalCluster(servers=10) as cluster, cluster.connect(rank=0, timeout_s=20) as client:
+        table = client.dense("w", 10)
+        table.push(numpy.ones(10, numpy.float32))
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                refused = [client.status, table.pull, lambda: table.clock, lambda: cluster.stop_server(0)]
+                for call in refused:
+                    with pytest.raises(RuntimeError, match="belongs to the parent"):
+                        call()
+                client.close()
+                del refused, call, table, client, cluster
+                os.write(write, b"refused, and dropped")
+            finally:
+                os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as answer:
+            assert answer.read() == "refused, and dropped"
+        os.waitpid(pid, 0)
+        table.push(numpy.ones(10, numpy.float32))
+        assert (table.pull() == 2).all() and len(client.status()) == 10
+
+
 def network():
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 5)).double()

@@ -14,19 +14,23 @@ const AT_ONCE: usize = 64;
 
 /// All connections of a wire, as the system watches them.
 #[derive(Clone)]
-pub(super) struct Watch(Arc<OwnedFd>);
+pub(super) struct Watch {
+    epoll: Arc<OwnedFd>,
+    /// Of which process. One that was forked off shares it, and is not to change it.
+    process: u32,
+}
 
 impl Watch {
     /// Watches nothing yet.
     pub(super) fn new() -> Result<Self, TransportError> {
         let made = epoll::create(epoll::CreateFlags::CLOEXEC);
         let made = made.map_err(|error| TransportError::io("create a descriptor that watches connections", error))?;
-        Ok(Self(Arc::new(made)))
+        Ok(Self { epoll: Arc::new(made), process: std::process::id() })
     }
 
     /// Watches a connection of `peer` for what comes, until it is closed.
     pub(super) fn add(&self, stream: &mut Stream, peer: PeerId) -> io::Result<()> {
-        epoll::add(&*self.0, &*stream, EventData::new_u64(peer.0.into()), EventFlags::IN)?;
+        epoll::add(&*self.epoll, &*stream, EventData::new_u64(peer.0.into()), EventFlags::IN)?;
         stream.watched = Some(Watched { by: self.clone(), peer, room: false });
         Ok(())
     }
@@ -36,14 +40,14 @@ impl Watch {
         let mut events = [MaybeUninit::<Event>::uninit(); AT_ONCE];
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         // Interrupted: the caller comes back.
-        if let Ok((ready, _)) = epoll::wait(&*self.0, &mut events, Some(&zero)) {
+        if let Ok((ready, _)) = epoll::wait(&*self.epoll, &mut events, Some(&zero)) {
             ready.iter().for_each(|event| each(PeerId(event.data.u64() as u32)));
         }
     }
 
     fn set(&self, stream: BorrowedFd<'_>, peer: PeerId, room: bool) {
         let flags = if room { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
-        if let Err(error) = epoll::modify(&*self.0, stream, EventData::new_u64(peer.0.into()), flags) {
+        if let Err(error) = epoll::modify(&*self.epoll, stream, EventData::new_u64(peer.0.into()), flags) {
             tracing::debug!(%error, "a connection could not be watched for room");
         }
     }
@@ -52,7 +56,7 @@ impl Watch {
 impl AsFd for Watch {
     /// Readable while any connection has something.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.epoll.as_fd()
     }
 }
 
@@ -75,8 +79,10 @@ impl Watched {
 
     /// The connection is being closed. Said expressly, since a process that was forked off may keep its socket open.
     pub(super) fn forget(&self, stream: BorrowedFd<'_>) {
-        // Not watched any more: all that is wanted.
-        let _ = epoll::delete(&*self.by.0, stream);
+        if self.by.process == std::process::id() {
+            // Not watched any more: all that is wanted.
+            let _ = epoll::delete(&*self.by.epoll, stream);
+        }
     }
 }
 
