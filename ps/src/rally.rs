@@ -13,8 +13,9 @@ use gradwire_transport::PeerId;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
-/// Most groups of tables whose workers meet at once.
+/// Most groups of tables whose workers meet at once, and of those most that one worker comes to.
 const MAX_RALLIES: usize = 1024;
+const MAX_OF_ONE: usize = 16;
 /// In the place of a clock: nothing was pulled.
 pub(crate) const NOTHING: u64 = u64::MAX;
 
@@ -49,11 +50,14 @@ impl Rallies {
         Self { rallies: HashMap::new(), next_round: first & (u64::MAX >> 2) | 1 }
     }
 
-    /// A worker offers what it has.
-    pub(crate) fn offer(&mut self, wait: Wait, payload: &[u8], out: &mut Vec<Answer>) -> Result<(), Refusal> {
+    /// A worker offers what it has, of tables that are known to be theirs.
+    pub(crate) fn offer(&mut self, wait: Wait, offer: Offer, out: &mut Vec<Answer>) -> Result<(), Refusal> {
         let (rank, workers) = worker(&wait.header)?;
-        let malformed = |bad| Refusal::new(Reason::Malformed, subject(&wait.header), "body", "tables and clocks", bad);
-        let offer = read_offer(payload).map_err(malformed)?;
+        let elsewhere = self.rallies.iter().filter(|(table, rally)| **table != wait.header.table && rally.has(rank));
+        if elsewhere.count() >= MAX_OF_ONE {
+            let expected = format!("at most {MAX_OF_ONE} at once of one worker");
+            return Err(Refusal::new(Reason::Limit, subject(&wait.header), "groups", expected, MAX_OF_ONE + 1));
+        }
         if !self.rallies.contains_key(&wait.header.table) && self.rallies.len() >= MAX_RALLIES {
             self.rallies.retain(|_, rally| rally.is_under_way());
         }
@@ -155,6 +159,13 @@ impl Rallies {
 }
 
 impl Rally {
+    fn has(&self, rank: u32) -> bool {
+        match &self.stage {
+            Stage::Gathering(offers) => offers.contains_key(&rank),
+            Stage::Writing(waits) => waits.contains_key(&rank),
+        }
+    }
+
     fn is_under_way(&self) -> bool {
         !matches!(&self.stage, Stage::Gathering(offers) if offers.is_empty())
     }
@@ -245,7 +256,7 @@ mod tests {
     fn offer(rallies: &mut Rallies, rank: u64, clocks: [u64; 2]) -> Vec<Answer> {
         let mut out = Vec::new();
         let offer = [(TableId(7), clocks[0]), (TableId(9), clocks[1])].into_iter();
-        rallies.offer(wait(Kind::Offer, rank, 0), &offer_body(offer), &mut out).unwrap();
+        rallies.offer(wait(Kind::Offer, rank, 0), offer.collect(), &mut out).unwrap();
         out
     }
 
@@ -305,10 +316,16 @@ mod tests {
         let mut rallies = Rallies::new(1);
         offer(&mut rallies, 0, [1, 1]);
         let mut out = Vec::new();
-        let refused = rallies.offer(wait(Kind::Offer, 1, 0), &offer_body([(TableId(7), 1)].into_iter()), &mut out);
+        let refused = rallies.offer(wait(Kind::Offer, 1, 0), vec![(TableId(7), 1)], &mut out);
         assert!(refused.unwrap_err().to_string().contains("same ones"));
-        assert!(rallies.offer(wait(Kind::Offer, 3, 0), &[], &mut out).is_err(), "three workers are 0, 1 and 2");
-        assert!(rallies.offer(wait(Kind::Offer, 2, 0), &[1; 9], &mut out).is_err());
+        assert!(rallies.offer(wait(Kind::Offer, 3, 0), Vec::new(), &mut out).is_err(), "three workers are 0, 1 and 2");
+        for table in 100..100 + MAX_OF_ONE as u64 + 1 {
+            let mut wait = wait(Kind::Offer, 2, 0);
+            wait.header.table = TableId(table);
+            let taken = rallies.offer(wait, vec![(TableId(table), 1)], &mut out);
+            assert_eq!(taken.is_ok(), table < 100 + MAX_OF_ONE as u64, "one worker fills no memory with offers");
+        }
+        rallies.gone(PeerId(2));
         let mut late = Vec::new();
         rallies.expire(Instant::now() + Duration::from_secs(61), |wait, refusal| late.push((wait, refusal)));
         assert!(

@@ -2,6 +2,7 @@
 
 use super::{Action, Shard, Wait, done, expect_elements, unknown};
 use crate::header::{FLAG_INLINE, Header, Kind};
+use crate::rally::read_offer;
 use crate::refusal::{Reason, Refusal};
 use crate::schedule::read_rates;
 use crate::{Mode, Recovery};
@@ -12,11 +13,25 @@ pub(crate) const AGAIN: u64 = 1;
 impl Shard {
     pub(super) fn recovering(&mut self, wait: &Wait, payload: &[u8], out: &mut Vec<Action>) -> Result<(), Refusal> {
         match wait.header.kind {
-            Kind::Offer => self.rallies.offer(*wait, payload, &mut self.answers),
+            Kind::Offer => self.offer(wait, payload),
             Kind::Restored => self.rallies.restored(*wait, &mut self.answers),
             Kind::Restart => self.restart(wait, payload, out),
             _ => self.restore(wait, payload, out),
         }
+    }
+
+    fn offer(&mut self, wait: &Wait, payload: &[u8]) -> Result<(), Refusal> {
+        let header = &wait.header;
+        let malformed = |got: String| {
+            Refusal::new(Reason::Malformed, "offer", "body", "tables that are here, each once, with clocks", got)
+        };
+        let offer = read_offer(payload).map_err(|bad| malformed(bad.to_string()))?;
+        // What is kept of it is then bounded by what there is.
+        if offer.len() > self.tables.len() || offer.first().is_none_or(|(table, _)| *table != header.table) {
+            return Err(malformed(format!("{} tables", offer.len())));
+        }
+        offer.iter().try_for_each(|&(table, _)| self.check_giver(&Header { table, ..*header }))?;
+        self.rallies.offer(*wait, offer, &mut self.answers)
     }
 
     /// Answers with a byte: 1 where values are wanted.
@@ -154,6 +169,21 @@ mod tests {
         let mut kept = builder.finish().unwrap();
         ask(&mut kept, Kind::Hello, 0, &[]);
         assert_eq!(push(&mut kept, 11), push(&mut new, 2), "a checkpoint keeps that count");
+    }
+
+    #[test]
+    fn an_offer_of_what_is_not_here_or_not_theirs_is_refused() {
+        let mut shard = new_table();
+        let id = spec().id();
+        let other = crate::TableId(id.0 ^ 1);
+        let too_many = [(id, 1), (id, 1)];
+        for tables in [&[][..], &[(other, 1)], &[(other, 1), (id, 1)], &too_many] {
+            let body = crate::rally::offer_body(tables.iter().copied());
+            assert_eq!(ask(&mut shard, Kind::Offer, 0, &body).0.kind, Kind::Refused, "{tables:?}");
+        }
+        assert_eq!(ask(&mut shard, Kind::Offer, 0, &[1; 9]).0.kind, Kind::Refused);
+        let (told, body) = ask(&mut shard, Kind::Offer, 0, &crate::rally::offer_body([(id, 4)].into_iter()));
+        assert_eq!((told.kind, crate::rally::decided(&body, 1).unwrap().1), (Kind::Done, vec![(4, 0)]));
     }
 
     #[test]
