@@ -226,22 +226,26 @@ impl TcpWire {
     }
 }
 
-/// Two wires of one process, joined over loopback: for tests and measurements.
-///
-/// # Errors
-/// As [`TcpWire::dial`].
-pub fn pair(a: &Config, b: &Config) -> Result<(TcpWire, TcpWire), TransportError> {
-    let identity = |rank| Identity {
+/// Who a wire of this process is that meets others of it.
+fn local_identity(rank: u32) -> Identity {
+    Identity {
         rank: Some(Rank(rank)),
         host: "localhost".to_owned(),
         pid: std::process::id(),
         boot_id: String::new(),
         nonce: u64::from(rank) + 1,
         rdma: false,
-    };
+    }
+}
+
+/// Two wires of one process, joined over loopback: for tests and measurements.
+///
+/// # Errors
+/// As [`TcpWire::dial`].
+pub fn pair(a: &Config, b: &Config) -> Result<(TcpWire, TcpWire), TransportError> {
     let accept = Acceptance::Ranks(WorldSize::new(2).expect("two is a size"));
-    let mut a = TcpWire::new(a, identity(0), accept)?;
-    let mut b = TcpWire::new(b, identity(1), accept)?;
+    let mut a = TcpWire::new(a, local_identity(0), accept)?;
+    let mut b = TcpWire::new(b, local_identity(1), accept)?;
     let address = a.listen(SocketAddr::from(([127, 0, 0, 1], 0)))?;
     std::thread::scope(|scope| {
         let dialled = scope.spawn(|| b.dial(PeerId(0), Some(1), &[address], Instant::now() + PER_ADDRESS));

@@ -88,9 +88,9 @@ impl Watched {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FEW, TcpWire};
+    use super::super::{FEW, TcpWire, local_identity};
     use crate::PeerId;
-    use crate::{Acceptance, Completion, Config, Envelope, Identity, Rank, Region, Tag, Wire, WorldSize};
+    use crate::{Acceptance, Completion, Config, Envelope, Region, Tag, Wire, WorldSize};
     use std::net::SocketAddr;
     use std::time::{Duration, Instant};
 
@@ -102,16 +102,8 @@ mod tests {
     const LONG: Duration = Duration::from_secs(120);
 
     fn wire(rank: u32) -> TcpWire {
-        let identity = Identity {
-            rank: Some(Rank(rank)),
-            host: "localhost".to_owned(),
-            pid: std::process::id(),
-            boot_id: String::new(),
-            nonce: u64::from(rank) + 1,
-            rdma: false,
-        };
         let accept = if rank == 0 { Acceptance::Ranks(WorldSize::new(PEERS + 1).unwrap()) } else { Acceptance::Nobody };
-        TcpWire::new(&Config::default(), identity, accept).unwrap()
+        TcpWire::new(&Config::default(), local_identity(rank), accept).unwrap()
     }
 
     /// Polls and sleeps until `enough`, which is told of each completion.
