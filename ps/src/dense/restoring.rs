@@ -67,7 +67,6 @@ impl Table {
         let part = &mut self.parts[at];
         part.values.restart(bytes, header.clock);
         part.order = Order::Clocks(ClockLedger::at(self.spec.mode.workers().unwrap_or(1), header.clock));
-        part.image_at(header.clock);
         self.lost.take_if(|lost| lost.come.iter().all(|come| *come));
         Ok(())
     }

@@ -142,6 +142,14 @@ mod tests {
         value
     }
 
+    /// A request for a checkpoint of the table as it is.
+    fn snapshot() -> Vec<u8> {
+        let mut body = crate::body::Writer::default();
+        body.text(&crate::checkpoint::name_at(1));
+        [0, 1, 1, spec().id().0, 0].into_iter().for_each(|number| body.number(number));
+        body.0
+    }
+
     /// A table that was opened for the first time, with a learning rate that is set.
     fn new_table() -> Shard {
         let mut shard = opened(0);
@@ -158,6 +166,9 @@ mod tests {
         assert_eq!(ask(&mut again, Kind::Restart, 9, &rates).1, [1]);
         assert_eq!(ask(&mut again, Kind::PushPull, 10, &bytes(FIRST)).0.kind, Kind::Refused, "it has no values yet");
         assert_eq!(ask(&mut again, Kind::Restore, 8, &bytes([9.0; 2])).0.kind, Kind::Refused, "another clock");
+        let (told, why) = ask(&mut again, Kind::Snapshot, 0, &snapshot());
+        assert_eq!(told.kind, Kind::Refused, "a checkpoint of zeros");
+        assert!(String::from_utf8_lossy(&why).contains("recover"), "{why:?}");
         assert_eq!(ask(&mut again, Kind::Restore, 9, &bytes(FIRST)).0.kind, Kind::Done);
         assert_eq!(ask(&mut again, Kind::Restart, 9, &rates).1, [0], "it has all that it wants");
         assert_eq!(ask(&mut again, Kind::Restore, 9, &bytes([9.0; 2])).0.kind, Kind::Done, "written twice counts once");

@@ -80,7 +80,11 @@ impl Shard {
         let header = wait.header;
         for &(id, clock) in &asked.tables {
             let (subject, past) = match (self.tables.get(&id), self.sparse.get(&id)) {
-                (Some(table), _) => (table.spec.subject(), table.past(clock)),
+                (Some(table), _) => {
+                    // One without its values would be restored as nothing but zeros.
+                    table.check_there()?;
+                    (table.spec.subject(), table.past(clock))
+                }
                 (None, Some(table)) => (table.spec.subject(), table.past(clock)),
                 (None, None) => return Err(unknown(&Header { table: id, ..header })),
             };
