@@ -2,7 +2,6 @@
 
 use crate::body::{BadBody, Reader, Writer};
 use crate::refusal::{Reason, Refusal};
-use crate::shard::Limits;
 use crate::{Codec, Compression, Mode};
 use std::fmt;
 
@@ -23,13 +22,13 @@ pub enum Recovery {
 }
 
 impl Recovery {
-    /// Refuses a choice that a shard with these limits cannot keep.
-    pub(crate) fn check(self, limits: &Limits, subject: String) -> Result<(), Refusal> {
+    /// Refuses a choice that a shard with so many copies elsewhere, and with checkpoints or without, cannot keep.
+    pub(crate) fn check(self, replicas: u32, checkpoints: bool, subject: String) -> Result<(), Refusal> {
         let (expected, got) = match self {
-            Self::Replicate if limits.replicas == 0 => {
+            Self::Replicate if replicas == 0 => {
                 ("servers that have backups (serve --coordinator, of one with --replicas 1)", "replicate, and none has")
             }
-            Self::Checkpoint if !limits.checkpoints => {
+            Self::Checkpoint if !checkpoints => {
                 ("servers that keep checkpoints (serve --checkpoint-dir)", "checkpoint, and this one keeps none")
             }
             _ => return Ok(()),
@@ -95,15 +94,13 @@ mod tests {
 
     #[test]
     fn what_the_servers_must_do_for_a_table_is_asked_for() {
-        let (bare, backed) = (Limits::default(), Limits { replicas: 1, ..Limits::default() });
-        let kept = Limits { checkpoints: true, ..Limits::default() };
-        assert!([Recovery::None, Recovery::Workers].iter().all(|it| it.check(&bare, String::new()).is_ok()));
-        assert!(Recovery::Replicate.check(&backed, String::new()).is_ok());
-        assert!(Recovery::Checkpoint.check(&kept, String::new()).is_ok());
-        for (recovery, limits, remedy) in
-            [(Recovery::Replicate, &kept, "--coordinator"), (Recovery::Checkpoint, &backed, "--checkpoint-dir")]
+        assert!([Recovery::None, Recovery::Workers].iter().all(|it| it.check(0, false, String::new()).is_ok()));
+        assert!(Recovery::Replicate.check(1, false, String::new()).is_ok());
+        assert!(Recovery::Checkpoint.check(0, true, String::new()).is_ok());
+        for (recovery, replicas, checkpoints, remedy) in
+            [(Recovery::Replicate, 0, true, "--coordinator"), (Recovery::Checkpoint, 1, false, "--checkpoint-dir")]
         {
-            let refusal = recovery.check(limits, "table \"w\"".into()).unwrap_err();
+            let refusal = recovery.check(replicas, checkpoints, "table \"w\"".into()).unwrap_err();
             assert!(refusal.to_string().contains(remedy), "{refusal}");
         }
         for recovery in [Recovery::None, Recovery::Replicate, Recovery::Checkpoint, Recovery::Workers] {

@@ -291,7 +291,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
-            spec.recovery.check(&self.limits, spec.subject())?;
+            spec.recovery.check(self.limits.replicas, self.limits.checkpoints, spec.subject())?;
             let mut table = Table::new(spec, &mut self.memory)?;
             if header.clock == AGAIN && table.spec.recovery == Recovery::Workers {
                 table.mark_lost();
@@ -372,7 +372,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
-            spec.recovery.check(&self.limits, spec.subject())?;
+            spec.recovery.check(self.limits.replicas, self.limits.checkpoints, spec.subject())?;
             let table = SparseTable::new(spec, self.key, now, &mut self.memory)?;
             self.sparse.insert(header.table, table);
         }
