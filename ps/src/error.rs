@@ -20,6 +20,16 @@ pub enum PsError {
         /// What was seen of its end.
         cause: String,
     },
+    /// Another worker recovers the table, so what was asked of it comes to nothing: recover it too.
+    #[error("shard {shard} ({address}): {refusal}; recover it, as after a loss")]
+    Recovering {
+        /// Which shard says so.
+        shard: u32,
+        /// Where it is.
+        address: String,
+        /// The table, and who recovers it.
+        refusal: Box<Refusal>,
+    },
     /// The token does not match.
     #[error("{address} refused us: {reason}; give both ends the same GRADWIRE_TOKEN")]
     Authentication {

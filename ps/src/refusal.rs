@@ -21,6 +21,8 @@ pub enum Reason {
     Waited = 6,
     /// The request makes no sense.
     Malformed = 7,
+    /// Another worker has begun to recover the table, and waits for all others to do so too.
+    Recovering = 8,
     /// A reason from a later version.
     Unknown = 0xffff,
 }
@@ -28,7 +30,7 @@ pub enum Reason {
 impl Reason {
     /// The reason that a status stands for.
     pub fn of_status(status: u16) -> Self {
-        const KNOWN: [Reason; 7] = [
+        const KNOWN: [Reason; 8] = [
             Reason::Mismatch,
             Reason::UnknownTable,
             Reason::Limit,
@@ -36,6 +38,7 @@ impl Reason {
             Reason::WrongEpoch,
             Reason::Waited,
             Reason::Malformed,
+            Reason::Recovering,
         ];
         KNOWN.into_iter().find(|known| *known as u16 == status).unwrap_or(Self::Unknown)
     }

@@ -285,15 +285,19 @@ impl Shard {
                 format!("{:#x}", header.table.0),
             ));
         }
-        if let Some(table) = self.tables.get(&header.table) {
+        let again = header.clock == AGAIN && spec.recovery == Recovery::Workers;
+        if let Some(table) = self.tables.get_mut(&header.table) {
             if let Some(refusal) = table.spec.disagreement(&spec) {
                 return Err(refusal);
+            }
+            if again {
+                table.recall(header.client, |wait, refusal| refuse(wait.to, &wait.header, &refusal, out));
             }
         } else {
             self.check_new(header, spec.subject())?;
             spec.recovery.check(self.limits.replicas, self.limits.checkpoints, spec.subject())?;
             let mut table = Table::new(spec, &mut self.memory)?;
-            if header.clock == AGAIN && table.spec.recovery == Recovery::Workers {
+            if again {
                 table.mark_lost();
             }
             self.tables.insert(header.table, table);

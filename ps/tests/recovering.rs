@@ -93,7 +93,7 @@ fn train(addresses: &[String], rank: u32, steps: u64, done: &AtomicU64) -> (Vec<
         if all[0].table.clock() == steps / 2 {
             let schedule = Schedule::from(Course::Step { rate: 0.02, every: 7, factor: 0.9 });
             let lost = all[0].table.set_schedule(&schedule);
-            assert!(matches!(lost, Ok(()) | Err(PsError::ServerLost { .. })), "{lost:?}");
+            assert!(matches!(lost, Ok(()) | Err(PsError::ServerLost { .. } | PsError::Recovering { .. })), "{lost:?}");
         }
         // Of a table that is a clock behind the other, only its own step is missing.
         let clock = all.iter().map(|weights| weights.table.clock()).min().unwrap();
@@ -107,7 +107,7 @@ fn train(addresses: &[String], rank: u32, steps: u64, done: &AtomicU64) -> (Vec<
         for (weights, ended) in due.iter().zip(&ended) {
             match ended {
                 Ok(_) => weights.take(),
-                Err(PsError::ServerLost { .. }) => {}
+                Err(PsError::ServerLost { .. } | PsError::Recovering { .. }) => {}
                 Err(other) => panic!("worker {rank}: {other}"),
             }
         }
@@ -232,6 +232,8 @@ fn who_does_not_come_to_recover_is_named_and_lost_values_are_not_read() {
 struct Gate {
     address: String,
     open: Arc<Mutex<Vec<TcpStream>>>,
+    /// Whether whoever calls is let go.
+    shut: Arc<AtomicBool>,
 }
 
 impl Gate {
@@ -239,10 +241,15 @@ impl Gate {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (address, open) = (listener.local_addr().unwrap().to_string(), Arc::new(Mutex::new(Vec::new())));
         let (server, all) = (server.to_owned(), Arc::clone(&open));
+        let shut = Arc::new(AtomicBool::new(false));
+        let is_shut = Arc::clone(&shut);
         std::thread::spawn(move || {
             for near in listener.incoming() {
                 // While the server is gone, whoever calls is let go.
                 let (near, Ok(far)) = (near.unwrap(), TcpStream::connect(&server)) else { continue };
+                if is_shut.load(Ordering::SeqCst) {
+                    continue;
+                }
                 let both = || [near.try_clone().unwrap(), far.try_clone().unwrap()];
                 all.lock().unwrap().extend(both());
                 let ([near, far], [back_from, back_to]) = (both(), both());
@@ -259,7 +266,7 @@ impl Gate {
                 }
             }
         });
-        Self { address, open }
+        Self { address, open, shut }
     }
 
     fn cut(&self) {
@@ -289,4 +296,59 @@ fn a_connection_that_is_cut_after_a_recovery_loses_nothing() {
         step().unwrap();
         assert_eq!((table.clock(), floats(&value)), (clock, vec![clock as f32; 9]));
     }
+}
+
+/// Two workers, one of whom alone loses the second server for longer than it goes on trying, while the other waits for its
+/// push; `late`: or has yet to come, and waits only once the recovery is under way.
+fn one_is_cut_off(late: bool) {
+    let servers = [server("127.0.0.1:0"), server("127.0.0.1:0")];
+    let addresses = servers.each_ref().map(|server| server.addresses[0].clone());
+    let gate = Gate::new(&addresses[1]);
+    let through = [addresses[0].clone(), gate.address.clone()];
+    let reconnect = Duration::from_millis(200);
+    let clients = [(0, &through), (1, &addresses)]
+        .map(|(rank, addresses)| Client::connect(addresses, ClientSettings { reconnect, ..settings(rank) }).unwrap());
+    let mode = Mode::Sync { workers: 2 };
+    let table_of = |client: &Client| {
+        client.dense("w", &[ELEMENTS], DType::F32, TableOptions { mode, ..options(UpdateRule::Sum) }).unwrap()
+    };
+    let ones = Region::from_vec(1f32.to_le_bytes().repeat(ELEMENTS));
+    let step = |table: &DenseTable, value: &Arc<Region>| {
+        table.push_pull(read(&ones), value.write(0..value.len()).unwrap()).unwrap().wait(None)
+    };
+    let values = [Region::zeroed(4 * ELEMENTS), Region::zeroed(4 * ELEMENTS)];
+    let [cut_off, other] = [&clients[0], &clients[1]].map(table_of);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| step(&other, &values[1]).unwrap());
+        step(&cut_off, &values[0]).unwrap();
+        first.join().unwrap();
+
+        gate.shut.store(true, Ordering::SeqCst);
+        gate.cut();
+        let waits = scope.spawn(|| {
+            if late {
+                std::thread::sleep(Duration::from_millis(900));
+            }
+            let told = step(&other, &values[1]);
+            let told = told.map(|_| ()).unwrap_err().to_string();
+            assert!(told.contains("worker 0, who has begun to"), "{told}");
+            let clocks = clients[1].recover(&[(&other, read(&values[1]))]).unwrap();
+            (clocks, step(&other, &values[1]).unwrap().clock)
+        });
+        assert!(matches!(step(&cut_off, &values[0]), Err(PsError::ServerLost { shard: 1, .. })));
+        gate.shut.store(false, Ordering::SeqCst);
+        assert_eq!(clients[0].recover(&[(&cut_off, read(&values[0]))]).unwrap(), [1]);
+        assert_eq!(step(&cut_off, &values[0]).unwrap().clock, 2);
+        assert_eq!(waits.join().unwrap(), (vec![1], 2));
+    });
+    assert!(
+        values.iter().all(|value| floats(value).iter().all(|&value| value == 4.0)),
+        "two of two workers at two clocks"
+    );
+}
+
+#[test]
+fn a_worker_that_alone_loses_a_server_calls_the_others_to_recover() {
+    one_is_cut_off(false);
+    one_is_cut_off(true);
 }

@@ -180,7 +180,8 @@ class TransportError(GradwireError):
 
 
 class ServerLostError(GradwireError):
-    """A parameter server is gone, and did not come back in time; its tables are gone with it.
+    """A parameter server is gone, and did not come back in time; its tables are gone with it. Or another worker has lost one,
+    and waits in `recover` for all others to come.
 
     Attributes:
         shard: its place in the list of addresses.

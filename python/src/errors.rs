@@ -109,6 +109,12 @@ pub(crate) fn ps(py: Python<'_>, error: &PsError) -> PyErr {
             fields.set_item("address", address)?;
             fields.set_item("cause", cause)
         }),
+        // To who trains it is the same: what it had of the servers does not hold any more, and it is to recover.
+        PsError::Recovering { shard, address, refusal } => raise(py, "ServerLostError", &text, |fields| {
+            fields.set_item("shard", shard)?;
+            fields.set_item("address", address)?;
+            fields.set_item("cause", refusal.to_string())
+        }),
         PsError::Authentication { address, reason } => raise(py, "AuthenticationError", &text, |fields| {
             fields.set_item("address", address)?;
             fields.set_item("reason", reason)

@@ -346,6 +346,11 @@ impl Engine {
                 let what = what.unwrap_or_default();
                 PsError::Timeout { what: format!("{what} (shard {shard} at {address}): {refusal}"), waited: timeout }
             }
+            Reason::Recovering => {
+                let error = PsError::Recovering { shard, address, refusal: Box::new(refusal) };
+                self.fail_fragile(&error);
+                error
+            }
             Reason::UnknownTable if self.shards[shard as usize].restarted => {
                 PsError::ServerLost { shard, address, cause: WITHOUT_TABLES.to_owned() }
             }

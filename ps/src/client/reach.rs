@@ -376,8 +376,8 @@ impl Engine {
         settled.into_iter().for_each(|slot| self.settle(slot));
     }
 
-    /// Gives up what is in vain once any server has lost its tables.
-    fn fail_fragile(&mut self, error: &PsError) {
+    /// Gives up what is in vain once any server has lost its tables, or another worker recovers them.
+    pub(super) fn fail_fragile(&mut self, error: &PsError) {
         for slot in 0..self.entries.len() {
             if self.entries[slot].as_ref().is_some_and(|entry| entry.request.fragile) {
                 self.give_up(slot as u32, error.clone());

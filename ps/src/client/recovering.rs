@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 /// Pause before servers that are not there yet are tried again.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long the others are waited for before they are called again, at first; twice as long each time, so many times.
+const CALL: Duration = Duration::from_millis(500);
+const DOUBLINGS: u32 = 4;
+
 /// A table, and the value of it that this worker pulled last.
 type Has<'a> = (&'a DenseTable, RegionSlice);
 
@@ -29,9 +33,10 @@ pub(super) fn recover(core: &Arc<Core>, tables: &[Has<'_>], timeout: Duration) -
     }
     let ids: Vec<_> = tables.iter().map(|(table, _)| table.id()).collect();
     core.driver.abandon(&ids);
-    let begun = Instant::now();
+    let (begun, mut calls) = (Instant::now(), 0);
     loop {
-        match attempt(core, tables) {
+        let patience = (CALL * (1 << calls)).min(timeout.saturating_sub(begun.elapsed()));
+        match attempt(core, tables, patience) {
             Ok(Some(clocks)) => {
                 tracing::info!(tables = tables.len(), took = ?begun.elapsed(), "recovered");
                 return Ok(clocks);
@@ -40,6 +45,11 @@ pub(super) fn recover(core: &Arc<Core>, tables: &[Has<'_>], timeout: Duration) -
             Err(error) if is_passing(&error) && begun.elapsed() < timeout => {
                 tracing::warn!(%error, "the recovery goes on when the servers are there");
                 std::thread::sleep(PAUSE);
+            }
+            // Whoever began to wait for our pushes meanwhile has not heard the call.
+            Err(error @ PsError::Timeout { .. }) if begun.elapsed() < timeout => {
+                tracing::warn!(%error, "the recovery waits for other workers, and calls them again");
+                calls = (calls + 1).min(DOUBLINGS);
             }
             Err(error) => return Err(error),
         }
@@ -55,8 +65,8 @@ fn is_passing(error: &PsError) -> bool {
     matches!(error, PsError::ServerLost { cause, .. } if cause != RESTORED)
 }
 
-/// Recovers once. `None` where a worker began anew in the middle.
-fn attempt(core: &Arc<Core>, tables: &[Has<'_>]) -> Result<Option<Vec<u64>>, PsError> {
+/// Recovers once, waiting so long for the others to offer. `None` where a worker began anew in the middle.
+fn attempt(core: &Arc<Core>, tables: &[Has<'_>], patience: Duration) -> Result<Option<Vec<u64>>, PsError> {
     let shards = core.map.shards();
     let subject: Arc<str> = format!("{} tables", tables.len()).into();
     let everywhere = |kind, clock, body: &dyn Fn(&DenseTable, u32) -> Vec<u8>| {
@@ -71,12 +81,13 @@ fn attempt(core: &Arc<Core>, tables: &[Has<'_>]) -> Result<Option<Vec<u64>>, PsE
     let open = || core.start("opening again", &subject, everywhere(Kind::Open, AGAIN, &spec))?.wait(None);
     open()?;
     let keys = KeyRange { start: 0, end: u64::from(tables[0].0.workers()) };
-    let meet = |kind, clock, body| {
-        let header = Header { table: tables[0].0.id(), clock, keys, ..Header::new(kind) };
+    let meet = |kind, clock, wait_ms, body| {
+        let header = Header { table: tables[0].0.id(), clock, keys, wait_ms, ..Header::new(kind) };
         core.start("recovering", &subject, vec![core.request(0, header, body)])
     };
     let has = tables.iter().map(|(table, _)| (table.id(), table.pulled().unwrap_or(NOTHING)));
-    let offered = meet(Kind::Offer, 0, offer_body(has))?;
+    let wait_ms = u32::try_from(patience.as_millis().max(1)).unwrap_or(u32::MAX);
+    let offered = meet(Kind::Offer, 0, wait_ms, offer_body(has))?;
     offered.wait(None)?;
     let body = offered.call.bodies().pop().map(|(_, body)| body).unwrap_or_default();
     let (round, decisions) = decided(&body, tables.len()).map_err(|bad| PsError::Protocol {
@@ -95,7 +106,7 @@ fn attempt(core: &Arc<Core>, tables: &[Has<'_>]) -> Result<Option<Vec<u64>>, PsE
             give(core, table, values, clock)?;
         }
     }
-    if meet(Kind::Restored, round, Vec::new())?.wait(None)?.clock != round {
+    if meet(Kind::Restored, round, 0, Vec::new())?.wait(None)?.clock != round {
         return Ok(None);
     }
     let clocks: Vec<u64> = decisions.into_iter().map(|(clock, _)| clock).collect();

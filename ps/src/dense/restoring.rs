@@ -1,6 +1,6 @@
 //! Pure: a table that a server has lost, until its workers have given its values again.
 
-use super::{ClockLedger, Order, Table};
+use super::{ClockLedger, Order, Table, Wait};
 use crate::Schedule;
 use crate::header::Header;
 use crate::rates::Rates;
@@ -29,6 +29,15 @@ impl Table {
         let (expected, got) =
             ("one whose values are there", "one that a server has lost: all its workers are to recover it");
         Err(Refusal::new(Reason::UnknownTable, self.spec.subject(), "table", expected, got))
+    }
+
+    /// Takes out what all clients but `by`, who recovers the table, wait for: they would wait for its push, and it for them.
+    pub(crate) fn recall(&mut self, by: u64, mut refuse: impl FnMut(Wait, Refusal)) {
+        let waits = self.parts.iter_mut().flat_map(|part| part.waits.extract_if(.., |wait| wait.header.client != by));
+        for wait in waits {
+            let (expected, got) = ("all its workers to recover it", format!("worker {by}, who has begun to"));
+            refuse(wait, Refusal::new(Reason::Recovering, self.spec.subject(), "recovery", expected, got));
+        }
     }
 
     /// The table goes on from the header's clock, with these learning rates from those clocks on. Whether its values are wanted:

@@ -7,7 +7,8 @@ use crate::refusal::{Reason, Refusal};
 use crate::schedule::read_rates;
 use crate::{Mode, Recovery};
 
-/// In the clock's place of a request to open a table: it was there before, so that a new one waits for its values.
+/// In the clock's place of a request to open a table: it was there before, so that a new one waits for its values, and one that
+/// is still there lets nobody wait for who recovers it.
 pub(crate) const AGAIN: u64 = 1;
 
 impl Shard {
