@@ -87,4 +87,9 @@ impl PsError {
     pub(crate) fn invalid(what: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Invalid { what: what.into(), reason: reason.into() }
     }
+
+    /// What a server would have refused.
+    pub(crate) fn of_own_refusal(Refusal { subject, what, expected, got, .. }: Refusal) -> Self {
+        Self::invalid(subject, format!("{what}: expected {expected}, got {got}"))
+    }
 }

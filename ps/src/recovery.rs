@@ -4,6 +4,10 @@ use crate::body::{BadBody, Reader, Writer};
 use crate::refusal::{Reason, Refusal};
 use crate::{Codec, Compression, Mode};
 use std::fmt;
+use std::time::Duration;
+
+/// The shortest time between two checkpoints that a table may ask for.
+const SHORTEST: Duration = Duration::from_secs(1);
 
 /// What becomes of a table when a server of it dies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -15,7 +19,10 @@ pub enum Recovery {
     /// Another server has all of it and takes its place: what was acknowledged is there, and nothing counts twice.
     Replicate,
     /// The servers keep checkpoints, and begin with the last one: what was pushed after it is pushed again.
-    Checkpoint,
+    Checkpoint {
+        /// How long after a checkpoint the next is taken, at most; `None`: as the servers are told.
+        every: Option<Duration>,
+    },
     /// Its workers, who have all pulled it, give its values again ([`crate::Client::recover`]). Costs nothing before that; what
     /// only the lost server had, the optimizer's state for its share, begins anew.
     Workers,
@@ -28,7 +35,7 @@ impl Recovery {
             Self::Replicate if replicas == 0 => {
                 ("servers that have backups (serve --coordinator, of one with --replicas 1)", "replicate, and none has")
             }
-            Self::Checkpoint if !checkpoints => {
+            Self::Checkpoint { .. } if !checkpoints => {
                 ("servers that keep checkpoints (serve --checkpoint-dir)", "checkpoint, and this one keeps none")
             }
             _ => return Ok(()),
@@ -36,8 +43,24 @@ impl Recovery {
         Err(Refusal::new(Reason::Mismatch, subject, "recovery", expected, got))
     }
 
+    /// How long after a checkpoint it wants the next, if it says.
+    pub fn every(self) -> Option<Duration> {
+        if let Self::Checkpoint { every } = self { every } else { None }
+    }
+
+    /// Says what is wrong with that, if anything.
+    pub(crate) fn check_every(self) -> Result<(), String> {
+        match self.every().filter(|every| *every < SHORTEST) {
+            Some(every) => {
+                Err(format!("a checkpoint every {every:?}: it is written whole, so no more often than {SHORTEST:?}"))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Says why a dense table of this kind cannot be recovered so, if it cannot.
     pub(crate) fn check_table(self, mode: Mode, clipped: bool, compression: Compression) -> Result<(), String> {
+        self.check_every()?;
         if self != Self::Workers {
             return Ok(());
         }
@@ -62,8 +85,12 @@ impl Recovery {
             Self::None => 0,
             Self::Replicate => 1,
             Self::Workers => 2,
-            Self::Checkpoint => 3,
+            Self::Checkpoint { every: None } => 3,
+            Self::Checkpoint { every: Some(_) } => 4,
         });
+        if let Some(every) = self.every() {
+            out.number(u64::try_from(every.as_millis()).unwrap_or(u64::MAX));
+        }
     }
 
     pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
@@ -71,7 +98,8 @@ impl Recovery {
             0 => Ok(Self::None),
             1 => Ok(Self::Replicate),
             2 => Ok(Self::Workers),
-            3 => Ok(Self::Checkpoint),
+            3 => Ok(Self::Checkpoint { every: None }),
+            4 => Ok(Self::Checkpoint { every: Some(Duration::from_millis(from.number()?)) }),
             _ => Err(BadBody("no such recovery")),
         }
     }
@@ -83,7 +111,8 @@ impl fmt::Display for Recovery {
             Self::None => "none",
             Self::Replicate => "replicate",
             Self::Workers => "workers",
-            Self::Checkpoint => "checkpoint",
+            Self::Checkpoint { every: None } => "checkpoint",
+            Self::Checkpoint { every: Some(every) } => return write!(f, "checkpoint every {every:?}"),
         })
     }
 }
@@ -92,18 +121,33 @@ impl fmt::Display for Recovery {
 mod tests {
     use super::*;
 
+    const FREE: Recovery = Recovery::Checkpoint { every: None };
+
+    fn asking(ms: u64) -> Recovery {
+        Recovery::Checkpoint { every: Some(Duration::from_millis(ms)) }
+    }
+
+    #[test]
+    fn a_table_says_how_often_it_wants_a_checkpoint_within_reason() {
+        assert_eq!((FREE.every(), Recovery::Workers.every()), (None, None));
+        assert_eq!(asking(1500).to_string(), "checkpoint every 1.5s");
+        assert!(FREE.check_every().is_ok() && asking(1000).check_every().is_ok());
+        let refused = asking(0).check_table(Mode::Async, false, Compression::default()).unwrap_err();
+        assert!(refused.contains("no more often than 1s"), "{refused}");
+    }
+
     #[test]
     fn what_the_servers_must_do_for_a_table_is_asked_for() {
         assert!([Recovery::None, Recovery::Workers].iter().all(|it| it.check(0, false, String::new()).is_ok()));
         assert!(Recovery::Replicate.check(1, false, String::new()).is_ok());
-        assert!(Recovery::Checkpoint.check(0, true, String::new()).is_ok());
+        assert!(FREE.check(0, true, String::new()).is_ok());
         for (recovery, replicas, checkpoints, remedy) in
-            [(Recovery::Replicate, 0, true, "--coordinator"), (Recovery::Checkpoint, 1, false, "--checkpoint-dir")]
+            [(Recovery::Replicate, 0, true, "--coordinator"), (FREE, 1, false, "--checkpoint-dir")]
         {
             let refusal = recovery.check(replicas, checkpoints, "table \"w\"".into()).unwrap_err();
             assert!(refusal.to_string().contains(remedy), "{refusal}");
         }
-        for recovery in [Recovery::None, Recovery::Replicate, Recovery::Checkpoint, Recovery::Workers] {
+        for recovery in [Recovery::None, Recovery::Replicate, FREE, asking(2500), Recovery::Workers] {
             let mut body = Writer::default();
             recovery.encode(&mut body);
             assert_eq!(Recovery::decode(&mut Reader(&body.0)), Ok(recovery));

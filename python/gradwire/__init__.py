@@ -32,7 +32,7 @@ from .errors import (
     ServerRefusedError,
     TransportError,
 )
-from .ps import FTRL, SGD, Adagrad, Adam, Checkpoint, Client, Compression, DenseTable, LocalCluster, PsWork, TopK, connect
+from .ps import FTRL, SGD, Adagrad, Adam, Checkpoint, CheckpointEvery, Client, Compression, DenseTable, LocalCluster, PsWork, TopK, connect
 from .sparse import LFU, LRU, TTL, Normal, SparseTable, Uniform
 
 _os.register_at_fork(after_in_child=_native.after_fork)
@@ -47,6 +47,7 @@ __all__ = [
     "Adam",
     "AuthenticationError",
     "Checkpoint",
+    "CheckpointEvery",
     "Client",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",

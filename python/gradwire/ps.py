@@ -11,6 +11,21 @@ from .sparse import SparseTable, making
 
 
 @dataclass(frozen=True)
+class CheckpointEvery:
+    """As a table's `recovery`: "checkpoint", and the next one is begun at most so many seconds (1 or more) after the last.
+
+    The servers take it by themselves (`gradwire-ps serve --checkpoint-dir`), as often as the most eager table wants, and of all
+    tables: a checkpoint is whole. Where the servers of one map are several processes, `gradwire-ps snapshot --every` asks for
+    it, as often.
+    """
+
+    seconds: float
+
+    def _native(self):
+        return f"checkpoint every {float(self.seconds)!r}"
+
+
+@dataclass(frozen=True)
 class SGD:
     """`torch.optim.SGD` on the server."""
 
@@ -253,7 +268,7 @@ class Client:
             clipped: with `workers`: each clock's gradient is applied only after `clip_grad_norm`, which every worker calls.
             recovery: what becomes of it when a server dies: "none", what no checkpoint holds is gone. "checkpoint", the same, but
                 refused by servers that keep none (`gradwire-ps serve --checkpoint-dir --checkpoint-every`), so that nobody
-                trains for days without; see `snapshot`. "replicate", another server
+                trains for days without; `CheckpointEvery(seconds)`, and the servers take one so often; see `snapshot`. "replicate", another server
                 has all of it and takes its place; needs servers that have backups (`gradwire-ps serve --coordinator`). "workers",
                 they give it again once a server is there again, see `recover`; needs `workers`, and neither `staleness`,
                 `clipped` nor `compression`.
@@ -263,7 +278,8 @@ class Client:
         """
         shape = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
         dtype, how, short = _dtype(dtype), _rule(rule), _compression(compression)
-        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness, clipped, recovery, short)
+        safe = _recovery(recovery)
+        native = self._native.dense(name, list(shape), dtype, how, workers, average, staleness, clipped, safe, short)
         return DenseTable(native, name, shape, dtype)
 
     def sparse(
@@ -302,7 +318,8 @@ class Client:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         dtype = _dtype(dtype)
-        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average, recovery)
+        safe = _recovery(recovery)
+        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average, safe)
         native = self._native.sparse(name, dim, dtype, _rule(optimizer), how)
         return SparseTable(native, PsWork, name, dim, dtype)
 
@@ -382,6 +399,10 @@ class Client:
 
 def _dtype(dtype):
     return numpy.dtype(dtype).name if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
+
+
+def _recovery(recovery):
+    return recovery._native() if isinstance(recovery, CheckpointEvery) else recovery
 
 
 def _rule(rule):

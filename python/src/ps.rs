@@ -19,6 +19,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 /// A connection to all servers.
 #[pyclass(module = "gradwire._native", frozen)]
@@ -108,15 +109,22 @@ pub(crate) fn mode(workers: Option<u32>, staleness: Option<u32>) -> PyResult<Mod
     }
 }
 
+/// How the Python side tells of checkpoints that are wanted so often, before the number of seconds.
+const CHECKPOINT_EVERY: &str = "checkpoint every ";
+
 /// What becomes of a table when a server of it dies.
 pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
     match name {
         "none" => Ok(Recovery::None),
         "replicate" => Ok(Recovery::Replicate),
-        "checkpoint" => Ok(Recovery::Checkpoint),
+        "checkpoint" => Ok(Recovery::Checkpoint { every: None }),
         "workers" => Ok(Recovery::Workers),
         _ => {
-            let known = "\"none\", \"checkpoint\", \"replicate\" or \"workers\"";
+            let seconds = name.strip_prefix(CHECKPOINT_EVERY).and_then(|seconds| seconds.parse().ok());
+            if let Some(every) = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+                return Ok(Recovery::Checkpoint { every: Some(every) });
+            }
+            let known = "\"none\", \"checkpoint\", CheckpointEvery(seconds), \"replicate\" or \"workers\"";
             Err(PyValueError::new_err(format!("recovery is {known}, not {name:?}")))
         }
     }

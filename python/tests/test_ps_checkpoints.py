@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import numpy
@@ -138,3 +139,29 @@ def test_an_export_is_opened_by_safetensors_changed_and_taken_in_again(tmp_path)
             assert (dense_again.clock, rows_again.clock) == (3, 3)
             assert numpy.array_equal(dense_again.pull(), 2 * dense)
             assert numpy.array_equal(rows_again.pull(IDS), rows)
+
+
+def test_a_table_says_how_often_its_servers_take_a_checkpoint(tmp_path):
+    with Servers(2, "--checkpoint-dir", tmp_path) as servers, gradwire.connect(servers.addresses, rank=0) as client:
+        careless = client.dense("careless", 10, recovery="checkpoint")
+        careless.push(numpy.ones(10, numpy.float32))
+        with pytest.raises(ValueError, match="no more often than 1s"):
+            client.sparse("rows", 2, recovery=gradwire.CheckpointEvery(0.5))
+        with pytest.raises(ValueError, match="CheckpointEvery"):
+            client.dense("w", 10, recovery=gradwire.CheckpointEvery(-1))
+        time.sleep(2.5)
+        assert not list(tmp_path.iterdir()), "nobody asked for one"
+        eager = client.sparse("rows", 2, recovery=gradwire.CheckpointEvery(1))
+        eager.push(numpy.arange(3), numpy.full((3, 2), 5, numpy.float32))
+        # The first may have been begun before the push.
+        written, until = set(), time.monotonic() + 60
+        while len(written) < 2:
+            assert time.monotonic() < until, "two checkpoints, a second apart"
+            time.sleep(0.05)
+            written |= {one.name for one in tmp_path.iterdir() if len(list(one.glob("*.manifest"))) == 2}
+    with Servers(1, "--checkpoint-dir", tmp_path, "--restore", "latest") as servers:
+        with gradwire.connect(servers.addresses, rank=0) as client:
+            rows = client.sparse("rows", 2, recovery=gradwire.CheckpointEvery(1))
+            assert (rows.pull(numpy.arange(3)) == 5).all()
+            with pytest.raises(ValueError, match="checkpoint every 1s"):
+                client.sparse("rows", 2, recovery="checkpoint")

@@ -111,7 +111,7 @@ pub(super) fn open(
         shards,
         shard: 0,
     };
-    let invalid = |refusal: crate::Refusal| PsError::invalid(refusal.subject.clone(), refusal.to_string());
+    let invalid = PsError::of_own_refusal;
     spec.check().map_err(invalid)?;
     if let Some(known) = tables.get(name) {
         return match known.spec.disagreement(&spec) {

@@ -100,7 +100,7 @@ pub(super) fn open(
         shard: 0,
         part_elements: 1,
     };
-    let invalid = |refusal: crate::Refusal| PsError::invalid(refusal.subject.clone(), refusal.to_string());
+    let invalid = PsError::of_own_refusal;
     spec.check().map_err(invalid)?;
     let elements = spec.elements().expect("the spec was checked");
     spec.part_elements = part_elements(elements, shards, dtype, core.most_bytes);

@@ -72,6 +72,7 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "FOLDER|s3://BUCKET/PREFIX")]
     checkpoint_dir: Option<String>,
     /// Write a checkpoint so often, such as 30s, 10m or 1h; only where all shards are served here. Others: `snapshot --every`
+    /// [default: only as often as a table asks for]
     #[arg(long, value_parser = parse_duration, value_name = "TIME", requires = "checkpoint_dir")]
     checkpoint_every: Option<Duration>,
     /// Whole checkpoints to keep
@@ -179,8 +180,10 @@ impl Serve {
         let admin = admin.transpose()?;
         self.announce(servers.addresses(), admin).map_err(|error| format!("writing the addresses: {error}"))?;
         tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, tls, "serving");
-        let periodic = self.checkpoint_every.map(|every| Periodic::start(servers.addresses(), caller, every));
-        let periodic = periodic.transpose()?;
+        // Where a coordinator leads, a client of all servers asks for them.
+        let keeps = self.checkpoint_dir.is_some() && self.coordinator.is_empty();
+        let periodic =
+            keeps.then(|| Periodic::start(servers.addresses(), caller, self.checkpoint_every)).transpose()?;
         let signal = signals.forever().next();
         ready.store(false, Ordering::Release);
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");

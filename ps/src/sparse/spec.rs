@@ -96,6 +96,9 @@ impl SparseSpec {
         if self.shards == 0 || self.shard >= self.shards {
             return wrong("shard", "one of its shards".to_owned(), format!("{} of {}", self.shard, self.shards));
         }
+        if let Err(got) = self.recovery.check_every() {
+            return wrong("recovery", "one that a sparse table can have".to_owned(), got);
+        }
         if self.recovery == Recovery::Workers {
             let got = "workers, none of whom has all rows".to_owned();
             return wrong("recovery", "one that a sparse table can have".to_owned(), got);
