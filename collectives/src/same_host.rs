@@ -3,13 +3,15 @@
 //! Every reduction adds in rank order, whatever the length and the round, and only its owner computes it: the same bits on
 //! every rank, for every cut of the data.
 
+mod moving;
+
 use crate::call::Call;
 use crate::chunk::chunk;
-use crate::pieces::{part, part_mut, within};
+use crate::pieces::{part, within};
 use crate::reduce::{UnsupportedReduction, copy_streaming, finish, fold};
 use crate::{Collective, DType, Reduction};
 use gradwire_transport::GroupSegment;
-use gradwire_transport::shm::{Deadline, Letters, WaitError};
+use gradwire_transport::shm::{Deadline, WaitError};
 use gradwire_transport::{Rank, WorldSize};
 use std::ops::Range;
 
@@ -19,9 +21,6 @@ const SHORT_BYTES: usize = 8 << 10;
 const LENGTH_BYTES: usize = 8;
 /// From here on results go past the cache: they do not fit it, and an ordinary store would first read what it overwrites.
 const STREAM_BYTES: usize = 512 << 10;
-
-/// The same for what only moves, where this rank's own part is as long as the others' and may well be in its cache.
-const STREAM_MOVED_BYTES: usize = 4 << 20;
 
 /// Why a collective stopped.
 #[derive(Debug)]
@@ -102,7 +101,12 @@ impl SameHost {
 
     /// A step of all; the first of a collective also tells whether all called the same.
     fn step<E>(&mut self, turn: &mut Turn<'_, E>) -> Done<E> {
-        self.segment.step(&mut turn.deadline, turn.idle)?;
+        self.step_and(turn, || {})
+    }
+
+    /// The same; while this rank's word is on its way to the others, `own` does what needs none of them.
+    fn step_and<E>(&mut self, turn: &mut Turn<'_, E>, own: impl FnOnce()) -> Done<E> {
+        self.segment.step(&mut turn.deadline, turn.idle, own)?;
         if std::mem::replace(&mut turn.greeted, true) {
             return Ok(());
         }
@@ -278,89 +282,6 @@ impl SameHost {
         Ok(())
     }
 
-    fn broadcast<E>(&mut self, root: Rank, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
-        if buffer.len() <= SHORT_BYTES {
-            if self.rank == root {
-                self.segment.letter(buffer.len()).copy_from_slice(buffer);
-                return self.step(turn);
-            }
-            self.step(turn)?;
-            buffer.copy_from_slice(self.segment.letters().of(root, 0..buffer.len()));
-            return Ok(());
-        }
-        let stream = buffer.len() >= STREAM_BYTES;
-        for range in self.rounds(buffer.len(), turn.dtype, 1) {
-            let round = &mut buffer[range];
-            if self.rank == root {
-                self.segment.mine(0..round.len()).copy_from_slice(round);
-            }
-            self.step(turn)?;
-            if self.rank != root {
-                copy(round, self.segment.others().of(root, 0..round.len()), stream);
-            }
-            self.segment.next_round();
-        }
-        Ok(())
-    }
-
-    /// All-gather, or gather to `root`.
-    fn gather<E>(
-        &mut self,
-        root: Option<Rank>,
-        input: Option<&[u8]>,
-        output: &mut [&mut [u8]],
-        turn: &mut Turn<'_, E>,
-    ) -> Done<E> {
-        let takes = root.is_none_or(|root| root == self.rank);
-        if let Some(input) = input.filter(|_| takes) {
-            copy(part_mut(output, self.rank, self.world_size), input, input.len() >= STREAM_MOVED_BYTES);
-        }
-        let (me, size) = (self.rank, self.world_size);
-        let len = input.map_or_else(|| part_mut(output, me, size).len(), <[u8]>::len);
-        let own = match root {
-            None => size.ranks().map(|rank| part_mut(output, rank, size).len()).max().unwrap_or(0),
-            Some(_) => len,
-        };
-        let (before, most) = match root {
-            None => (0, SHORT_BYTES),
-            Some(_) => (LENGTH_BYTES, SHORT_BYTES),
-        };
-        if own <= most && root != Some(me) {
-            let letter = &mut self.segment.letter(before + len)[before..];
-            letter.copy_from_slice(input.unwrap_or_else(|| part_mut(output, me, size)));
-        }
-        let longest = match root {
-            None if own <= most => self.step(turn).map(|()| own)?,
-            None => own,
-            Some(_) => self.longest(own, turn)?,
-        };
-        if longest <= most {
-            let letters = self.segment.letters();
-            for rank in self.others().filter(|_| takes) {
-                copy_letter(&letters, rank, before, part_mut(output, rank, size));
-            }
-            return Ok(());
-        }
-        let stream = longest >= STREAM_BYTES;
-        for range in self.rounds(longest, turn.dtype, 1) {
-            let mine = within(&range, len);
-            let given = input.unwrap_or_else(|| part_mut(output, self.rank, self.world_size));
-            self.segment.mine(0..mine.len()).copy_from_slice(&given[mine]);
-            self.step(turn)?;
-            if takes {
-                let others = self.segment.others();
-                for rank in self.others() {
-                    let part = part_mut(output, rank, self.world_size);
-                    let theirs = within(&range, part.len());
-                    let bytes = theirs.len();
-                    copy(&mut part[theirs], others.of(rank, 0..bytes), stream);
-                }
-            }
-            self.segment.next_round();
-        }
-        Ok(())
-    }
-
     fn reduce_scatter<E>(
         &mut self,
         op: Reduction,
@@ -380,8 +301,7 @@ impl SameHost {
         let width = self.letter_width();
         if longest <= width {
             self.put_letter(0, input, width);
-            output.copy_from_slice(own);
-            self.step(turn)?;
+            self.step_and(turn, || output.copy_from_slice(own))?;
             let (letters, len) = (self.segment.letters(), output.len());
             let slot = |from| Self::place(from, self.rank, width);
             return Ok(self.fold_all(op, dtype, |from| letters.of(from, slot(from)..slot(from) + len), output)?);
@@ -389,9 +309,8 @@ impl SameHost {
         for range in self.rounds(longest, dtype, n - 1) {
             self.put_parts(input, &range);
             let mine = within(&range, output.len());
-            // Before the step: others take their time too, and the fold finds it in the cache.
-            output[mine.clone()].copy_from_slice(&own[mine.clone()]);
-            self.step(turn)?;
+            // The fold finds it in the cache.
+            self.step_and(turn, || output[mine.clone()].copy_from_slice(&own[mine.clone()]))?;
             let slot = |from| {
                 let at = Self::place(from, self.rank, range.len());
                 at..at + mine.len()
@@ -425,96 +344,6 @@ impl SameHost {
             self.segment.mine(at..at + theirs.len()).copy_from_slice(&part[theirs]);
         }
     }
-
-    fn all_to_all<E>(&mut self, input: &[&[u8]], output: &mut [&mut [u8]], turn: &mut Turn<'_, E>) -> Done<E> {
-        let (n, size, me) = (self.world_size.get() as usize, self.world_size, self.rank);
-        let whole = part(input, me, size).len() * n;
-        copy(part_mut(output, me, size), part(input, me, size), whole >= STREAM_MOVED_BYTES);
-        let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
-        let width = self.letter_width();
-        if longest <= width {
-            self.put_letter(LENGTH_BYTES, input, width);
-        }
-        let longest = self.longest(longest, turn)?;
-        if longest <= width {
-            let letters = self.segment.letters();
-            for rank in self.others() {
-                copy_letter(&letters, rank, LENGTH_BYTES + Self::place(rank, me, width), part_mut(output, rank, size));
-            }
-            return Ok(());
-        }
-        for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
-            self.put_parts(input, &range);
-            self.step(turn)?;
-            let others = self.segment.others();
-            for rank in self.others() {
-                let part = part_mut(output, rank, size);
-                let mine = within(&range, part.len());
-                let at = Self::place(rank, me, range.len());
-                let slot = at..at + mine.len();
-                copy(&mut part[mine], others.of(rank, slot), whole >= STREAM_MOVED_BYTES);
-            }
-            self.segment.next_round();
-        }
-        Ok(())
-    }
-
-    fn scatter<E>(&mut self, root: Rank, input: &[&[u8]], output: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
-        let (n, size) = (self.world_size.get() as usize, self.world_size);
-        let longest = match self.rank == root {
-            true => size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0),
-            false => output.len(),
-        };
-        let width = self.letter_width();
-        if self.rank == root && longest <= width {
-            self.put_letter(LENGTH_BYTES, input, width);
-        }
-        let longest = self.longest(longest, turn)?;
-        if longest <= width {
-            match self.rank == root {
-                true => output.copy_from_slice(part(input, root, size)),
-                false => {
-                    let at = LENGTH_BYTES + Self::place(root, self.rank, width);
-                    copy_letter(&self.segment.letters(), root, at, output);
-                }
-            }
-            return Ok(());
-        }
-        let stream = output.len() >= STREAM_MOVED_BYTES;
-        for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
-            if self.rank == root {
-                self.put_parts(input, &range);
-            }
-            self.step(turn)?;
-            let mine = within(&range, output.len());
-            if self.rank == root {
-                copy(&mut output[mine.clone()], &part(input, root, size)[mine], stream);
-            } else {
-                let at = Self::place(root, self.rank, range.len());
-                let slot = at..at + mine.len();
-                copy(&mut output[mine], self.segment.others().of(root, slot), stream);
-            }
-            self.segment.next_round();
-        }
-        Ok(())
-    }
-
-    /// The longest that any rank says: where a rank knows only its own parts, all must still take as many rounds. One step; what
-    /// goes with it stands behind the length.
-    fn longest<E>(&mut self, own: usize, turn: &mut Turn<'_, E>) -> Result<usize, Stopped<E>> {
-        self.segment.letter(LENGTH_BYTES).copy_from_slice(&(own as u64).to_le_bytes());
-        self.step(turn)?;
-        let letters = self.segment.letters();
-        let said = |rank| {
-            let bytes = letters.of(rank, 0..LENGTH_BYTES).first_chunk().copied().unwrap_or_default();
-            usize::try_from(u64::from_le_bytes(bytes)).unwrap_or(usize::MAX)
-        };
-        Ok(self.others().map(said).fold(own, usize::max))
-    }
-}
-
-fn copy_letter(letters: &Letters<'_>, from: Rank, at: usize, into: &mut [u8]) {
-    into.copy_from_slice(letters.of(from, at..at + into.len()));
 }
 
 fn copy(into: &mut [u8], from: &[u8], stream: bool) {

@@ -185,7 +185,8 @@ impl GroupSegment {
         self.round += 1;
     }
 
-    /// Takes a step and waits until all have. `idle` is called while it takes long, with the ranks that are missing.
+    /// Takes a step, does `own`, what needs no other rank, and waits until all have taken it. `idle` is called while that takes
+    /// long, with the ranks that are missing.
     ///
     /// # Errors
     /// `Idle`, what `idle` gave; `Timeout` naming who is missing; `Poisoned` once a rank has called [`Self::poison`].
@@ -193,12 +194,14 @@ impl GroupSegment {
         &mut self,
         deadline: &mut Deadline,
         idle: &mut dyn FnMut(&[Rank]) -> Result<(), E>,
+        own: impl FnOnce(),
     ) -> Result<(), WaitError<E>> {
         self.step += 1;
         let at = self.letter_at(self.rank, self.step);
         self.segment.word64(at + 8).store(self.fingerprint, Ordering::Relaxed);
         self.segment.word64(at).store(self.step, Ordering::Release);
         self.wake_sleepers();
+        own();
         if self.all_here() {
             return Ok(());
         }
@@ -376,7 +379,7 @@ mod tests {
                 for round in 0..500u64 {
                     let me = u64::from(segment.rank.0);
                     segment.mine(8..16).copy_from_slice(&(round * 100 + me).to_le_bytes());
-                    segment.step(&mut within(Duration::from_secs(20)), &mut nothing).unwrap();
+                    segment.step(&mut within(Duration::from_secs(20)), &mut nothing, || ()).unwrap();
                     for rank in segment.world_size.ranks().filter(|rank| *rank != segment.rank) {
                         let read = u64::from_le_bytes(segment.others().of(rank, 8..16).try_into().unwrap());
                         assert_eq!(read, round * 100 + u64::from(rank.0));
@@ -399,7 +402,7 @@ mod tests {
                     segment.arrive(turn + u64::from(segment.rank.0));
                     let own = bytes(segment.rank);
                     segment.letter(len).copy_from_slice(&own[..len]);
-                    segment.step(&mut Deadline::In(Duration::from_secs(20)), &mut nothing).unwrap();
+                    segment.step(&mut Deadline::In(Duration::from_secs(20)), &mut nothing, || ()).unwrap();
                     for rank in segment.world_size.ranks() {
                         assert_eq!(segment.letters().of(rank, 0..len), &bytes(rank)[..len]);
                         assert_eq!(segment.arrived(rank), turn + u64::from(rank.0));
@@ -414,7 +417,7 @@ mod tests {
         let gate = std::sync::Barrier::new(3);
         together(3, |segment| {
             if segment.rank != Rank(1) {
-                match segment.step(&mut within(Duration::from_millis(50)), &mut nothing) {
+                match segment.step(&mut within(Duration::from_millis(50)), &mut nothing, || ()) {
                     Err(WaitError::Timeout(missing)) => assert_eq!(missing, [Rank(1)]),
                     other => panic!("{other:?}"),
                 }
@@ -423,10 +426,10 @@ mod tests {
             if segment.rank == Rank(0) {
                 segment.poison();
             } else {
-                let waited = segment.step(&mut within(Duration::from_secs(20)), &mut nothing);
+                let waited = segment.step(&mut within(Duration::from_secs(20)), &mut nothing, || ());
                 // Rank 1 takes its first step here, which all have taken: only its second can show the poison.
                 let waited = if waited.is_ok() {
-                    segment.step(&mut within(Duration::from_secs(20)), &mut nothing)
+                    segment.step(&mut within(Duration::from_secs(20)), &mut nothing, || ())
                 } else {
                     waited
                 };
@@ -439,8 +442,11 @@ mod tests {
     fn the_caller_can_end_a_wait() {
         together(2, |segment| {
             if segment.rank == Rank(0) {
-                let ended =
-                    segment.step(&mut within(Duration::from_secs(20)), &mut |missing: &[Rank]| Err(missing.to_vec()));
+                let ended = segment.step(
+                    &mut within(Duration::from_secs(20)),
+                    &mut |missing: &[Rank]| Err(missing.to_vec()),
+                    || (),
+                );
                 assert!(matches!(ended, Err(WaitError::Idle(missing)) if missing == [Rank(1)]));
             }
         });
