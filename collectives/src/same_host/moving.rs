@@ -76,20 +76,19 @@ impl SameHost {
             }
             return Ok(());
         }
-        self.gather_rounds((root, longest), input, output, turn)
+        self.gather_rounds((root, longest, len), input, output, turn)
     }
 
-    /// What is too long for letters, in so many rounds as the longest part takes.
+    /// What is too long for letters, in so many rounds as the longest part takes; this rank's has `len` bytes.
     fn gather_rounds<E>(
         &mut self,
-        (root, longest): (Option<Rank>, usize),
+        (root, longest, len): (Option<Rank>, usize, usize),
         input: Option<&[u8]>,
         output: &mut [&mut [u8]],
         turn: &mut Turn<'_, E>,
     ) -> Done<E> {
         let (me, size) = (self.rank, self.world_size);
         let (gives, takes) = (root != Some(me), root.is_none_or(|root| root == me));
-        let len = input.map_or_else(|| part_mut(output, me, size).len(), <[u8]>::len);
         let kept = input.filter(|_| takes);
         let (stream, stream_own) = (longest >= STREAM_BYTES, len >= STREAM_MOVED_BYTES);
         for range in self.rounds(longest, turn.dtype, 1) {

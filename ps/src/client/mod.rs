@@ -290,10 +290,10 @@ impl Client {
 
     /// Gives servers that were lost, and are there again, `tables` that were opened with [`crate::Recovery::Workers`]: each with
     /// the value that this worker's last pull which ended well has brought. All workers call it with the same tables, once a
-    /// call has failed with `ServerLost`, or with `Recovering` since another has begun to; calls on them that are under way are given up. The clock of each table to go on from:
-    /// the latest that any worker has. A worker that had an earlier one pulls; then it pushes again, the same, what it had
-    /// pushed beyond that clock: servers that have counted it count it once. Blocks until all workers and servers are there,
-    /// for the client's timeout at most.
+    /// call has failed with `ServerLost`, or with `Recovering` since another has begun to; calls on them that are under way are
+    /// given up. The clock of each table to go on from: the latest that any worker has. A worker that had an earlier one pulls;
+    /// then it pushes again, the same, what it had pushed beyond that clock: servers that have counted it count it once. Blocks
+    /// until all workers and servers are there, for the client's timeout at most.
     ///
     /// What no worker has begins anew: the optimizer's state of what was lost, and bits beyond the table's type.
     ///

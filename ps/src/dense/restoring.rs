@@ -31,10 +31,13 @@ impl Table {
         Err(Refusal::new(Reason::UnknownTable, self.spec.subject(), "table", expected, got))
     }
 
-    /// Takes out what all clients but `by`, who recovers the table, wait for: they would wait for its push, and it for them.
+    /// Takes out what all workers but `by`, who recovers the table, wait for: they would wait for its push, and it for them.
+    /// Whoever only reads waits on; who is no worker takes out nothing.
     pub(crate) fn recall(&mut self, by: u64, mut refuse: impl FnMut(Wait, Refusal)) {
-        let waits = self.parts.iter_mut().flat_map(|part| part.waits.extract_if(.., |wait| wait.header.client != by));
-        for wait in waits {
+        let workers = u64::from(self.spec.mode.workers().unwrap_or(0));
+        let is_other = |client: u64| by < workers && client < workers && client != by;
+        let parts = self.parts.iter_mut();
+        for wait in parts.flat_map(|part| part.waits.extract_if(.., |wait| is_other(wait.header.client))) {
             let (expected, got) = ("all its workers to recover it", format!("worker {by}, who has begun to"));
             refuse(wait, Refusal::new(Reason::Recovering, self.spec.subject(), "recovery", expected, got));
         }
