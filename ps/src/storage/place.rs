@@ -40,7 +40,9 @@ fn folder(path: &str) -> Result<Place, BadCheckpoint> {
     let store = LocalFileSystem::new_with_prefix(path).map_err(|error| BadCheckpoint::new(path, error))?;
     // An object, and the folders above it, are on the disk before its writing ends; so a manifest, which comes last, names
     // none that a power cut could take back.
-    Ok(Place { store: Box::new(store.with_fsync(true)), part: FOLDER_PART, remote: false })
+    // Of a checkpoint that is removed no empty folder is left, which each later look would go through.
+    let store = store.with_fsync(true).with_automatic_cleanup(true);
+    Ok(Place { store: Box::new(store), part: FOLDER_PART, remote: false })
 }
 
 fn bucket(address: &str) -> Result<Place, BadCheckpoint> {
