@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -90,6 +92,83 @@ def train(make, where, kills):
 @pytest.mark.parametrize(("make", "where"), [(SGD, "server"), (ADAM, "worker")], ids=["sgd there", "adam here"])
 def test_training_ends_with_the_bits_of_an_undisturbed_one(make, where):
     assert torch.equal(train(make, where, kills=True), train(make, where, kills=False))
+
+
+class Gate:
+    """Passes bytes on to a server, until it is cut: whoever calls while it is shut is let go."""
+
+    def __init__(self, server):
+        host, port = server.rsplit(":", 1)
+        self.server, self.shut, self.open = (host, int(port)), False, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                if self.shut:
+                    near.close()
+                    continue
+                far = socket.create_connection(self.server)
+                self.open += [near, far]
+                for pair in [(near, far), (far, near)]:
+                    threading.Thread(target=self.pass_on, args=pair, daemon=True).start()
+
+    def pass_on(self, source, target):
+        with contextlib.suppress(OSError):
+            while some := source.recv(1 << 16):
+                target.sendall(some)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.shut = True
+        for one in self.open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self.open.clear()
+
+
+def test_a_worker_that_alone_is_cut_off_from_a_server_calls_the_other():
+    models, lost = [network() for _ in range(2)], []
+
+    class Cutting:
+        def __init__(self, rank, gate, scheduler):
+            self.rank, self.gate, self.scheduler, self.done = rank, gate, scheduler, 0
+
+        def step(self):
+            self.scheduler.step()
+            self.done += 1
+            if self.rank == 0 and self.done in (5, 12):
+                self.gate.cut()
+
+    def work(client, rank, gate):
+        inner = SGD(models[rank].parameters())
+        optimizer = DistributedOptimizer(inner, client, workers=2, recovery="workers")
+        recover = client.recover
+
+        def counted(values):
+            lost.append(rank)
+            gate.shut = gate.shut and rank != 0
+            return recover(values)
+
+        client.recover = counted
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
+        return steps(models[rank], optimizer, rank, 2, Cutting(rank, gate, scheduler))
+
+    with Servers() as servers:
+        gate = Gate(servers.addresses[1])
+
+        class Cluster:
+            def connect(self, rank, **settings):
+                second = gate.address if rank == 0 else servers.addresses[1]
+                return gradwire.connect([servers.addresses[0], second], rank=rank, reconnect_s=0.3, **settings)
+
+        first, second = on_workers(Cluster(), 2, lambda client, rank: work(client, rank, gate))
+        gate.listener.close()
+    assert {0, 1} == set(lost), "both recovered, though one of them lost nothing"
+    assert torch.equal(first, second) and torch.equal(first, train(SGD, "server", kills=False))
 
 
 def test_what_a_lost_server_had_of_adam_begins_anew_and_training_goes_on():
