@@ -99,6 +99,28 @@ fn ones_add_up_over_queue_pairs() {
 }
 
 #[test]
+fn what_is_pulled_is_written_straight_into_the_worker_s_buffer() {
+    let fabric = Fabric::default();
+    let server = serve(&fabric);
+    let dialer = dialer(Some(&fabric), WireChoice::Verbs);
+    let client = Client::over(dialer, std::slice::from_ref(&server.address), settings(Some(0))).unwrap();
+    let mode = Mode::Sync { workers: 1 };
+    let options = TableOptions { rule: UpdateRule::Sum, mode, ..TableOptions::default() };
+    let table = client.dense("t", &[300_000], DType::F32, options).unwrap();
+    let (ones, out) = (Region::from_vec(1f32.to_le_bytes().repeat(300_000)), Region::zeroed(1_200_000));
+    fabric.watch(&out.read(0..out.len()).unwrap());
+    for turn in 1..4 {
+        let (gradient, into) = (ones.read(0..ones.len()).unwrap(), out.write(0..out.len()).unwrap());
+        table.push_pull(gradient, into).unwrap().wait(LONG).unwrap();
+        assert_eq!(fabric.written(), turn * 2 * 1_200_000 - 1_200_000, "push_pull {turn}");
+        table.pull(out.write(0..out.len()).unwrap()).unwrap().wait(LONG).unwrap();
+        assert_eq!(fabric.written(), turn * 2 * 1_200_000, "pull {turn}");
+        let sums = out.read(0..out.len()).unwrap();
+        assert!(sums.chunks(4).all(|value| value == (turn as f32).to_le_bytes()));
+    }
+}
+
+#[test]
 fn ones_add_up_while_queue_pairs_break() {
     for seed in 1..4 {
         println!("seed {seed}");

@@ -55,19 +55,16 @@ class Servers:
             self.kill(shard)
 
 
-class Killing:
-    """A scheduler, so that `steps` calls it after each step: the first worker's kills a server now and then."""
+class AndThen:
+    """A scheduler, so that `steps` calls it after each step: then `more` is done, told of how many steps there were."""
 
-    def __init__(self, servers, rank, scheduler):
-        self.servers, self.rank, self.scheduler, self.done = servers, rank, scheduler, 0
+    def __init__(self, scheduler, more):
+        self.scheduler, self.more, self.done = scheduler, more, 0
 
     def step(self):
         self.scheduler.step()
         self.done += 1
-        if self.servers is not None and self.rank == 0 and self.done % 4 == 0:
-            # Both at once in the end: nothing of the model is left but what the workers have.
-            for shard in [0, 1] if self.done == 16 else [self.done // 4 % 2]:
-                self.servers.restart(shard)
+        self.more(self.done)
 
 
 SGD = lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.01)
@@ -80,8 +77,15 @@ def train(make, where, kills):
     def work(client, rank):
         inner = make(models[rank].parameters())
         optimizer = DistributedOptimizer(inner, client, workers=2, where=where, recovery="workers")
+
+        def kill(done):
+            if kills and rank == 0 and done % 4 == 0:
+                # Both at once in the end: nothing of the model is left but what the workers have.
+                for shard in [0, 1] if done == 16 else [done // 4 % 2]:
+                    servers.restart(shard)
+
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
-        return steps(models[rank], optimizer, rank, 2, Killing(servers if kills else None, rank, scheduler))
+        return steps(models[rank], optimizer, rank, 2, AndThen(scheduler, kill))
 
     with Servers() as servers:
         first, second = on_workers(servers, 2, work)
@@ -133,16 +137,6 @@ class Gate:
 def test_a_worker_that_alone_is_cut_off_from_a_server_calls_the_other():
     models, lost = [network() for _ in range(2)], []
 
-    class Cutting:
-        def __init__(self, rank, gate, scheduler):
-            self.rank, self.gate, self.scheduler, self.done = rank, gate, scheduler, 0
-
-        def step(self):
-            self.scheduler.step()
-            self.done += 1
-            if self.rank == 0 and self.done in (5, 12):
-                self.gate.cut()
-
     def work(client, rank, gate):
         inner = SGD(models[rank].parameters())
         optimizer = DistributedOptimizer(inner, client, workers=2, recovery="workers")
@@ -154,8 +148,13 @@ def test_a_worker_that_alone_is_cut_off_from_a_server_calls_the_other():
             return recover(values)
 
         client.recover = counted
+
+        def cut(done):
+            if rank == 0 and done in (5, 12):
+                gate.cut()
+
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5)
-        return steps(models[rank], optimizer, rank, 2, Cutting(rank, gate, scheduler))
+        return steps(models[rank], optimizer, rank, 2, AndThen(scheduler, cut))
 
     with Servers() as servers:
         gate = Gate(servers.addresses[1])

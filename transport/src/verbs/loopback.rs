@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Depth of both queues of a queue pair.
@@ -40,6 +41,8 @@ struct State {
     takes_dma_bufs: bool,
     /// No queue pair can be connected any more.
     is_down: bool,
+    /// Memory that is watched, and the bytes that peers have written into it.
+    watched: (Range<usize>, u64),
 }
 
 #[derive(Default)]
@@ -110,6 +113,17 @@ impl Fabric {
     /// Registrations of memory that there are.
     pub fn registrations(&self) -> usize {
         self.state().memory.len()
+    }
+
+    /// From now on counts what peers write straight into these bytes.
+    pub fn watch(&self, memory: &[u8]) {
+        let start = memory.as_ptr().addr();
+        self.state().watched = (start..start + memory.len(), 0);
+    }
+
+    /// Bytes that peers have written into what is watched.
+    pub fn written(&self) -> u64 {
+        self.state().watched.1
     }
 
     /// Queue pairs that are open.
@@ -196,7 +210,11 @@ impl State {
                 self.tell(other, number, What::Received(span.bytes, None));
             }
             Work::Write(remote, word) => {
-                copy(from, self.remote(remote, span.bytes)?, span.bytes);
+                let into = self.remote(remote, span.bytes)?;
+                copy(from, into, span.bytes);
+                if self.watched.0.contains(&into) {
+                    self.watched.1 += u64::from(span.bytes);
+                }
                 if word.is_some() {
                     let (number, _) = self.next_recv(other)?;
                     self.tell(other, number, What::Received(span.bytes, word));
