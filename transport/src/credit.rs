@@ -38,7 +38,7 @@ const LATE_ROUND_TRIPS: u32 = 8;
 /// How a receiver grants credit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreditSettings {
-    /// Bytes that may be on their way, beside a grant, whatever the path holds: what may queue in the network. Default 48 KiB,
+    /// Bytes that may be on their way, beside a grant, whatever the path holds: what may queue in the network. Default 56 KiB,
     /// less than a small switch's buffer.
     pub allowance_bytes: u64,
     /// Bytes on their way at most. Default 16 MiB: 400 Gb/s times 300 µs.
@@ -52,7 +52,7 @@ pub struct CreditSettings {
 
 impl Default for CreditSettings {
     fn default() -> Self {
-        Self { allowance_bytes: 48 << 10, most_bytes: 16 << 20, loopback: false, marked: false }
+        Self { allowance_bytes: 56 << 10, most_bytes: 16 << 20, loopback: false, marked: false }
     }
 }
 

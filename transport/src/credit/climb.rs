@@ -18,14 +18,14 @@ const START_GROWTH: f64 = 1.5;
 const START_GAIN: f64 = 1.1;
 const START_STALLS: u32 = 2;
 /// A budget is as good as the best where it gives this share of its rate.
-const AS_GOOD: f64 = 0.96;
+const AS_GOOD: f64 = 0.985;
 /// Steps of a trial, and the pairs of epochs that decide on one.
 const STEP: f64 = 1.25;
 const PAIRS: u32 = 6;
 /// A larger budget is taken where it gives this much, and more in all pairs but one; a smaller one where it costs no more than
 /// this. So noise makes the budget smaller rather than larger.
-const WORTH: f64 = 1.03;
-const CHEAP: f64 = 0.99;
+const WORTH: f64 = 1.015;
+const CHEAP: f64 = 0.995;
 
 enum Phase {
     /// Growing: rates by budget, and how often in a row growth did not pay.

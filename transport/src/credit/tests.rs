@@ -259,7 +259,8 @@ fn whole_messages_are_granted_two_at_a_time_in_turns() {
 
 #[test]
 fn what_slow_senders_hold_is_lent_to_others_up_to_half_the_budget() {
-    let mut credit = Credit::new(CreditSettings::default());
+    // A budget of whole grants, and half of it too.
+    let mut credit = Credit::new(CreditSettings { allowance_bytes: 3 * LEAST_GRANT, ..CreditSettings::default() });
     let (start, mut grants) = (Instant::now(), Vec::new());
     for peer in 0..20 {
         credit.want(PeerId(peer), Want { id: 0, bytes: 1 << 20, urgent: false });
