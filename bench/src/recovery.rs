@@ -24,13 +24,16 @@ pub(crate) struct Options {
     /// Bytes of the table, float32
     #[arg(long, value_delimiter = ',', default_value = "4k,64k,1m,16m", value_parser = sizes::parse)]
     bytes: Vec<usize>,
-    /// Shards, each with a copy in another process
+    /// Shards, each with copies in other processes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
     shards: u32,
+    /// Copies of each shard, and of servers one more: with --kills, all but one of them are killed at once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=7))]
+    copies: u32,
     /// Calls of each kind and size; fewer of large ones, never under 10
     #[arg(long, default_value_t = 300)]
     rounds: usize,
-    /// Instead: kill a server so often while workers push ones, each time in new processes, and count what is there
+    /// Instead: kill servers so often while workers push ones, each time in new processes, and count what is there
     #[arg(long, value_name = "N", default_value_t = 0)]
     kills: u32,
     /// Workers that push meanwhile
@@ -52,6 +55,7 @@ struct Row {
     host: String,
     wire: &'static str,
     shards: u32,
+    copies: u32,
     operation: &'static str,
     dtype: &'static str,
     bytes: usize,
@@ -75,11 +79,13 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.rounds == 0 || !options.bytes.iter().all(sound) {
         return Err("give at least one round, and --bytes in multiples of 4 up to 1g".into());
     }
-    let house = House::start(options.shards, 2)?;
+    let copies = options.copies;
+    let house = House::start(options.shards, copies)?;
     let client = house.client(None)?;
     if !options.json {
         println!(
-            "a dense float32 table with a copy, in turns with one without; all processes on this host, TCP over loopback; {}",
+            "a dense float32 table with {} elsewhere, in turns with one without; all processes on this host, TCP over loopback; {}",
+            copies_of(copies),
             machine::described()
         );
         println!(
@@ -89,7 +95,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     }
     for &bytes in &options.bytes {
         let open = |recovery| Ones::open(&client, &format!("{recovery}-{bytes}"), bytes, recovery);
-        let mut tables = [open(Recovery::None)?, open(Recovery::Replicate)?];
+        let mut tables = [open(Recovery::None)?, open(Recovery::Replicate { copies })?];
         for name in ["push", "pull"] {
             let row = measure(options, name, bytes, &mut tables)?;
             if options.json {
@@ -105,6 +111,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         tables.iter_mut().try_for_each(Ones::check)?;
     }
     Ok(())
+}
+
+fn copies_of(copies: u32) -> String {
+    if copies == 1 { "a copy".to_owned() } else { format!("{copies} copies") }
 }
 
 fn measure(options: &Options, name: &'static str, bytes: usize, tables: &mut [Ones; 2]) -> Result<Row, Box<dyn Error>> {
@@ -128,6 +138,7 @@ fn measure(options: &Options, name: &'static str, bytes: usize, tables: &mut [On
     let (none_p50_us, replicate_p50_us) = (percentile(&none, 50), percentile(&replicate, 50));
     Ok(Row {
         host: machine::host(),
+        copies: options.copies,
         wire: "tcp",
         shards: options.shards,
         operation: name,

@@ -49,9 +49,6 @@ impl ClusterServers {
                 "it takes at least 1 seat, and an address that others can call: listen at one, or advertise one";
             return Err(PsError::invalid(format!("joining with {seats} seats at {}", settings.listen), reason));
         }
-        let mut settings = settings.clone();
-        // Whether there are any, the coordinator tells whoever becomes a primary.
-        settings.limits.replicas = 1;
         let config = gradwire_transport::Config {
             token: settings.token.clone().filter(|token| !token.is_empty()),
             ..settings.transport.clone()

@@ -12,6 +12,6 @@ pub(crate) use agent::{Agent, Line};
 pub use cluster::Cluster;
 pub use coordinator::{Coordinator, CoordinatorSettings};
 pub(crate) use directory::Directory;
-pub(crate) use map::Part as SeatPart;
 pub use map::{ClusterMap, Seating, ShardSeats};
+pub(crate) use map::{MAX_REPLICAS, Part as SeatPart};
 pub use words::{Join, Sighting};

@@ -1,6 +1,7 @@
 //! Pure: what becomes of a table when a server dies, as all clients of it choose, and where that choice cannot be kept.
 
 use crate::body::{BadBody, Reader, Writer};
+use crate::control::MAX_REPLICAS;
 use crate::refusal::{Reason, Refusal};
 use crate::{Codec, Compression, Mode};
 use std::fmt;
@@ -16,8 +17,11 @@ pub enum Recovery {
     /// It is gone.
     #[default]
     None,
-    /// Another server has all of it and takes its place: what was acknowledged is there, and nothing counts twice.
-    Replicate,
+    /// Other servers have all of it and one takes its place: what was acknowledged is there, and nothing counts twice.
+    Replicate {
+        /// Copies beside the first, at least: so many servers may die at once.
+        copies: u32,
+    },
     /// The servers keep checkpoints, and begin with the last one: what was pushed after it is pushed again.
     Checkpoint {
         /// How long after a checkpoint the next is taken, at most; `None`: as the servers are told.
@@ -32,15 +36,22 @@ impl Recovery {
     /// Refuses a choice that a shard with so many copies elsewhere, and with checkpoints or without, cannot keep.
     pub(crate) fn check(self, replicas: u32, checkpoints: bool, subject: String) -> Result<(), Refusal> {
         let (expected, got) = match self {
-            Self::Replicate if replicas == 0 => {
-                ("servers that have backups (serve --coordinator, of one with --replicas 1)", "replicate, and none has")
-            }
-            Self::Checkpoint { .. } if !checkpoints => {
-                ("servers that keep checkpoints (serve --checkpoint-dir)", "checkpoint, and this one keeps none")
-            }
+            Self::Replicate { copies } if replicas < copies => (
+                format!("servers that have backups (serve --coordinator, of one with --replicas {copies})"),
+                format!("{self}, and each shard has {replicas} copies"),
+            ),
+            Self::Checkpoint { .. } if !checkpoints => (
+                "servers that keep checkpoints (serve --checkpoint-dir)".to_owned(),
+                "checkpoint, and this one keeps none".to_owned(),
+            ),
             _ => return Ok(()),
         };
         Err(Refusal::new(Reason::Mismatch, subject, "recovery", expected, got))
+    }
+
+    /// Whether other servers have all of it.
+    pub(crate) fn replicates(self) -> bool {
+        matches!(self, Self::Replicate { .. })
     }
 
     /// How long after a checkpoint it wants the next, if it says.
@@ -49,18 +60,21 @@ impl Recovery {
     }
 
     /// Says what is wrong with that, if anything.
-    pub(crate) fn check_every(self) -> Result<(), String> {
-        match self.every().filter(|every| *every < SHORTEST) {
-            Some(every) => {
+    pub(crate) fn check_numbers(self) -> Result<(), String> {
+        match self {
+            Self::Checkpoint { every: Some(every) } if every < SHORTEST => {
                 Err(format!("a checkpoint every {every:?}: it is written whole, so no more often than {SHORTEST:?}"))
             }
-            None => Ok(()),
+            Self::Replicate { copies } if !(1..=MAX_REPLICAS).contains(&copies) => {
+                Err(format!("replicate, with {copies} copies: 1 to {MAX_REPLICAS} can be had"))
+            }
+            _ => Ok(()),
         }
     }
 
     /// Says why a dense table of this kind cannot be recovered so, if it cannot.
     pub(crate) fn check_table(self, mode: Mode, clipped: bool, compression: Compression) -> Result<(), String> {
-        self.check_every()?;
+        self.check_numbers()?;
         if self != Self::Workers {
             return Ok(());
         }
@@ -83,11 +97,15 @@ impl Recovery {
     pub(crate) fn encode(self, out: &mut Writer) {
         out.byte(match self {
             Self::None => 0,
-            Self::Replicate => 1,
+            Self::Replicate { copies: 1 } => 1,
             Self::Workers => 2,
             Self::Checkpoint { every: None } => 3,
             Self::Checkpoint { every: Some(_) } => 4,
+            Self::Replicate { .. } => 5,
         });
+        if let Self::Replicate { copies: copies @ (0 | 2..) } = self {
+            out.number(copies.into());
+        }
         if let Some(every) = self.every() {
             out.number(u64::try_from(every.as_millis()).unwrap_or(u64::MAX));
         }
@@ -96,10 +114,14 @@ impl Recovery {
     pub(crate) fn decode(from: &mut Reader<'_>) -> Result<Self, BadBody> {
         match from.byte()? {
             0 => Ok(Self::None),
-            1 => Ok(Self::Replicate),
+            1 => Ok(Self::Replicate { copies: 1 }),
             2 => Ok(Self::Workers),
             3 => Ok(Self::Checkpoint { every: None }),
             4 => Ok(Self::Checkpoint { every: Some(Duration::from_millis(from.number()?)) }),
+            5 => match u32::try_from(from.number()?) {
+                Ok(copies @ 1..=MAX_REPLICAS) => Ok(Self::Replicate { copies }),
+                _ => Err(BadBody("no such number of copies")),
+            },
             _ => Err(BadBody("no such recovery")),
         }
     }
@@ -109,7 +131,8 @@ impl fmt::Display for Recovery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::None => "none",
-            Self::Replicate => "replicate",
+            Self::Replicate { copies: 1 } => "replicate",
+            Self::Replicate { copies } => return write!(f, "replicate with {copies} copies"),
             Self::Workers => "workers",
             Self::Checkpoint { every: None } => "checkpoint",
             Self::Checkpoint { every: Some(every) } => return write!(f, "checkpoint every {every:?}"),
@@ -123,6 +146,9 @@ mod tests {
 
     const FREE: Recovery = Recovery::Checkpoint { every: None };
 
+    const ONCE: Recovery = Recovery::Replicate { copies: 1 };
+    const TWICE: Recovery = Recovery::Replicate { copies: 2 };
+
     fn asking(ms: u64) -> Recovery {
         Recovery::Checkpoint { every: Some(Duration::from_millis(ms)) }
     }
@@ -131,23 +157,31 @@ mod tests {
     fn a_table_says_how_often_it_wants_a_checkpoint_within_reason() {
         assert_eq!((FREE.every(), Recovery::Workers.every()), (None, None));
         assert_eq!(asking(1500).to_string(), "checkpoint every 1.5s");
-        assert!(FREE.check_every().is_ok() && asking(1000).check_every().is_ok());
+        assert!(FREE.check_numbers().is_ok() && asking(1000).check_numbers().is_ok());
         let refused = asking(0).check_table(Mode::Async, false, Compression::default()).unwrap_err();
         assert!(refused.contains("no more often than 1s"), "{refused}");
+        assert!(ONCE.check_numbers().is_ok() && TWICE.check_numbers().is_ok());
+        for copies in [0, MAX_REPLICAS + 1] {
+            let refused = Recovery::Replicate { copies }.check_numbers().unwrap_err();
+            assert!(refused.contains("1 to 7 can be had"), "{refused}");
+            let mut body = Writer::default();
+            Recovery::Replicate { copies }.encode(&mut body);
+            assert!(Recovery::decode(&mut Reader(&body.0)).is_err());
+        }
     }
 
     #[test]
     fn what_the_servers_must_do_for_a_table_is_asked_for() {
         assert!([Recovery::None, Recovery::Workers].iter().all(|it| it.check(0, false, String::new()).is_ok()));
-        assert!(Recovery::Replicate.check(1, false, String::new()).is_ok());
+        assert!(ONCE.check(1, false, String::new()).is_ok() && TWICE.check(3, false, String::new()).is_ok());
         assert!(FREE.check(0, true, String::new()).is_ok());
         for (recovery, replicas, checkpoints, remedy) in
-            [(Recovery::Replicate, 0, true, "--coordinator"), (FREE, 1, false, "--checkpoint-dir")]
+            [(ONCE, 0, true, "--coordinator"), (TWICE, 1, true, "--replicas 2"), (FREE, 1, false, "--checkpoint-dir")]
         {
             let refusal = recovery.check(replicas, checkpoints, "table \"w\"".into()).unwrap_err();
             assert!(refusal.to_string().contains(remedy), "{refusal}");
         }
-        for recovery in [Recovery::None, Recovery::Replicate, FREE, asking(2500), Recovery::Workers] {
+        for recovery in [Recovery::None, ONCE, TWICE, FREE, asking(2500), Recovery::Workers] {
             let mut body = Writer::default();
             recovery.encode(&mut body);
             assert_eq!(Recovery::decode(&mut Reader(&body.0)), Ok(recovery));

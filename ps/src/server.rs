@@ -13,7 +13,7 @@ use crate::protocol::{
     INLINE_BYTES, LOG, PAYLOAD, PAYLOAD_BYTES, POSTED_PAYLOADS, POSTED_REQUESTS, POSTED_SENDS, REPLY, REQUEST,
     REQUEST_BYTES, check_lengths, value,
 };
-use crate::replica::Seat;
+use crate::replica::{PRIMARY, Seat};
 use crate::shard::{Action, Limits, Shard};
 use crate::{Dialer, PsError, dial};
 use gradwire_transport::{
@@ -107,7 +107,7 @@ struct Connection {
     values: VecDeque<(Header, RegionSlice)>,
     sending: usize,
     /// Entries of our log that have not gone.
-    log: VecDeque<Vec<u8>>,
+    log: VecDeque<Arc<Vec<u8>>>,
 }
 
 /// A server of one shard, or of a copy of one.
@@ -471,6 +471,9 @@ impl Server {
         let cause = LossCause::Aborted(reason);
         if let Some(connection) = self.connections.remove(&peer) {
             self.copying.forget(&connection);
+        }
+        if peer == PRIMARY {
+            self.copying.call_later(Instant::now());
         }
         self.wire.disconnect(peer, TransportError::PeerLost { peer: Box::new(name), cause });
     }

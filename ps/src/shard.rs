@@ -30,6 +30,7 @@ use checks::{check_pusher, expect_elements, not_for_a_shard, there, unknown};
 use first_values::grant_init;
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Evicted ids in one answer.
@@ -84,7 +85,7 @@ pub enum Action {
         /// The backup.
         to: PeerId,
         /// The entry.
-        bytes: Vec<u8>,
+        bytes: Arc<Vec<u8>>,
     },
     /// Send this header to the primary, as a request.
     Tell {

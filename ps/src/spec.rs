@@ -219,7 +219,7 @@ mod tests {
             mode: Mode::Sync { workers: 4 },
             combine: Combine::Mean,
             clipped: false,
-            recovery: Recovery::Replicate,
+            recovery: Recovery::Replicate { copies: 1 },
             compression: Compression { push: Codec::TopK { share: 0.25 }, pull: Codec::Int8 },
             shards: 3,
             shard: 2,

@@ -50,6 +50,7 @@ impl Drop for Process {
 
 /// A coordinator and servers of two seats each.
 struct House {
+    copies: u32,
     coordinator: Process,
     at: Vec<String>,
     servers: Vec<Process>,
@@ -57,8 +58,13 @@ struct House {
 
 impl House {
     fn new(servers: usize) -> Self {
-        let (coordinator, at) = Process::start(1, &["coordinate", "--shards", "2"]);
-        let mut house = Self { coordinator, at, servers: Vec::new() };
+        Self::with_copies(1, servers)
+    }
+
+    fn with_copies(copies: u32, servers: usize) -> Self {
+        let replicas = copies.to_string();
+        let (coordinator, at) = Process::start(1, &["coordinate", "--shards", "2", "--replicas", &replicas]);
+        let mut house = Self { copies, coordinator, at, servers: Vec::new() };
         (0..servers).for_each(|_| house.add_server());
         house
     }
@@ -97,17 +103,18 @@ fn ids() -> Arc<Region> {
 }
 
 fn dense(mode: Mode) -> TableOptions {
-    TableOptions { mode, recovery: Recovery::Replicate, ..TableOptions::default() }
+    TableOptions { mode, recovery: Recovery::Replicate { copies: 1 }, ..TableOptions::default() }
 }
 
 fn sparse(mode: Mode) -> SparseOptions {
-    SparseOptions { mode, recovery: Recovery::Replicate, ..SparseOptions::default() }
+    SparseOptions { mode, recovery: Recovery::Replicate { copies: 1 }, ..SparseOptions::default() }
 }
 
 /// Pushes ones to both tables `times` times; the longest that one push took.
-fn push_ones(client: &Client, mode: Mode, times: usize, done: &AtomicU64) -> Duration {
-    let table = client.dense("ones", &[ELEMENTS], DType::F32, dense(mode)).unwrap();
-    let rows = client.sparse("rows", DIM, DType::F32, sparse(mode)).unwrap();
+fn push_ones(client: &Client, (mode, copies): (Mode, u32), times: usize, done: &AtomicU64) -> Duration {
+    let recovery = Recovery::Replicate { copies };
+    let table = client.dense("ones", &[ELEMENTS], DType::F32, TableOptions { recovery, ..dense(mode) }).unwrap();
+    let rows = client.sparse("rows", DIM, DType::F32, SparseOptions { recovery, ..sparse(mode) }).unwrap();
     let (ones, ids, gradients) = (region(ELEMENTS), ids(), region(ROWS as usize * DIM));
     let mut longest = Duration::ZERO;
     for _ in 0..times {
@@ -125,9 +132,10 @@ fn push_ones(client: &Client, mode: Mode, times: usize, done: &AtomicU64) -> Dur
 }
 
 /// What the tables hold.
-fn values(client: &Client, mode: Mode) -> (Vec<f32>, Vec<f32>) {
-    let table = client.dense("ones", &[ELEMENTS], DType::F32, dense(mode)).unwrap();
-    let rows = client.sparse("rows", DIM, DType::F32, sparse(mode)).unwrap();
+fn values(client: &Client, (mode, copies): (Mode, u32)) -> (Vec<f32>, Vec<f32>) {
+    let recovery = Recovery::Replicate { copies };
+    let table = client.dense("ones", &[ELEMENTS], DType::F32, TableOptions { recovery, ..dense(mode) }).unwrap();
+    let rows = client.sparse("rows", DIM, DType::F32, SparseOptions { recovery, ..sparse(mode) }).unwrap();
     let (out, of_rows, ids) = (region(ELEMENTS), region(ROWS as usize * DIM), ids());
     table.pull(out.write(0..out.len()).unwrap()).unwrap().wait(LONG).unwrap();
     let into = of_rows.write(0..of_rows.len()).unwrap();
@@ -135,25 +143,24 @@ fn values(client: &Client, mode: Mode) -> (Vec<f32>, Vec<f32>) {
     (floats(&out), floats(&of_rows))
 }
 
-/// Kills server `victim` after `after` pushes of all workers; how long the longest push took.
-fn kill_one(mode: Mode, times: usize, victim: usize, after: u64) -> Duration {
-    let mut house = House::new(2);
-    let done = Arc::new(AtomicU64::new(0));
+/// Kills servers `victims` of a house after `after` pushes of all workers; how long the longest push took.
+fn kill(mut house: House, mode: Mode, times: usize, victims: &[usize], after: u64) -> Duration {
+    let (done, copies) = (Arc::new(AtomicU64::new(0)), house.copies);
     let begun = Instant::now();
     let workers: Vec<_> = (0..WORKERS)
         .map(|worker| {
             let (client, done) = (house.client(Some(worker)), Arc::clone(&done));
-            std::thread::spawn(move || push_ones(&client, mode, times, &done))
+            std::thread::spawn(move || push_ones(&client, (mode, copies), times, &done))
         })
         .collect();
     while done.load(Ordering::SeqCst) < after {
         assert!(begun.elapsed() < Duration::from_secs(50), "no push ends");
         std::thread::yield_now();
     }
-    house.servers[victim].kill();
+    victims.iter().for_each(|&victim| house.servers[victim].0.kill().unwrap());
     let longest = workers.into_iter().map(|worker| worker.join().unwrap()).max().unwrap();
     let expected = (WORKERS as usize * times) as f32;
-    let (dense, sparse) = values(&house.client(Some(0)), mode);
+    let (dense, sparse) = values(&house.client(Some(0)), (mode, copies));
     for (what, values) in [("dense", dense), ("sparse", sparse)] {
         let wrong = values.iter().filter(|&&value| value != expected).count();
         assert_eq!(wrong, 0, "{mode}, {what}: {wrong} of {} differ from {expected}", values.len());
@@ -171,10 +178,27 @@ fn pushes_count_once_though_a_server_is_killed_whatever_the_mode() {
         let mode = [Mode::Async, Mode::Sync { workers: WORKERS }, bounded][n % 3];
         // Either server, anywhere between the first pushes and the last ones, without an order.
         let mixed = (n as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        pauses.push(kill_one(mode, 40, (mixed >> 60) as usize % 2, 1 + (mixed >> 40) % 110));
+        pauses.push(kill(House::new(2), mode, 40, &[(mixed >> 60) as usize % 2], 1 + (mixed >> 40) % 110));
     }
     pauses.sort_unstable();
     println!("{kills} kills, all exact; longest push: median {:?}, worst {:?}", pauses[kills / 2], pauses[kills - 1]);
+}
+
+#[test]
+fn with_two_copies_two_servers_may_die_at_once() {
+    for (n, victims) in [[0, 1], [1, 2], [2, 0]].iter().enumerate() {
+        let mode = [Mode::Async, Mode::Sync { workers: WORKERS }, Mode::Ssp { workers: WORKERS, staleness: 1 }][n];
+        kill(House::with_copies(2, 3), mode, 30, victims, 5 + 20 * n as u64);
+    }
+}
+
+#[test]
+fn a_table_of_two_copies_is_refused_where_there_is_one() {
+    let house = House::new(2);
+    let client = house.client(Some(0));
+    let options = TableOptions { recovery: Recovery::Replicate { copies: 2 }, ..TableOptions::default() };
+    let error = client.dense("ones", &[ELEMENTS], DType::F32, options).err().unwrap();
+    assert!(matches!(error, PsError::Refused { .. }) && error.to_string().contains("--replicas 2"), "{error}");
 }
 
 #[test]
@@ -201,7 +225,7 @@ fn a_new_server_gets_a_copy_and_takes_over_in_its_turn_until_none_of_the_first_i
             std::thread::yield_now();
         }
     }
-    let (dense, sparse) = values(&house.client(Some(0)), mode);
+    let (dense, sparse) = values(&house.client(Some(0)), (mode, 1));
     assert!(dense.iter().chain(&sparse).all(|&value| value == 6.0));
 }
 
@@ -212,7 +236,7 @@ fn status_shows_who_serves_what_and_who_would_take_over() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"));
     let said = command.args(["status", "--token", "s3cret", "--coordinator", &house.at[0]]).output().unwrap();
     let said = String::from_utf8(said.stdout).unwrap();
-    for word in ["PRIMARY", "BACKUP HAS", "LOG", "missing: nothing", "shard 1 at 127.0.0.1:"] {
+    for word in ["PRIMARY", "BACKUPS HAVE", "LOG", "missing: nothing", "shard 1 at 127.0.0.1:"] {
         assert!(said.contains(word), "{word} is missing in\n{said}");
     }
 }

@@ -32,7 +32,7 @@ from .errors import (
     ServerRefusedError,
     TransportError,
 )
-from .ps import FTRL, SGD, Adagrad, Adam, Checkpoint, CheckpointEvery, Client, Compression, DenseTable, LocalCluster, PsWork, TopK, connect
+from .ps import FTRL, SGD, Adagrad, Adam, Checkpoint, CheckpointEvery, Client, Compression, DenseTable, LocalCluster, PsWork, Replicate, TopK, connect
 from .sparse import LFU, LRU, TTL, Normal, SparseTable, Uniform
 
 _os.register_at_fork(after_in_child=_native.after_fork)
@@ -66,6 +66,7 @@ __all__ = [
     "PsWork",
     "RankFailedError",
     "RegistrationError",
+    "Replicate",
     "RendezvousTimeoutError",
     "ServerTimeoutError",
     "TlsError",

@@ -26,6 +26,20 @@ class CheckpointEvery:
 
 
 @dataclass(frozen=True)
+class Replicate:
+    """As a table's `recovery`: "replicate", and so many servers beside its own have all of it, so that as many may die at once.
+
+    A push is acknowledged when all of them have it. `copies`: 1 to 7. Refused by servers that have fewer (`gradwire-ps coordinate
+    --replicas`); of those that have more, all have it.
+    """
+
+    copies: int = 1
+
+    def _native(self):
+        return f"replicate {int(self.copies)}"
+
+
+@dataclass(frozen=True)
 class SGD:
     """`torch.optim.SGD` on the server."""
 
@@ -269,8 +283,8 @@ class Client:
             recovery: what becomes of it when a server dies: "none", what no checkpoint holds is gone. "checkpoint", the same, but
                 refused by servers that keep none (`gradwire-ps serve --checkpoint-dir --checkpoint-every`), so that nobody
                 trains for days without; `CheckpointEvery(seconds)`, and the servers take one so often; see `snapshot`. "replicate", another server
-                has all of it and takes its place; needs servers that have backups (`gradwire-ps serve --coordinator`). "workers",
-                they give it again once a server is there again, see `recover`; needs `workers`, and neither `staleness`,
+                has all of it and takes its place; needs servers that have backups (`gradwire-ps serve --coordinator`);
+                `Replicate(2)`, two others have, and two may die at once. "workers", they give it again once a server is there again, see `recover`; needs `workers`, and neither `staleness`,
                 `clipped` nor `compression`.
 
         Raises:
@@ -402,7 +416,7 @@ def _dtype(dtype):
 
 
 def _recovery(recovery):
-    return recovery._native() if isinstance(recovery, CheckpointEvery) else recovery
+    return recovery._native() if isinstance(recovery, (CheckpointEvery, Replicate)) else recovery
 
 
 def _rule(rule):

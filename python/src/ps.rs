@@ -112,11 +112,14 @@ pub(crate) fn mode(workers: Option<u32>, staleness: Option<u32>) -> PyResult<Mod
 /// How the Python side tells of checkpoints that are wanted so often, before the number of seconds.
 const CHECKPOINT_EVERY: &str = "checkpoint every ";
 
+/// And of copies beside the first, before their number.
+const REPLICATE: &str = "replicate ";
+
 /// What becomes of a table when a server of it dies.
 pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
     match name {
         "none" => Ok(Recovery::None),
-        "replicate" => Ok(Recovery::Replicate),
+        "replicate" => Ok(Recovery::Replicate { copies: 1 }),
         "checkpoint" => Ok(Recovery::Checkpoint { every: None }),
         "workers" => Ok(Recovery::Workers),
         _ => {
@@ -124,7 +127,11 @@ pub(crate) fn recovery(name: &str) -> PyResult<Recovery> {
             if let Some(every) = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
                 return Ok(Recovery::Checkpoint { every: Some(every) });
             }
-            let known = "\"none\", \"checkpoint\", CheckpointEvery(seconds), \"replicate\" or \"workers\"";
+            if let Some(copies) = name.strip_prefix(REPLICATE).and_then(|copies| copies.parse().ok()) {
+                return Ok(Recovery::Replicate { copies });
+            }
+            let known =
+                "\"none\", \"checkpoint\", CheckpointEvery(seconds), \"replicate\", Replicate(copies) or \"workers\"";
             Err(PyValueError::new_err(format!("recovery is {known}, not {name:?}")))
         }
     }

@@ -16,6 +16,9 @@ pub(crate) struct PeerOptions {
     /// Shards of the cluster, or seats of the server
     #[arg(long)]
     shards: u32,
+    /// Copies of each shard
+    #[arg(long)]
+    copies: u32,
     /// The coordinator of a server
     #[arg(long)]
     coordinator: Option<String>,
@@ -41,7 +44,7 @@ pub(crate) fn peer(options: &PeerOptions) -> Result<(), Box<dyn Error>> {
         insecure: false,
         restore: None,
         shards,
-        replicas: 1,
+        replicas: options.copies,
         etcd: None,
         transport: Config::default(),
     })?;
@@ -62,20 +65,20 @@ pub(super) struct House {
 }
 
 impl House {
-    /// Starts a coordinator of `shards` shards, and `servers` servers with room for all of them.
-    pub(super) fn start(shards: u32, servers: usize) -> Result<Self, Box<dyn Error>> {
+    /// Starts a coordinator of `shards` shards with `copies` of each, and as many servers as that takes, with room for all.
+    pub(super) fn start(shards: u32, copies: u32) -> Result<Self, Box<dyn Error>> {
         let mut house = Self { coordinator: String::new(), running: Vec::new() };
-        house.coordinator = house.begin(shards, &[])?;
+        house.coordinator = house.begin((shards, copies), &[])?;
         let at = house.coordinator.clone();
-        for _ in 0..servers {
-            house.begin(shards, &["--coordinator", &at])?;
+        for _ in 0..=copies {
+            house.begin((shards, copies), &["--coordinator", &at])?;
         }
         Ok(house)
     }
 
-    fn begin(&mut self, shards: u32, more: &[&str]) -> Result<String, Box<dyn Error>> {
+    fn begin(&mut self, (shards, copies): (u32, u32), more: &[&str]) -> Result<String, Box<dyn Error>> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["recovery-peer", "--shards", &shards.to_string()]).args(more);
+        command.args(["recovery-peer", "--shards", &shards.to_string(), "--copies", &copies.to_string()]).args(more);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let out = child.stdout.take().ok_or("a process without an output")?;
         self.running.push(child);
@@ -93,11 +96,12 @@ impl House {
         Client::through(std::slice::from_ref(&self.coordinator), settings)
     }
 
-    /// Kills a server at once, as a machine that loses its power would.
-    pub(super) fn kill(&mut self, server: usize) -> std::io::Result<()> {
-        let child = &mut self.running[1 + server];
-        child.kill()?;
-        child.wait().map(drop)
+    /// Kills all servers but one at once, as machines that lose their power would.
+    pub(super) fn kill_but(&mut self, stays: usize) -> std::io::Result<()> {
+        let servers = (0..).zip(&mut self.running[1..]);
+        let mut victims: Vec<_> = servers.filter(|(at, _)| *at != stays).map(|(_, child)| child).collect();
+        victims.iter_mut().try_for_each(|child| child.kill())?;
+        victims.into_iter().try_for_each(|child| child.wait().map(drop))
     }
 }
 

@@ -1,7 +1,7 @@
-//! Does: kills one of two servers while workers push ones, again and again, and looks whether N workers times K pushes are N·K.
+//! Does: kills all servers but one while workers push ones, again and again, and looks whether N workers times K pushes are N·K.
 
 use super::house::{House, PATIENCE};
-use super::{Options, wrong};
+use super::{Options, copies_of, wrong};
 use crate::machine;
 use crate::statistics::{percentile, sorted};
 use gradwire_ps::{DType, Mode, Recovery, TableOptions};
@@ -24,7 +24,9 @@ struct Row {
     pushes: u32,
     /// Pushes of all workers that had ended before.
     after: u64,
-    server: usize,
+    copies: u32,
+    /// The server that was left.
+    left: usize,
     exact: bool,
     /// The longest push of any worker: while nobody served the shard, nothing was acknowledged.
     longest_push_ms: f64,
@@ -39,27 +41,28 @@ pub(super) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let bytes = *options.bytes.first().ok_or("give --bytes")?;
     if !options.json {
         println!(
-            "{} workers push ones, {} times each, to a table of {bytes} bytes with a copy; one of two servers is killed; \
-             loopback, seed {}; {}",
+            "{} workers push ones, {} times each, to a table of {bytes} bytes with {} elsewhere; all servers but one are killed \
+             at once; loopback, seed {}; {}",
             options.workers,
             options.pushes,
+            copies_of(options.copies),
             options.seed,
             machine::described()
         );
         println!(
             "{:>5} {:>27} {:>7} {:>7} {:>6} {:>16} {:>15}",
-            "kill", "mode", "after", "server", "exact", "longest push ms", "median push ms"
+            "kill", "mode", "after", "left", "exact", "longest push ms", "median push ms"
         );
     }
     let (mut longest, mut inexact) = (Vec::new(), 0);
     for kill in 0..options.kills {
         let row = once(options, kill, bytes)?;
-        let Row { mode, after, server, exact, longest_push_ms, median_push_ms, .. } = &row;
+        let Row { mode, after, left, exact, longest_push_ms, median_push_ms, .. } = &row;
         if options.json {
             println!("{}", serde_json::to_string(&row)?);
         } else {
             println!(
-                "{kill:>5} {mode:>27} {after:>7} {server:>7} {exact:>6} {longest_push_ms:>16.1} {median_push_ms:>15.2}"
+                "{kill:>5} {mode:>27} {after:>7} {left:>7} {exact:>6} {longest_push_ms:>16.1} {median_push_ms:>15.2}"
             );
         }
         longest.push(*longest_push_ms);
@@ -79,15 +82,15 @@ pub(super) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
 }
 
 fn once(options: &Options, kill: u32, bytes: usize) -> Result<Row, Box<dyn Error>> {
-    let Options { workers, pushes, .. } = *options;
+    let Options { workers, pushes, copies, .. } = *options;
     let modes = [Mode::Async, Mode::Sync { workers }, Mode::Ssp { workers, staleness: 1 }];
     let mode = modes[kill as usize % modes.len()];
     let drawn = mixed(options.seed ^ u64::from(kill) << 32);
     // From the first pushes to nearly the last ones.
     let after = 1 + drawn % (u64::from(workers * pushes) * 9 / 10);
-    let server = (drawn >> 60) as usize % 2;
-    let mut house = House::start(options.shards, 2)?;
-    let table = TableOptions { mode, recovery: Recovery::Replicate, ..TableOptions::default() };
+    let left = (drawn >> 48) as usize % (copies as usize + 1);
+    let mut house = House::start(options.shards, copies)?;
+    let table = TableOptions { mode, recovery: Recovery::Replicate { copies }, ..TableOptions::default() };
     let done = Arc::new(AtomicU64::new(0));
     let mut running = Vec::new();
     for worker in 0..workers {
@@ -113,7 +116,7 @@ fn once(options: &Options, kill: u32, bytes: usize) -> Result<Row, Box<dyn Error
         }
         std::thread::sleep(Duration::from_micros(200));
     }
-    house.kill(server)?;
+    house.kill_but(left)?;
     let mut took = Vec::new();
     for worker in running {
         let seen = worker.join().map_err(|_| "a worker panicked")?;
@@ -131,7 +134,8 @@ fn once(options: &Options, kill: u32, bytes: usize) -> Result<Row, Box<dyn Error
         workers,
         pushes,
         after,
-        server,
+        copies,
+        left,
         exact: wrong(&values, (workers * pushes) as f32)? == 0,
         longest_push_ms: percentile(&took, 100),
         median_push_ms: percentile(&took, 50),

@@ -20,8 +20,9 @@ pub(crate) struct Coordinate {
     /// Shards that tables are cut over
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
     shards: u32,
-    /// Copies of each shard beside the first, 0 or 1. It begins once servers offer enough seats for all
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1))]
+    /// Copies of each shard beside the first, 0 to 7, each in a server process of its own: so many servers may die at once. It
+    /// begins once servers offer enough seats for all
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=7))]
     replicas: u32,
     /// Begin with a checkpoint, `latest` or its name, of any number of shards; each server needs the same --checkpoint-dir.
     /// `latest` begins empty where there is none yet. A cluster that is there already goes on with what it has

@@ -1,7 +1,9 @@
 //! Pure: what the coordinator decides: which seat serves which shard, who takes over when one is gone.
 //!
-//! A primary whose backup is gone acknowledges nothing until it hears a map without that backup, and a backup that takes over
-//! has closed its log first: so two seats that each say that the other is gone are both heard, and only the first one counts.
+//! A shard's copies are a chain (van Renesse and Schneider, OSDI 2004): each seat has at least what the next one has, and confirms
+//! what all behind it have. One whose follower is gone confirms nothing until it hears a map without that follower, and one that
+//! says that whom it follows is gone has closed its log first: so two seats that each say that the other is gone are both heard,
+//! and only the first one counts. The first backup takes over; where one in the middle is gone, its neighbours find each other.
 
 use super::map::{ClusterMap, Part, Seating, ShardSeats};
 use super::words::{Join, Sighting};
@@ -38,12 +40,12 @@ pub struct Cluster {
     processes: HashMap<u64, Process>,
     /// Until when nothing that is in somebody's memory is given up: who had it before this coordinator began may still come.
     grace: Option<Instant>,
-    /// Shards of which primary and backup are both silent, and since when: it may be this coordinator that is cut off.
+    /// Shards of which primary and backups are all silent, and since when: it may be this coordinator that is cut off.
     silent: HashMap<u32, Instant>,
 }
 
 impl Cluster {
-    /// A cluster of `shards` shards with `replicas` copies of each beside the primary, 0 or 1, that nobody has joined.
+    /// A cluster of `shards` shards with `replicas` copies of each beside the primary, that nobody has joined.
     pub fn new(shards: u32, replicas: u32) -> Self {
         let map = ClusterMap { replicas, ..ClusterMap::default() };
         Self { map, shards, origin: String::new(), processes: HashMap::new(), grace: None, silent: HashMap::new() }
@@ -86,24 +88,18 @@ impl Cluster {
     pub fn report(&mut self, report: Sighting, now: Instant) -> bool {
         let before = self.map.epoch;
         let (Sighting::Lost { shard, by, whom } | Sighting::Synced { shard, by, whom }) = report;
-        let (Some((at, by)), Some((other, whom))) = (self.map.part_of(by), self.map.part_of(whom)) else {
-            return false;
-        };
-        if at != shard || other != shard {
+        let Some(seats) = self.map.shards.get(shard as usize) else { return false };
+        let is_next = |first: u64, second: u64| seats.after(first).is_some_and(|(next, _)| next.seat == second);
+        let follows = is_next(by, whom);
+        if !follows && !is_next(whom, by) {
             return false;
         }
-        match (report, by, whom) {
-            (Sighting::Lost { .. }, Part::Backup, Part::Primary) => self.promote(shard),
-            (Sighting::Lost { .. }, Part::Primary, Part::Backup) => self.change(shard, |seats| seats.backup = None),
-            (Sighting::Lost { .. }, Part::Primary, Part::Candidate)
-            | (Sighting::Lost { .. }, Part::Candidate, Part::Primary) => {
-                self.change(shard, |seats| seats.candidate = None)
-            }
-            (Sighting::Synced { .. }, Part::Primary, Part::Candidate) => self.change(shard, |seats| {
-                seats.backup = seats.candidate.take();
-                seats.formed = true;
-            }),
-            _ => {}
+        match report {
+            Sighting::Synced { .. } if follows => self.complete(shard, whom),
+            Sighting::Synced { .. } => {}
+            // Who is on its way cannot be without whom it follows.
+            Sighting::Lost { .. } if self.is_candidate(shard, by) => self.remove(shard, by),
+            Sighting::Lost { .. } => self.remove(shard, whom),
         }
         self.assign(now);
         self.map.epoch != before
@@ -136,21 +132,52 @@ impl Cluster {
     /// Takes parts from processes that are about to end. A primary keeps its own until it has a backup.
     fn relieve(&mut self) {
         for shard in 0..self.map.shards.len() as u32 {
-            let leaves = |who: &Option<Seating>| {
-                who.as_ref().is_some_and(|who| self.processes.get(&who.process).is_some_and(|it| it.leaving))
-            };
-            let seats = &self.map.shards[shard as usize];
-            let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate].map(leaves);
-            if candidate {
-                self.change(shard, |seats| seats.candidate = None);
-            }
-            if backup {
-                self.change(shard, |seats| seats.backup = None);
-            }
-            if primary && self.map.shards[shard as usize].backup.is_some() {
-                self.promote(shard);
+            let leaves = |who: &Seating| self.processes.get(&who.process).is_some_and(|it| it.leaving);
+            for (seat, part) in self.those(shard, leaves) {
+                // A primary keeps its own until it has a backup.
+                if part != Part::Primary || !self.map.shards[shard as usize].backups.is_empty() {
+                    self.remove(shard, seat);
+                }
             }
         }
+    }
+
+    /// Seats of a shard's chain that `are` something, the last one first.
+    fn those(&self, shard: u32, are: impl Fn(&Seating) -> bool) -> Vec<(u64, Part)> {
+        let chain = self.map.shards[shard as usize].chain().filter(|(who, _)| are(who));
+        let mut seats: Vec<(u64, Part)> = chain.map(|(who, part)| (who.seat, part)).collect();
+        seats.reverse();
+        seats
+    }
+
+    fn is_candidate(&self, shard: u32, seat: u64) -> bool {
+        self.map.shards[shard as usize].candidate.as_ref().is_some_and(|who| who.seat == seat)
+    }
+
+    /// The candidate `seat` has everything.
+    fn complete(&mut self, shard: u32, seat: u64) {
+        if self.is_candidate(shard, seat) {
+            let replicas = self.map.replicas as usize;
+            self.change(shard, |seats| {
+                seats.backups.extend(seats.candidate.take());
+                seats.formed |= seats.backups.len() >= replicas;
+            });
+        }
+    }
+
+    /// Takes a seat's part. A primary's goes to its first backup. Who is on its way stays that, though it begins anew where it has
+    /// lost whom it follows: it may not have heard of that one yet.
+    fn remove(&mut self, shard: u32, seat: u64) {
+        let term = Epoch(self.map.epoch.0 + 1);
+        self.change(shard, |seats| {
+            if seats.primary.as_ref().is_some_and(|who| who.seat == seat) {
+                seats.primary = (!seats.backups.is_empty()).then(|| seats.backups.remove(0));
+                seats.term = term;
+            } else {
+                seats.backups.retain(|who| who.seat != seat);
+                seats.candidate.take_if(|who| who.seat == seat);
+            }
+        });
     }
 
     /// Time passes: who was not heard for [`LEASE`] is gone. Whether the map has changed.
@@ -158,25 +185,19 @@ impl Cluster {
         let before = self.map.epoch;
         self.processes.retain(|_, process| now.saturating_duration_since(process.heard) < LEASE);
         for shard in 0..self.map.shards.len() as u32 {
-            let is_gone = |who: &Option<Seating>| who.as_ref().is_some_and(|who| !self.has(who));
+            let gone = self.those(shard, |who| !self.has(who));
             let seats = &self.map.shards[shard as usize];
-            let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate].map(is_gone);
-            if candidate {
-                self.change(shard, |seats| seats.candidate = None);
-            }
-            if !(primary && backup) {
-                self.silent.remove(&shard);
-            }
-            match (primary, backup) {
-                (true, false) if self.map.shards[shard as usize].backup.is_some() => self.promote(shard),
-                (false, true) => self.change(shard, |seats| seats.backup = None),
-                (true, true) => {
-                    let since = *self.silent.entry(shard).or_insert(now);
-                    if now.saturating_duration_since(since) >= GRACE {
-                        self.change(shard, |seats| seats.backup = None);
-                    }
+            let copies = 1 + seats.backups.len();
+            let silent = gone.iter().filter(|(_, part)| *part != Part::Candidate).count() == copies;
+            let since =
+                if silent { Some(*self.silent.entry(shard).or_insert(now)) } else { self.silent.remove(&shard) };
+            let given_up = silent && since.is_some_and(|since| now.saturating_duration_since(since) >= GRACE);
+            for (seat, part) in gone {
+                // Nobody has what a primary has where no backup is left; where all are silent, it may be this coordinator.
+                let only = part == Part::Primary && self.map.shards[shard as usize].backups.is_empty();
+                if part == Part::Candidate || !only && (!silent || given_up) {
+                    self.remove(shard, seat);
                 }
-                _ => {}
             }
         }
         self.assign(now);
@@ -234,8 +255,7 @@ impl Cluster {
     fn adopt(&mut self, map: ClusterMap, now: Instant) {
         self.map = map;
         self.grace = Some(now + GRACE);
-        let seated = |seats: &ShardSeats| [seats.primary.clone(), seats.backup.clone(), seats.candidate.clone()];
-        for who in self.map.shards.iter().flat_map(seated).flatten() {
+        for (who, _) in self.map.shards.iter().flat_map(ShardSeats::chain) {
             self.processes.entry(who.process).or_insert(Process { heard: now, seats: Vec::new(), leaving: false });
         }
         for number in &self.map.leaving {
@@ -253,15 +273,6 @@ impl Cluster {
     fn change(&mut self, shard: u32, change: impl FnOnce(&mut ShardSeats)) {
         change(&mut self.map.shards[shard as usize]);
         self.map.epoch.0 += 1;
-    }
-
-    fn promote(&mut self, shard: u32) {
-        let term = Epoch(self.map.epoch.0 + 1);
-        self.change(shard, |seats| {
-            seats.primary = seats.backup.take();
-            seats.candidate = None;
-            seats.term = term;
-        });
     }
 
     /// Gives parts to seats that have none.
@@ -282,9 +293,9 @@ impl Cluster {
             };
             let seats = &self.map.shards[shard as usize];
             let waits = seats.primary.is_some() && self.may_come(now);
-            let lost = seats.primary.as_ref().is_none_or(|primary| !is_there(primary)) && seats.backup.is_none();
+            let lost = seats.primary.as_ref().is_none_or(|primary| !is_there(primary)) && seats.backups.is_empty();
             let lost = lost && !waits;
-            if lost && let Some(seating) = self.take_seat(None) {
+            if lost && let Some(seating) = self.take_seat(&[]) {
                 let seats = &self.map.shards[shard as usize];
                 // What it held is gone: whoever comes begins anew, and clients are told by its tables' absence.
                 let (term, formed) = (Epoch(self.map.epoch.0 + 1), self.map.replicas == 0);
@@ -296,20 +307,22 @@ impl Cluster {
         }
         for shard in 0..self.shards {
             let seats = &self.map.shards[shard as usize];
-            let wanted = self.map.replicas > 0 && seats.backup.is_none() && seats.candidate.is_none();
-            if let Some(primary) = seats.primary.as_ref().filter(|_| wanted)
-                && let Some(seating) = self.take_seat(Some(primary.process))
+            let wanted = seats.backups.len() < self.map.replicas as usize && seats.candidate.is_none();
+            let others: Vec<u64> = seats.chain().map(|(who, _)| who.process).collect();
+            if wanted
+                && seats.primary.is_some()
+                && let Some(seating) = self.take_seat(&others)
             {
                 self.change(shard, |seats| seats.candidate = Some(seating));
             }
         }
     }
 
-    /// A seat without a part, of a process other than `but`: of the one with the fewest parts.
-    fn take_seat(&mut self, but: Option<u64>) -> Option<Seating> {
+    /// A seat without a part, of a process that is none of `but`: of the one with the fewest parts.
+    fn take_seat(&mut self, but: &[u64]) -> Option<Seating> {
         let free = |process: &Process| process.seats.iter().any(|(.., used)| !used);
         let parts = |process: &Process| process.seats.iter().filter(|(.., used)| *used).count();
-        let able = self.processes.iter().filter(|&(&number, process)| Some(number) != but && free(process));
+        let able = self.processes.iter().filter(|&(number, process)| !but.contains(number) && free(process));
         let able = able.filter(|(_, process)| !process.leaving);
         let process = able.min_by_key(|&(&number, process)| (parts(process), number)).map(|(&number, _)| number)?;
         let seats = &mut self.processes.get_mut(&process)?.seats;

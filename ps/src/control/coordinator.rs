@@ -68,10 +68,10 @@ impl Coordinator {
         let token = settings.token.filter(|token| !token.is_empty());
         let open = token.is_none() && settings.transport.tls.is_none();
         dial::check_open(settings.listen, open && !settings.insecure)?;
-        if !(1..=super::map::MAX_SHARDS as u32).contains(&settings.shards) || settings.replicas > 1 {
+        if !(1..=super::map::MAX_SHARDS as u32).contains(&settings.shards) || settings.replicas > super::MAX_REPLICAS {
             return Err(PsError::invalid(
                 "starting a coordinator",
-                "it takes 1 to 4096 shards, and 0 or 1 replicas of each",
+                format!("it takes 1 to 4096 shards, and 0 to {} replicas of each", super::MAX_REPLICAS),
             ));
         }
         let config = Config { token, wire: WireChoice::Tcp, credit: None, ..settings.transport };
@@ -264,9 +264,10 @@ impl Coordinator {
     fn tell_all(&mut self) {
         let map = self.cluster.map();
         for (shard, seats) in map.shards.iter().enumerate() {
-            let [primary, backup, candidate] = [&seats.primary, &seats.backup, &seats.candidate]
-                .map(|who| who.as_ref().map_or("none", |who| &*who.address));
-            tracing::info!(epoch = map.epoch.0, shard, primary, backup, candidate, "map");
+            let [primary, candidate] =
+                [&seats.primary, &seats.candidate].map(|who| who.as_ref().map_or("none", |who| &*who.address));
+            let backups = seats.backups.iter().map(|who| &*who.address).collect::<Vec<_>>().join(" ");
+            tracing::info!(epoch = map.epoch.0, shard, primary, backups, candidate, "map");
         }
         let servers: Vec<PeerId> = self.servers.iter().copied().collect();
         servers.into_iter().for_each(|peer| self.tell(peer, &Header::new(Kind::Join)));

@@ -5,6 +5,8 @@ use crate::body::{BadBody, Reader, Writer};
 
 /// Most shards of a cluster.
 pub(super) const MAX_SHARDS: usize = 4096;
+/// Most copies of a shard beside its primary: each has a push before it is acknowledged.
+pub(crate) const MAX_REPLICAS: u32 = 7;
 /// Most processes that are drained: more than a coordinator has connections.
 const MAX_LEAVING: usize = 1 << 17;
 
@@ -26,9 +28,9 @@ pub struct ShardSeats {
     pub term: Epoch,
     /// Answers clients.
     pub primary: Option<Seating>,
-    /// Has everything that was acknowledged, and takes over.
-    pub backup: Option<Seating>,
-    /// On its way to being the backup.
+    /// Each has everything that was acknowledged: the first follows the primary, and takes over; each other follows the one before.
+    pub backups: Vec<Seating>,
+    /// On its way to being the last backup.
     pub candidate: Option<Seating>,
     /// Whether the shard has once had all the copies that it shall have: before, no client is sent to it.
     pub formed: bool,
@@ -41,7 +43,7 @@ pub struct ShardSeats {
 pub struct ClusterMap {
     /// Its version; 0 before there is any.
     pub epoch: Epoch,
-    /// Copies that each shard shall have beside its primary: 0 or 1.
+    /// Copies that each shard shall have beside its primary.
     pub replicas: u32,
     /// By shard.
     pub shards: Vec<ShardSeats>,
@@ -55,6 +57,26 @@ pub(crate) enum Part {
     Primary,
     Backup,
     Candidate,
+}
+
+impl ShardSeats {
+    /// All that have a part, each followed by the next one.
+    pub(crate) fn chain(&self) -> impl Iterator<Item = (&Seating, Part)> {
+        let backups = self.backups.iter().map(|who| (who, Part::Backup));
+        let candidate = self.candidate.iter().map(|who| (who, Part::Candidate));
+        self.primary.iter().map(|who| (who, Part::Primary)).chain(backups).chain(candidate)
+    }
+
+    /// Whom `seat` follows.
+    pub(crate) fn before(&self, seat: u64) -> Option<&Seating> {
+        let all: Vec<&Seating> = self.chain().map(|(who, _)| who).collect();
+        all.windows(2).find(|pair| pair[1].seat == seat).map(|pair| pair[0])
+    }
+
+    /// Who follows `seat`, and as what.
+    pub(crate) fn after(&self, seat: u64) -> Option<(&Seating, Part)> {
+        self.chain().skip_while(|(who, _)| who.seat != seat).nth(1)
+    }
 }
 
 impl ClusterMap {
@@ -71,18 +93,17 @@ impl ClusterMap {
             None if self.shards.is_empty() => "too few servers have joined".to_owned(),
             None => "nothing".to_owned(),
             Some((shard, seats)) if seats.primary.is_none() => format!("shard {shard} has no server"),
-            Some((shard, _)) => format!("shard {shard} has no backup yet"),
+            Some((shard, seats)) => {
+                format!("shard {shard} has {} of {} backups yet", seats.backups.len(), self.replicas)
+            }
         }
     }
 
     /// Which shard a seat has a part in, and which.
     pub(crate) fn part_of(&self, seat: u64) -> Option<(u32, Part)> {
-        let is = |who: &Option<Seating>| who.as_ref().is_some_and(|who| who.seat == seat);
-        (0..).zip(&self.shards).find_map(|(shard, seats)| {
-            let parts =
-                [(&seats.primary, Part::Primary), (&seats.backup, Part::Backup), (&seats.candidate, Part::Candidate)];
-            parts.into_iter().find(|(who, _)| is(who)).map(|(_, part)| (shard, part))
-        })
+        (0..)
+            .zip(&self.shards)
+            .find_map(|(shard, seats)| seats.chain().find(|(who, _)| who.seat == seat).map(|(_, part)| (shard, part)))
     }
 
     /// The map as the body of a message.
@@ -95,12 +116,14 @@ impl ClusterMap {
             out.number(shard.term.0);
             out.byte(shard.formed.into());
             out.text(&shard.origin);
-            for who in [&shard.primary, &shard.backup, &shard.candidate] {
+            for who in [&shard.primary, &shard.candidate] {
                 out.byte(who.is_some().into());
                 if let Some(who) = who {
                     who.encode(&mut out);
                 }
             }
+            out.number(shard.backups.len() as u64);
+            shard.backups.iter().for_each(|who| who.encode(&mut out));
         }
         out.number(self.leaving.len() as u64);
         self.leaving.iter().for_each(|&process| out.number(process));
@@ -128,7 +151,13 @@ impl ClusterMap {
         let shards = (0..count).map(|_| {
             let (term, formed, origin) = (Epoch(from.number()?), from.byte()? != 0, from.text()?.to_owned());
             let mut who = || if from.byte()? == 0 { Ok(None) } else { Seating::decode(from).map(Some) };
-            Ok(ShardSeats { term, formed, origin, primary: who()?, backup: who()?, candidate: who()? })
+            let (primary, candidate) = (who()?, who()?);
+            let count = from.count(18)?;
+            if count > MAX_REPLICAS as usize {
+                return Err(BadBody("too many backups"));
+            }
+            let backups = (0..count).map(|_| Seating::decode(from)).collect::<Result<_, BadBody>>()?;
+            Ok(ShardSeats { term, formed, origin, primary, backups, candidate })
         });
         let shards = shards.collect::<Result<_, BadBody>>()?;
         let count = from.count(8)?;
@@ -158,20 +187,30 @@ mod tests {
 
     #[test]
     fn a_map_comes_back_as_it_was_and_no_piece_of_it_does() {
-        let seating = |seat| Some(Seating { seat, process: seat * 10, address: format!("10.0.0.{seat}:7070") });
+        let seating = |seat| Seating { seat, process: seat * 10, address: format!("10.0.0.{seat}:7070") };
         let nobody = ShardSeats { origin: "checkpoint-1".to_owned(), ..ShardSeats::default() };
-        let first = ShardSeats { term: Epoch(3), primary: seating(1), candidate: seating(2), ..nobody };
-        let nobody = ShardSeats::default();
-        let second = ShardSeats { term: Epoch(5), primary: seating(3), backup: seating(4), formed: true, ..nobody };
-        let mut map = ClusterMap { epoch: Epoch(9), replicas: 1, shards: vec![first, second], leaving: vec![7, 30] };
+        let first = ShardSeats { term: Epoch(3), primary: Some(seating(1)), candidate: Some(seating(2)), ..nobody };
+        let second = ShardSeats {
+            term: Epoch(5),
+            primary: Some(seating(3)),
+            backups: vec![seating(4), seating(5)],
+            candidate: Some(seating(6)),
+            formed: true,
+            ..ShardSeats::default()
+        };
+        let follows = |seat| second.before(seat).map(|who| who.seat);
+        assert_eq!([3, 4, 5, 6, 7].map(follows), [None, Some(3), Some(4), Some(5), None]);
+        assert_eq!(second.after(5), Some((&seating(6), Part::Candidate)));
+        assert_eq!((second.after(3), second.after(6)), (Some((&seating(4), Part::Backup)), None));
+        let mut map = ClusterMap { epoch: Epoch(9), replicas: 2, shards: vec![first, second], leaving: vec![7, 30] };
         let body = map.encode();
         assert_eq!(ClusterMap::decode(&body), Ok(map.clone()));
         for cut in 0..body.len() {
             assert!(ClusterMap::decode(&body[..cut]).is_err());
         }
-        assert_eq!((map.part_of(2), map.part_of(4)), (Some((0, Part::Candidate)), Some((1, Part::Backup))));
+        assert_eq!((map.part_of(2), map.part_of(5)), (Some((0, Part::Candidate)), Some((1, Part::Backup))));
         assert_eq!((map.part_of(9), map.addresses()), (None, None));
-        assert_eq!(map.missing(), "shard 0 has no backup yet");
+        assert_eq!(map.missing(), "shard 0 has 0 of 2 backups yet");
         map.shards[0].formed = true;
         assert_eq!(map.addresses().unwrap(), ["10.0.0.1:7070", "10.0.0.3:7070"]);
     }

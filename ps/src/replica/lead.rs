@@ -1,22 +1,26 @@
-//! Pure: a primary's side of the log: what the backup must have before a client is answered.
+//! Pure: the side of the log of whom another follows, a primary or a backup: what that one must have before a client is answered,
+//! or before it is told to whom we follow.
 
-use super::backup::MAX_EARLY_BYTES;
-use super::log::{Entry, What};
-use crate::control::Sighting;
-use crate::header::{HEADER_BYTES, Header, Kind};
+use super::log::{Entry, MAX_EARLY_BYTES, TURN, What, passed_on};
+use super::tail::Tail;
+use crate::control::{SeatPart, Sighting};
+use crate::header::{Header, Kind};
 use crate::shard::{Action, Shard};
 use crate::state::{Image, Telling};
-use crate::{ClusterMap, Epoch};
+use crate::{ClusterMap, Epoch, ShardSeats};
 use gradwire_transport::PeerId;
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Silence after which a backup counts as lost: less than [`super::backup::PATIENCE`], so that a primary which is cut off stops
 /// before another takes over.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Answers that may wait for the backup; beyond it, nothing more is taken from clients.
+/// Answers that may wait for the backup, and bytes of the log; beyond it, nothing more is taken from clients.
 const MAX_HELD: usize = 1 << 16;
+const MAX_TAIL_BYTES: usize = 128 << 20;
 
+/// Who follows.
 struct Follower {
     peer: PeerId,
     seat: u64,
@@ -36,58 +40,130 @@ struct Follower {
     whole: bool,
 }
 
-/// What a primary keeps of its backup.
+impl Follower {
+    /// A time as it counts it.
+    fn micros(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.began).as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether it has been sent much before it has everything.
+    fn is_early(&self) -> bool {
+        !self.holding && self.early_bytes > MAX_EARLY_BYTES / 2
+    }
+}
+
+/// A seat that must follow and does not.
+struct Fence {
+    seat: u64,
+    /// When it counts as gone: until a map without it comes, it may have taken over.
+    until: Instant,
+    due: bool,
+}
+
+/// What a seat keeps of the one that follows it.
 pub(super) struct Lead {
     term: Epoch,
     sequence: u64,
     follower: Option<Follower>,
-    /// A backup that is gone: until a map without it comes, it may have taken over.
-    fence: Option<u64>,
+    fence: Option<Fence>,
     held: VecDeque<(u64, Action)>,
+    /// Of a shard with several backups: who follows the one that follows us may come to us.
+    tail: Option<Tail>,
+    /// What was told to whom we follow.
+    confirmed: u64,
 }
 
 impl Lead {
     pub(super) fn new(term: Epoch) -> Self {
-        Self { term, sequence: 0, follower: None, fence: None, held: VecDeque::new() }
+        Self { term, sequence: 0, follower: None, fence: None, held: VecDeque::new(), tail: None, confirmed: 0 }
     }
 
     pub(super) fn term(&self) -> Epoch {
         self.term
     }
 
-    /// Entries of the log, and how many of them the backup has; `None` without a backup.
+    /// Entries of the log, and how many of them the backups have; `None` without a backup.
     pub(super) fn place(&self) -> (u64, Option<u64>) {
         (self.sequence, self.follower.as_ref().filter(|it| it.holding).map(|it| it.applied))
     }
 
-    /// Whether answers wait for a map.
+    /// Whether answers wait for a map, or for a backup that is to come.
     pub(super) fn is_fenced(&self) -> bool {
         self.fence.is_some()
     }
 
+    /// The log begins here with what comes after entry `sequence`.
+    pub(super) fn begin_after(&mut self, sequence: u64) {
+        self.sequence = sequence;
+    }
+
+    /// Whether nobody follows, nor is awaited.
+    pub(super) fn is_free(&self) -> bool {
+        self.follower.is_none() && self.fence.is_none()
+    }
+
     /// Whether too much waits for the backup to take more.
     pub(super) fn is_full(&self) -> bool {
-        let early = |it: &Follower| !it.holding && it.early_bytes > MAX_EARLY_BYTES / 2;
-        self.held.len() >= MAX_HELD || self.follower.as_ref().is_some_and(early)
+        let kept = self.tail.as_ref().map_or(0, Tail::bytes);
+        self.held.len() >= MAX_HELD || kept > MAX_TAIL_BYTES || self.follower.as_ref().is_some_and(Follower::is_early)
     }
 
     fn holds(&self) -> bool {
         self.fence.is_some() || self.follower.as_ref().is_some_and(|it| it.holding && it.applied < self.sequence)
     }
 
-    fn ship(&self, what: What<'_>, peer: PeerId, now: Instant, out: &mut Vec<Action>) {
-        let Some(follower) = &self.follower else { return };
-        let at_us = u64::try_from(now.saturating_duration_since(follower.began).as_micros()).unwrap_or(u64::MAX);
-        let entry = Entry { term: self.term, sequence: self.sequence, peer, at_us, what };
-        out.push(Action::Ship { to: follower.peer, bytes: entry.encode() });
+    /// Whether what happens must be known to one that follows, or that will.
+    fn logs(&self) -> bool {
+        self.follower.is_some() || self.fence.is_some() && self.tail.is_some()
     }
 
-    fn log(&mut self, what: What<'_>, peer: PeerId, now: Instant, out: &mut Vec<Action>) {
+    /// What all that follow have, for whom we follow.
+    pub(super) fn confirmed(&mut self) -> u64 {
+        let all = match (&self.fence, &self.follower) {
+            (Some(_), _) => 0,
+            (None, Some(follower)) if follower.holding => follower.applied,
+            // It would have to keep too much while its copy is made: those before us wait, and their clients.
+            (None, Some(follower)) if follower.is_early() => 0,
+            (None, _) => self.sequence,
+        };
+        self.confirmed = self.confirmed.max(all);
+        self.confirmed
+    }
+
+    /// What is no entry, and has no number.
+    fn say(&self, what: What<'_>, now: Instant, out: &mut Vec<Action>) {
+        let Some(follower) = &self.follower else { return };
+        let (term, sequence, at_us) = (self.term, self.sequence, follower.micros(now));
+        let bytes = Entry { term, sequence, peer: PeerId(0), at_us, what }.encode();
+        out.push(Action::Ship { to: follower.peer, bytes: Arc::new(bytes) });
+    }
+
+    /// Something was done.
+    fn log(&mut self, what: What<'_>, peer: PeerId, at: Instant, out: &mut Vec<Action>) {
         self.sequence += 1;
-        if let (Some(follower), What::Request(_, payload)) = (&mut self.follower, &what) {
-            follower.early_bytes += if follower.holding { 0 } else { HEADER_BYTES + payload.len() };
+        let at_us = self.follower.as_ref().map_or(0, |it| it.micros(at));
+        self.pass(Entry { term: self.term, sequence: self.sequence, peer, at_us, what }.encode(), at, out);
+    }
+
+    /// Entry `sequence`, which whom we follow has sent, was done.
+    pub(super) fn relay(&mut self, sequence: u64, entry: &[u8], at: Instant, out: &mut Vec<Action>) {
+        self.sequence = sequence;
+        if self.logs() {
+            let at_us = self.follower.as_ref().map_or(0, |it| it.micros(at));
+            self.pass(passed_on(entry, self.term, at_us), at, out);
         }
-        self.ship(what, peer, now, out);
+    }
+
+    /// Sends the last entry on, and keeps it where it may have to be sent again.
+    fn pass(&mut self, entry: Vec<u8>, at: Instant, out: &mut Vec<Action>) {
+        let bytes = Arc::new(entry);
+        if let Some(tail) = &mut self.tail {
+            tail.push(self.sequence, at, &bytes);
+        }
+        if let Some(follower) = &mut self.follower {
+            follower.early_bytes += if follower.holding { 0 } else { bytes.len() };
+            out.push(Action::Ship { to: follower.peer, bytes });
+        }
     }
 
     /// `shard` has taken a request; its actions are those of `out` from `first` on. Logs it where it changed what a backup
@@ -99,7 +175,7 @@ impl Lead {
         now: Instant,
         (first, out): (usize, &mut Vec<Action>),
     ) {
-        if self.follower.is_some() && changes(header.kind) && shard.is_replicated(header) {
+        if self.logs() && changes(header.kind) && shard.is_replicated(header) {
             let mine = |to: &PeerId, reply: &Header| {
                 *to == from && reply.slot == header.slot && matches!(reply.kind, Kind::Refused | Kind::Later)
             };
@@ -114,7 +190,7 @@ impl Lead {
 
     /// A client's connection is closed.
     pub(super) fn gone(&mut self, shard: &Shard, peer: PeerId, now: Instant, (first, out): (usize, &mut Vec<Action>)) {
-        if self.follower.is_some() {
+        if self.logs() {
             self.log(What::Gone, peer, now, out);
         }
         self.hold(shard, first, out);
@@ -125,7 +201,7 @@ impl Lead {
 
     /// `shard` has refused what had waited too long, if anything.
     pub(super) fn expired(&mut self, shard: &Shard, now: Instant, (first, out): (usize, &mut Vec<Action>)) {
-        if self.follower.is_some() && out.len() > first {
+        if self.logs() && out.len() > first {
             self.log(What::Expire, PeerId(0), now, out);
         }
         self.hold(shard, first, out);
@@ -155,19 +231,15 @@ impl Lead {
         }
     }
 
-    /// A seat wants to follow. It is let in once the map names it, and the shard can be copied; until then it asks again.
+    /// A seat that has nothing wants to follow, and the shard is ready to be copied: tells it what was before `at`, by the clock of
+    /// the log, and all since.
     pub(super) fn follow(
         &mut self,
         shard: &mut Shard,
         (from, seat): (PeerId, u64),
-        named: bool,
-        now: Instant,
+        (at, now): (Instant, Instant),
         out: &mut Vec<Action>,
     ) {
-        let busy = self.follower.is_some() || self.fence.is_some();
-        if !named || busy || !shard.make_ready_to_copy(out) {
-            return;
-        }
         self.follower = Some(Follower {
             peer: from,
             seat,
@@ -175,16 +247,60 @@ impl Lead {
             goal: u64::MAX,
             holding: false,
             heard: now,
-            began: now,
-            images: shard.images(now),
+            began: at,
+            images: shard.images(at),
             telling: None,
             early_bytes: 0,
             whole: false,
         });
-        self.ship(What::Welcome(shard.key()), from, now, out);
+        self.say(What::Welcome(shard.key()), at, out);
         for chunk in shard.members_chunks() {
-            self.ship(What::Piece(&chunk), from, now, out);
+            self.say(What::Piece(&chunk), at, out);
         }
+    }
+
+    /// The shard was made ready for `seat`, which follows the last backup.
+    pub(super) fn prepared(&mut self, seat: u64, now: Instant, out: &mut Vec<Action>) {
+        if self.logs() {
+            self.log(What::Prepare(seat), PeerId(0), now, out);
+        }
+    }
+
+    /// This seat has taken over, with the connections of nobody.
+    pub(super) fn take_over(&mut self, now: Instant, out: &mut Vec<Action>) {
+        if self.logs() {
+            self.log(What::TookOver, PeerId(0), now, out);
+        }
+    }
+
+    /// A backup whose neighbour is gone comes to us, with every entry up to `sequence`.
+    pub(super) fn resume(&mut self, (from, seat): (PeerId, u64), sequence: u64, now: Instant, out: &mut Vec<Action>) {
+        let Some(fence) = self.fence.as_mut().filter(|fence| fence.seat == seat) else { return };
+        let Some((began, entries)) = self.tail.as_ref().and_then(|tail| tail.since(sequence)) else {
+            // It lacks what nobody has any more: it has to begin anew.
+            fence.due = true;
+            return;
+        };
+        self.fence = None;
+        let follower = Follower {
+            peer: from,
+            seat,
+            applied: sequence,
+            goal: sequence,
+            holding: true,
+            heard: now,
+            began: began.unwrap_or(now),
+            images: VecDeque::new(),
+            telling: None,
+            early_bytes: 0,
+            whole: true,
+        };
+        let resume = Entry { term: self.term, sequence, peer: PeerId(0), at_us: 0, what: What::Resume };
+        out.push(Action::Ship { to: from, bytes: Arc::new(resume.encode()) });
+        let again = entries.iter().map(|(at, entry)| passed_on(entry, self.term, follower.micros(*at)));
+        out.extend(again.map(|bytes| Action::Ship { to: from, bytes: Arc::new(bytes) }));
+        self.follower = Some(follower);
+        self.release(out);
     }
 
     /// There is room: tells a new backup one more chunk of what was before.
@@ -192,13 +308,13 @@ impl Lead {
         let Some(follower) = self.follower.as_mut().filter(|it| !it.whole) else { return false };
         loop {
             if let Some(chunk) = follower.telling.as_mut().and_then(Iterator::next) {
-                self.ship(What::Piece(&chunk), PeerId(0), now, out);
+                self.say(What::Piece(&chunk), now, out);
                 return true;
             }
             follower.telling = follower.images.pop_front().map(Image::telling);
             if follower.telling.is_none() {
                 (follower.whole, follower.goal) = (true, self.sequence);
-                self.ship(What::Whole, PeerId(0), now, out);
+                self.say(What::Whole, now, out);
                 return true;
             }
         }
@@ -212,43 +328,61 @@ impl Lead {
         if !follower.holding && follower.applied >= follower.goal {
             (follower.holding, follower.goal) = (true, self.sequence);
         }
+        if let Some(tail) = self.tail.as_mut().filter(|_| follower.holding) {
+            tail.forget(follower.applied);
+        }
         self.release(out);
     }
 
     /// Whether `peer` is the backup's connection, which is closed.
-    pub(super) fn lost(&mut self, peer: PeerId) -> bool {
+    pub(super) fn lost(&mut self, peer: PeerId, now: Instant) -> bool {
         let Some(follower) = self.follower.take_if(|it| it.peer == peer) else { return false };
         if follower.holding {
-            self.fence = Some(follower.seat);
+            self.fence = Some(Fence { seat: follower.seat, until: now, due: true });
         }
         true
     }
 
-    /// A new map has come, in which this seat still is the primary.
-    pub(super) fn hear(&mut self, map: &ClusterMap, out: &mut Vec<Action>) {
-        self.fence.take_if(|seat| map.part_of(*seat).is_none());
-        if let Some(follower) = self.follower.take_if(|it| map.part_of(it.seat).is_none()) {
-            out.push(Action::Close { peer: follower.peer, reason: "it is not the backup any more".to_owned() });
+    /// A new map has come, by which `seat` still has this part.
+    pub(super) fn hear(&mut self, map: &ClusterMap, at: &ShardSeats, seat: u64, now: Instant, out: &mut Vec<Action>) {
+        self.term = at.term;
+        let next = at.after(seat).map(|(who, part)| (who.seat, part));
+        let is_next = |seat: u64| next.is_some_and(|(next, _)| next == seat);
+        if let Some(follower) = self.follower.take_if(|it| !is_next(it.seat)) {
+            out.push(Action::Close { peer: follower.peer, reason: "it is not the next backup any more".to_owned() });
+        }
+        self.fence.take_if(|fence| !is_next(fence.seat));
+        if let Some((next, SeatPart::Backup)) = next
+            && self.is_free()
+        {
+            // It has lost whom it followed, and finds us by the same map.
+            self.fence = Some(Fence { seat: next, until: now + TURN, due: false });
+        }
+        if map.replicas > 1 && !self.logs() {
+            self.tail = Some(Tail::after_entry(self.sequence));
         }
         self.release(out);
     }
 
-    /// Time passes: says that we are there, and looks whether the backup is.
+    /// Time passes: says that we are there, and looks whether who follows is.
     pub(super) fn tick(&mut self, now: Instant, out: &mut Vec<Action>) {
+        if let Some(fence) = &mut self.fence {
+            fence.due |= now >= fence.until;
+        }
         let Some(follower) = &self.follower else { return };
         if now.saturating_duration_since(follower.heard) > PATIENCE {
             let (peer, reason) = (follower.peer, format!("it has said nothing for {} s", PATIENCE.as_secs()));
-            self.lost(peer);
+            self.lost(peer, now);
             out.push(Action::Close { peer, reason });
         } else {
-            self.ship(What::Beat, PeerId(0), now, out);
+            self.say(What::Beat, now, out);
         }
     }
 
     /// What the coordinator must hear, until it has.
     pub(super) fn report(&self, shard: u32, by: u64, map: &ClusterMap) -> Option<Sighting> {
-        if let Some(whom) = self.fence {
-            return Some(Sighting::Lost { shard, by, whom });
+        if let Some(fence) = &self.fence {
+            return fence.due.then_some(Sighting::Lost { shard, by, whom: fence.seat });
         }
         let follower = self.follower.as_ref().filter(|it| it.holding && it.applied >= it.goal)?;
         let candidate = map.shards.get(shard as usize).and_then(|seats| seats.candidate.as_ref());

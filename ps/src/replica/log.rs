@@ -1,4 +1,4 @@
-//! Pure: an entry of the log that a primary sends its backup. Fixed head, little-endian; a request's header and payload behind.
+//! Pure: an entry of the log that a primary sends its first backup, and each backup the next one. Fixed head, little-endian; a request's header and payload behind.
 //!
 //! | bytes | field |
 //! |---|---|
@@ -6,17 +6,22 @@
 //! | 4..8 | connection that the request came by |
 //! | 8..16 | term of the primary |
 //! | 16..24 | number of the entry; of what is none, the number of the last one |
-//! | 24..32 | when, in microseconds since the backup began to follow |
+//! | 24..32 | when, in microseconds since who takes it began to follow |
 
 use crate::Epoch;
 use crate::header::{HEADER_BYTES, Header};
 use crate::protocol::PAYLOAD_BYTES;
 use crate::state::MAX_CHUNK_BYTES;
 use gradwire_transport::PeerId;
+use std::time::Duration;
 
 const HEAD_BYTES: usize = 32;
 /// The longest entry.
 pub(crate) const MAX_ENTRY_BYTES: usize = HEAD_BYTES + MAX_CHUNK_BYTES;
+/// Bytes of the log that may come while a copy is made.
+pub(super) const MAX_EARLY_BYTES: usize = 256 << 20;
+/// How long two whose neighbour is gone may take to find each other: clients wait for it. Then each says that the other is gone.
+pub(super) const TURN: Duration = Duration::from_secs(1);
 const _: () = assert!(HEADER_BYTES + PAYLOAD_BYTES <= MAX_CHUNK_BYTES);
 
 /// What an entry says.
@@ -36,6 +41,12 @@ pub(crate) enum What<'a> {
     Expire,
     /// Nothing has happened.
     Beat,
+    /// The log goes on, for one whose copy is whole, after the entry of this number.
+    Resume,
+    /// What waited uncounted was sent back, so that this seat can be given a copy by the last one that has one.
+    Prepare(u64),
+    /// Another has become the primary: all connections were its predecessor's.
+    TookOver,
 }
 
 /// An entry.
@@ -50,11 +61,15 @@ pub(crate) struct Entry<'a> {
 
 impl<'a> Entry<'a> {
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let key;
+        let number;
         let (kind, header, payload): (u8, Option<&Header>, &[u8]) = match &self.what {
-            What::Welcome(number) => {
-                key = number.to_le_bytes();
-                (1, None, &key)
+            What::Welcome(key) => {
+                number = key.to_le_bytes();
+                (1, None, &number)
+            }
+            What::Prepare(seat) => {
+                number = seat.to_le_bytes();
+                (9, None, &number)
             }
             What::Piece(bytes) => (6, None, bytes),
             What::Whole => (7, None, &[]),
@@ -62,6 +77,8 @@ impl<'a> Entry<'a> {
             What::Gone => (3, None, &[]),
             What::Expire => (4, None, &[]),
             What::Beat => (5, None, &[]),
+            What::Resume => (8, None, &[]),
+            What::TookOver => (10, None, &[]),
         };
         let mut out = Vec::with_capacity(HEAD_BYTES + header.map_or(0, |_| HEADER_BYTES) + payload.len());
         out.extend([kind, 0, 0, 0]);
@@ -88,11 +105,22 @@ impl<'a> Entry<'a> {
             3 => What::Gone,
             4 => What::Expire,
             5 => What::Beat,
+            8 => What::Resume,
+            9 => What::Prepare(u64::from_le_bytes(rest.try_into().map_err(|_| "no seat to prepare for")?)),
+            10 => What::TookOver,
             kind => return Err(format!("an entry of kind {kind}")),
         };
         let peer = PeerId(u32::from_le_bytes(head[4..8].try_into().expect("the head holds it")));
         Ok(Self { term: Epoch(number(8)), sequence: number(16), peer, at_us: number(24), what })
     }
+}
+
+/// The same entry, for whoever counts its time from elsewhere.
+pub(super) fn passed_on(entry: &[u8], term: Epoch, at_us: u64) -> Vec<u8> {
+    let mut out = entry.to_vec();
+    out[8..16].copy_from_slice(&term.0.to_le_bytes());
+    out[24..32].copy_from_slice(&at_us.to_le_bytes());
+    out
 }
 
 #[cfg(test)]
@@ -104,7 +132,7 @@ mod tests {
     proptest! {
         #[test]
         fn an_entry_comes_back_as_it_was_and_other_bytes_do_no_harm(
-            numbers in any::<(u64, u64, u64, u32)>(), kind in 0u8..7,
+            numbers in any::<(u64, u64, u64, u32)>(), kind in 0u8..10,
             payload in proptest::collection::vec(any::<u8>(), 0..300), noise in proptest::collection::vec(any::<u8>(), 0..200),
         ) {
             let what = match kind {
@@ -122,6 +150,8 @@ mod tests {
             prop_assert_eq!(Entry::decode(&bytes), Ok(entry));
             prop_assert!(bytes.len() <= MAX_ENTRY_BYTES && Entry::decode(&bytes[..HEAD_BYTES - 1]).is_err());
             let _ = Entry::decode(&noise);
+            let later = Entry { term: Epoch(term ^ 1), at_us: at_us ^ 2, ..entry };
+            prop_assert_eq!(passed_on(&bytes, Epoch(term ^ 1), at_us ^ 2), later.encode());
         }
     }
 }

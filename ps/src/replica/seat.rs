@@ -6,11 +6,11 @@ use crate::control::{SeatPart, Sighting};
 use crate::header::{Header, Kind};
 use crate::refusal::{Reason, Refusal};
 use crate::shard::{Action, Limits, Shard, refuse};
-use crate::{ClusterMap, Epoch, Role, Standing};
+use crate::{ClusterMap, Role, Standing};
 use gradwire_transport::PeerId;
 use std::time::Instant;
 
-/// The connection that a backup has made to its primary; all others were made to us.
+/// The connection that a backup has made to whom it follows, the primary or another backup; all others were made to us.
 pub const PRIMARY: PeerId = PeerId(1 << 30);
 
 enum Part {
@@ -20,6 +20,16 @@ enum Part {
     Spare,
     Backup(Box<Backup>),
     Primary(Box<Lead>),
+}
+
+/// What a seat that asks to follow is to have.
+enum Asks {
+    /// A copy of this one.
+    Copy,
+    /// That the shard is made ready for it to be copied from the last backup.
+    Room,
+    /// All after this entry: it has a copy.
+    Rest(u64),
 }
 
 /// A seat. All that it does is a function of what it is told, so that a backup that is told the same is the same.
@@ -59,15 +69,34 @@ impl Seat {
         self.over.as_deref()
     }
 
-    /// Takes a request of a client, or of a backup.
+    /// What the map says of a seat that asks to follow.
+    fn asks(&self, header: &Header) -> Option<Asks> {
+        let (at, part) = self.map.part_of(header.client).filter(|_| header.kind == Kind::Follow)?;
+        let seats = self.map.shards.get(self.at as usize).filter(|_| at == self.at)?;
+        let mine = seats.after(self.id).is_some_and(|(next, _)| next.seat == header.client);
+        match (part, header.sequence.checked_sub(1)) {
+            (SeatPart::Candidate, None) if mine => Some(Asks::Copy),
+            (SeatPart::Candidate, None) => Some(Asks::Room),
+            (SeatPart::Backup, Some(last)) if mine => Some(Asks::Rest(last)),
+            _ => None,
+        }
+    }
+
+    /// Takes a request of a client, or of who follows.
     pub fn handle(&mut self, from: PeerId, header: &Header, payload: &[u8], now: Instant, out: &mut Vec<Action>) {
+        let (asks, who) = (self.asks(header), (from, header.client));
         match &mut self.part {
             Part::Alone => self.shard.handle(from, header, payload, now, out),
             Part::Primary(lead) => match header.kind {
-                Kind::Follow => {
-                    let named = self.map.part_of(header.client) == Some((self.at, SeatPart::Candidate));
-                    lead.follow(&mut self.shard, (from, header.client), named, now, out);
-                }
+                Kind::Follow => match asks {
+                    Some(Asks::Copy) if lead.is_free() && self.shard.make_ready_to_copy(out) => {
+                        lead.follow(&mut self.shard, who, (now, now), out);
+                    }
+                    Some(Asks::Room) if self.shard.make_ready_to_copy(out) => lead.prepared(who.1, now, out),
+                    Some(Asks::Rest(sequence)) => lead.resume(who, sequence, now, out),
+                    // It asks again.
+                    _ => {}
+                },
                 Kind::Applied => lead.applied(from, header.sequence, now, out),
                 _ => {
                     let first = out.len();
@@ -75,7 +104,20 @@ impl Seat {
                     lead.took(&self.shard, (from, header, payload), now, (first, out));
                 }
             },
-            Part::Spare | Part::Backup(_) if header.kind == Kind::Follow => {}
+            Part::Backup(backup) if header.kind == Kind::Follow => match asks {
+                Some(Asks::Copy) => {
+                    let ask = backup.wanted(who, now);
+                    out.extend(ask.map(|header| Action::Tell { to: PRIMARY, header }));
+                }
+                Some(Asks::Room) => out.push(Action::Tell { to: PRIMARY, header: *header }),
+                Some(Asks::Rest(sequence)) => backup.lead.resume(who, sequence, now, out),
+                None => {}
+            },
+            Part::Backup(backup) if header.kind == Kind::Applied => {
+                backup.lead.applied(from, header.sequence, now, out);
+                backup.owes();
+            }
+            Part::Spare if header.kind == Kind::Follow => {}
             Part::Spare | Part::Backup(_) => {
                 let who = self.map.shards.get(self.at as usize).and_then(|seats| seats.primary.as_ref());
                 let expected = format!("the primary, {}", who.map_or("which is not known yet", |who| &who.address));
@@ -95,10 +137,12 @@ impl Seat {
                 if peer == PRIMARY {
                     backup.closed();
                     self.end_where_useless();
+                } else {
+                    backup.gone(peer, now);
                 }
             }
             Part::Primary(lead) => {
-                if !lead.lost(peer) {
+                if !lead.lost(peer, now) {
                     let first = out.len();
                     self.shard.gone(peer, out);
                     lead.gone(&self.shard, peer, now, (first, out));
@@ -115,6 +159,7 @@ impl Seat {
             Part::Backup(backup) => {
                 let follow = backup.tick(self.id, now);
                 out.extend(follow.map(|header| Action::Tell { to: PRIMARY, header }));
+                backup.lead.tick(now, out);
                 self.end_where_useless();
             }
             Part::Primary(lead) => {
@@ -126,7 +171,7 @@ impl Seat {
         }
     }
 
-    /// Where the primary is to be called, if it is.
+    /// Where whom it follows is to be called, if that is to be done.
     pub fn dial(&self) -> Option<&str> {
         match &self.part {
             Part::Backup(backup) => backup.dial(),
@@ -134,7 +179,7 @@ impl Seat {
         }
     }
 
-    /// The primary has been called.
+    /// That has been called.
     pub fn dialled(&mut self, now: Instant, out: &mut Vec<Action>) {
         if let Part::Backup(backup) = &mut self.part {
             backup.dialled(now);
@@ -142,16 +187,17 @@ impl Seat {
         }
     }
 
-    /// The primary has sent an entry of its log.
-    pub fn take_entry(&mut self, bytes: &[u8], now: Instant) {
+    /// Whom this seat follows has sent an entry of the log.
+    pub fn take_entry(&mut self, bytes: &[u8], now: Instant, out: &mut Vec<Action>) {
+        let place = (self.at, self.map.shards.len() as u32);
         if let Part::Backup(backup) = &mut self.part
-            && let Err(reason) = backup.take(&mut self.shard, (self.at, self.map.shards.len() as u32), bytes, now)
+            && let Err(reason) = backup.take(&mut self.shard, place, bytes, now, out)
         {
             self.over = Some(reason);
         }
     }
 
-    /// Tells the primary how far the copy is: once for all entries since last asked.
+    /// Tells whom it follows how far the copy is: once for all entries since last asked.
     pub fn answer(&mut self, out: &mut Vec<Action>) {
         if let Part::Backup(backup) = &mut self.part
             && self.over.is_none()
@@ -164,8 +210,9 @@ impl Seat {
     pub fn report(&self) -> Option<Sighting> {
         match &self.part {
             Part::Backup(backup) if backup.lost => {
-                Some(Sighting::Lost { shard: self.at, by: self.id, whom: backup.primary.seat })
+                Some(Sighting::Lost { shard: self.at, by: self.id, whom: backup.follows.seat })
             }
+            Part::Backup(backup) => backup.lead.report(self.at, self.id, &self.map),
             Part::Primary(lead) => lead.report(self.at, self.id, &self.map),
             _ => None,
         }
@@ -199,6 +246,7 @@ impl Seat {
             return;
         }
         self.map.clone_from(map);
+        self.shard.take_replicas(map.replicas);
         let Some((at, part)) = self.map.part_of(self.id) else {
             if !matches!(self.part, Part::Spare) {
                 self.over = Some(format!("shard {} has gone to another server", self.at));
@@ -208,23 +256,30 @@ impl Seat {
         self.at = at;
         let seats = &self.map.shards[at as usize];
         let term = seats.term;
-        match (&mut self.part, part) {
-            (Part::Primary(lead), SeatPart::Primary) if lead.term() == term => lead.hear(map, out),
-            (Part::Spare, SeatPart::Primary) => self.lead(term, out),
-            (Part::Backup(backup), SeatPart::Primary) if backup.is_whole() => {
+        match (&mut self.part, part, seats.before(self.id)) {
+            (Part::Primary(lead), SeatPart::Primary, _) if lead.term() == term => {
+                lead.hear(map, seats, self.id, now, out);
+            }
+            (Part::Spare, SeatPart::Primary, _) => self.lead(Box::new(Lead::new(term)), now, out),
+            (Part::Backup(backup), SeatPart::Primary, _) if backup.is_whole() => {
                 out.push(Action::Close { peer: PRIMARY, reason: "this seat has taken over".to_owned() });
                 self.shard.forget_connections();
-                self.lead(term, out);
+                let lead = std::mem::replace(&mut backup.lead, Box::new(Lead::new(term)));
+                self.lead(lead, now, out);
             }
-            (Part::Spare, SeatPart::Candidate) => {
-                if let Some(primary) = seats.primary.clone() {
-                    self.part = Part::Backup(Box::new(Backup::new(primary, term, now)));
-                }
+            (Part::Spare, SeatPart::Candidate, Some(follows)) => {
+                self.part = Part::Backup(Box::new(Backup::new(follows.clone(), term, now)));
             }
-            (Part::Backup(backup), SeatPart::Backup | SeatPart::Candidate)
-                if seats.primary.as_ref().is_some_and(|primary| primary.seat == backup.primary.seat) =>
+            (Part::Backup(backup), SeatPart::Backup | SeatPart::Candidate, Some(follows))
+                if follows.seat == backup.follows.seat =>
             {
+                backup.hear(map, seats, self.id, now, out);
                 self.end_where_useless();
+            }
+            (Part::Backup(backup), SeatPart::Backup, Some(follows)) if backup.is_whole() => {
+                out.push(Action::Close { peer: PRIMARY, reason: "this seat follows another now".to_owned() });
+                backup.turn_to(follows.clone(), now);
+                backup.hear(map, seats, self.id, now, out);
             }
             _ => self.over = Some(format!("shard {at} has another primary than the one this seat knew")),
         }
@@ -241,10 +296,11 @@ impl Seat {
         }
     }
 
-    fn lead(&mut self, term: Epoch, out: &mut Vec<Action>) {
-        self.shard.begin_epoch(term, self.map.replicas);
-        let mut lead = Box::new(Lead::new(term));
-        lead.hear(&self.map, out);
+    fn lead(&mut self, mut lead: Box<Lead>, now: Instant, out: &mut Vec<Action>) {
+        let seats = &self.map.shards[self.at as usize];
+        self.shard.begin_epoch(seats.term);
+        lead.hear(&self.map, seats, self.id, now, out);
+        lead.take_over(now, out);
         self.part = Part::Primary(lead);
     }
 
@@ -252,6 +308,7 @@ impl Seat {
     pub fn tell_more(&mut self, now: Instant, out: &mut Vec<Action>) -> bool {
         match &mut self.part {
             Part::Primary(lead) => lead.tell_more(now, out),
+            Part::Backup(backup) => backup.lead.tell_more(now, out),
             _ => false,
         }
     }
@@ -266,7 +323,7 @@ impl Seat {
         let (role, (log, backup)) = match &self.part {
             Part::Alone => (Role::Alone, (0, None)),
             Part::Spare => (Role::Spare, (0, None)),
-            Part::Backup(backup) => (Role::Backup, (backup.place(), None)),
+            Part::Backup(backup) => (Role::Backup, (backup.place(), backup.lead.place().1)),
             Part::Primary(lead) if lead.is_fenced() => (Role::Fenced, lead.place()),
             Part::Primary(lead) => (Role::Primary, lead.place()),
         };

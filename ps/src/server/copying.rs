@@ -36,9 +36,14 @@ impl Copying {
         self.waiting_bytes > MAX_WAITING_BYTES
     }
 
+    /// Whom the seat follows is closed. Its connection's end is told by the wire's next turn; only then another is called.
+    pub(super) fn call_later(&mut self, now: Instant) {
+        self.next_dial = Some(now + AGAIN);
+    }
+
     /// A connection is closed: what waited for it goes nowhere.
     pub(super) fn forget(&mut self, connection: &Connection) {
-        self.waiting_bytes -= connection.log.iter().map(Vec::len).sum::<usize>();
+        self.waiting_bytes -= connection.log.iter().map(|entry| entry.len()).sum::<usize>();
     }
 }
 
@@ -130,8 +135,9 @@ impl Server {
         if arrival.from.peer != PRIMARY {
             return self.close(arrival.from.peer, "it sent a log, and is not the primary".to_owned());
         }
-        self.seat.take_entry(&arrival.loan, now);
+        self.seat.take_entry(&arrival.loan, now, &mut self.actions);
         drop(arrival);
+        self.act();
         self.receive(PRIMARY, LOG, MAX_ENTRY_BYTES);
     }
 
@@ -152,7 +158,7 @@ impl Server {
         }
     }
 
-    pub(super) fn ship(&mut self, to: PeerId, bytes: Vec<u8>) {
+    pub(super) fn ship(&mut self, to: PeerId, bytes: Arc<Vec<u8>>) {
         let Some(connection) = self.connections.get_mut(&to) else { return };
         self.copying.waiting_bytes += bytes.len();
         self.copying.backup = Some(to);

@@ -17,18 +17,19 @@ impl Shard {
 
     /// Whether what this request does must be done at a copy as well: who the clients are, and what is in replicated tables.
     pub(crate) fn is_replicated(&self, header: &Header) -> bool {
-        matches!(header.kind, Kind::Hello | Kind::Barrier) || self.recovery(header.table) == Some(Recovery::Replicate)
+        matches!(header.kind, Kind::Hello | Kind::Barrier)
+            || self.recovery(header.table).is_some_and(Recovery::replicates)
     }
 
     /// Whether a table is known that has no copy.
     pub(crate) fn is_only_here(&self, table: TableId) -> bool {
-        self.recovery(table).is_some_and(|recovery| recovery != Recovery::Replicate)
+        self.recovery(table).is_some_and(|recovery| !recovery.replicates())
     }
 
     /// Makes ready for being copied: what waits without being counted is to come again. False while first values are being
     /// written: then it must wait.
     pub(crate) fn make_ready_to_copy(&mut self, out: &mut Vec<Action>) -> bool {
-        let replicated = |table: &&mut Table| table.spec.recovery == Recovery::Replicate;
+        let replicated = |table: &&mut Table| table.spec.recovery.replicates();
         if self.tables.values_mut().filter(replicated).any(|table| table.init.holder.is_some()) {
             return false;
         }
@@ -47,7 +48,7 @@ impl Shard {
 
     /// The replicated tables as they are now.
     pub(crate) fn images(&mut self, now: Instant) -> VecDeque<Image> {
-        let ids = self.table_ids().into_iter().filter(|&id| self.recovery(id) == Some(Recovery::Replicate));
+        let ids = self.table_ids().into_iter().filter(|&id| self.recovery(id).is_some_and(Recovery::replicates));
         let ids: Vec<TableId> = ids.collect();
         ids.into_iter().filter_map(|id| self.image(id, now)).collect()
     }
@@ -74,9 +75,13 @@ impl Shard {
         peers.into_iter().for_each(|peer| self.gone(peer, &mut nobody));
     }
 
-    /// The shard answers clients from here on, tells them this epoch, and takes tables that so many copies can be had of.
-    pub(crate) fn begin_epoch(&mut self, epoch: Epoch, replicas: u32) {
-        self.epoch = epoch;
+    /// It takes tables that so many copies can be had of.
+    pub(crate) fn take_replicas(&mut self, replicas: u32) {
         self.limits.replicas = replicas;
+    }
+
+    /// The shard answers clients from here on, and tells them this epoch.
+    pub(crate) fn begin_epoch(&mut self, epoch: Epoch) {
+        self.epoch = epoch;
     }
 }

@@ -96,7 +96,7 @@ impl SparseSpec {
         if self.shards == 0 || self.shard >= self.shards {
             return wrong("shard", "one of its shards".to_owned(), format!("{} of {}", self.shard, self.shards));
         }
-        if let Err(got) = self.recovery.check_every() {
+        if let Err(got) = self.recovery.check_numbers() {
             return wrong("recovery", "one that a sparse table can have".to_owned(), got);
         }
         if self.recovery == Recovery::Workers {

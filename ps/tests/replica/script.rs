@@ -26,7 +26,7 @@ fn dense_spec(mode: Mode, clipped: bool) -> TableSpec {
         combine: Combine::Sum,
         clipped,
         compression: Compression { push, pull: Codec::Whole },
-        recovery: Recovery::Replicate,
+        recovery: Recovery::Replicate { copies: 1 },
         shards: 1,
         shard: 0,
         part_elements: DENSE,
@@ -46,7 +46,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         capacity: None,
         eviction: None,
         admission: 1,
-        recovery: Recovery::Replicate,
+        recovery: Recovery::Replicate { copies: 1 },
         shards: 1,
         shard: 0,
     }

@@ -7,6 +7,7 @@ use gradwire_ps::shard::{Action, Limits};
 use gradwire_ps::{Cluster, ClusterMap, Join, Mode};
 use gradwire_transport::PeerId;
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub struct Random(u64);
@@ -24,10 +25,10 @@ enum Message {
     Request(Header, Vec<u8>),
     Reply(Header),
     Value(Header, Vec<u8>),
-    Entry(Vec<u8>),
+    Entry(Arc<Vec<u8>>),
 }
 
-/// The ends of a connection: the client, or the backup's seat, and the server that was called.
+/// The ends of a connection: the client, or the seat that follows, and the server that was called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Caller {
     Client(usize),
@@ -67,6 +68,8 @@ pub struct World {
     next: u64,
     /// Servers that may still die; while there are any, connections break and messages come twice.
     pub kills: usize,
+    /// Backups that have turned from a neighbour that was gone to the next one, without a new copy.
+    pub turned: usize,
     /// What clients asked for that came twice.
     twice: HashSet<(usize, u32)>,
     out: Vec<Action>,
@@ -77,7 +80,7 @@ fn may_come_twice(message: &Message) -> bool {
     match message {
         Message::Request(header, _) => !matches!(header.kind, Kind::Hello | Kind::Follow),
         // Of the log, what happened; the copy of what was before comes once.
-        Message::Entry(bytes) => matches!(bytes[0], 2..=5),
+        Message::Entry(bytes) => matches!(bytes[0], 2..=5 | 9 | 10),
         Message::Reply(_) | Message::Value(..) => false,
     }
 }
@@ -95,7 +98,8 @@ impl Client {
 }
 
 impl World {
-    pub fn new(seed: u64, mode: Mode) -> Self {
+    /// Each shard has `replicas` copies.
+    pub fn new(seed: u64, mode: Mode, replicas: u32) -> Self {
         let client = |client| Client {
             attempts: 0,
             connection: None,
@@ -108,21 +112,22 @@ impl World {
         let mut world = Self {
             random: Random(seed),
             now: Instant::now(),
-            cluster: Cluster::new(1, 1),
+            cluster: Cluster::new(1, replicas),
             seats: BTreeMap::new(),
             connections: Vec::new(),
             clients: (0..3).map(client).collect(),
             next: 1,
             kills: 0,
+            turned: 0,
             twice: HashSet::new(),
             out: Vec::new(),
         };
-        (0..2).for_each(|_| world.begin_seat());
+        (0..=replicas).for_each(|_| world.begin_seat());
         world
     }
 
     fn begin_seat(&mut self) {
-        let (id, limits) = (self.next * 100, Limits { replicas: 1, ..Limits::default() });
+        let (id, limits) = (self.next * 100, Limits::default());
         self.next += 1;
         self.seats.insert(id, Seat::spare(id, limits));
     }
@@ -140,7 +145,11 @@ impl World {
             let (peer, message) = match action {
                 Action::Reply { to, header, .. } => (to, Message::Reply(header)),
                 Action::Value { to, header, slice } => (to, Message::Value(header, slice.to_vec())),
-                Action::Ship { to, bytes } => (to, Message::Entry(bytes)),
+                Action::Ship { to, bytes } => {
+                    // The log goes on.
+                    self.turned += usize::from(bytes[0] == 8);
+                    (to, Message::Entry(bytes))
+                }
                 Action::Tell { header, .. } => {
                     if let Some(connection) = self.made_by(seat) {
                         connection.up.push_back(Message::Request(header, Vec::new()));
@@ -148,11 +157,13 @@ impl World {
                     continue;
                 }
                 Action::Close { peer, .. } => {
-                    let (connection, ends) = match peer {
-                        PRIMARY => (self.made_by(seat), (true, false)),
-                        _ => (self.between(seat, peer), (false, true)),
-                    };
-                    connection.into_iter().for_each(|connection| connection.cut = Some(ends));
+                    if peer == PRIMARY {
+                        // It hears no more of it, whether it was cut or not.
+                        let made = self.connections.iter_mut().filter(|it| it.caller == Caller::Seat(seat));
+                        made.for_each(|it| it.cut = Some((true, it.cut.is_some_and(|(_, server)| server))));
+                    } else if let Some(connection) = self.between(seat, peer) {
+                        connection.cut = Some((false, true));
+                    }
                     continue;
                 }
                 Action::Status { .. } | Action::Store { .. } => continue,
@@ -168,7 +179,7 @@ impl World {
         self.connections.iter_mut().find(|it| it.server == seat && it.peer == peer && it.cut.is_none())
     }
 
-    /// The connection that `seat` has made to its primary, unless it is cut.
+    /// The connection that `seat` has made to whom it follows, unless it is cut.
     fn made_by(&mut self, seat: u64) -> Option<&mut Connection> {
         self.connections.iter_mut().find(|it| it.caller == Caller::Seat(seat) && it.cut.is_none())
     }
@@ -226,7 +237,7 @@ impl World {
             }
             (Message::Entry(bytes), Caller::Seat(id)) => {
                 if let Some(seat) = self.seats.get_mut(&id) {
-                    seat.take_entry(&bytes, self.now);
+                    seat.take_entry(&bytes, self.now, &mut self.out);
                     seat.answer(&mut self.out);
                     self.act(id);
                 }
@@ -413,16 +424,18 @@ impl World {
         }
     }
 
-    /// A server dies, where the shard has a copy. A new one takes its seat in the house.
+    /// A server dies, where another has all that it has. A new one takes its seat in the house.
     fn kill(&mut self) {
         let Some(seats) = self.cluster.map().shards.first().filter(|_| self.kills > 0) else { return };
-        let (Some(primary), Some(backup)) = (&seats.primary, &seats.backup) else { return };
-        if !self.seats.contains_key(&primary.seat) || !self.seats.contains_key(&backup.seat) {
+        let chain = seats.primary.iter().chain(&seats.backups).map(|who| who.seat);
+        let alive: Vec<u64> = chain.filter(|seat| self.seats.contains_key(seat)).collect();
+        if alive.len() < 2 {
             return;
         }
-        let victim = if self.random.below(3) > 0 { primary.seat } else { backup.seat };
+        // The primary in every second case, whatever the number of copies.
+        let at = self.random.below(2 * alive.len()) % (alive.len() + 1) % alive.len();
         self.kills -= 1;
-        self.remove(victim);
+        self.remove(alive[at]);
         self.begin_seat();
     }
 

@@ -1,4 +1,4 @@
-//! Pure: who serves which shard of a cluster, and how far its backup is, as a table or as JSON.
+//! Pure: who serves which shard of a cluster, and how far its backups are, as a table or as JSON.
 
 use super::{aligned, row};
 use gradwire_ps::{ClusterMap, Seating, ShardStatus};
@@ -16,10 +16,10 @@ pub(super) fn to_json(map: &ClusterMap, status: &[ShardStatus], holds: Vec<Value
             "since_epoch": seats.term.0,
             "primary": of(&seats.primary),
             "primary_leaves": leaves(map, &seats.primary),
-            "backup": of(&seats.backup),
+            "backups": seats.backups.iter().map(|who| &*who.address).collect::<Vec<_>>(),
             "candidate": of(&seats.candidate),
             "log": standing.map(|standing| standing.log),
-            "backup_has": standing.and_then(|standing| standing.backup),
+            "backups_have": standing.and_then(|standing| standing.backup),
             "lag": standing.and_then(|standing| standing.lag()),
             "holds": holds.next(),
         })
@@ -29,16 +29,17 @@ pub(super) fn to_json(map: &ClusterMap, status: &[ShardStatus], holds: Vec<Value
 
 /// A line a shard. The log counts from the epoch since which its primary is that.
 pub(super) fn to_text(map: &ClusterMap, status: &[ShardStatus]) -> String {
-    let mut rows = vec![row(["SHARD", "PRIMARY", "BACKUP", "SINCE EPOCH", "LOG", "BACKUP HAS"])];
+    let mut rows = vec![row(["SHARD", "PRIMARY", "BACKUPS", "SINCE EPOCH", "LOG", "BACKUPS HAVE"])];
     for (shard, seats) in map.shards.iter().enumerate() {
         let of = |who: &Option<Seating>| who.as_ref().map_or("none", |who| &*who.address).to_owned();
         let candidate = seats.candidate.as_ref().map(|who| format!("{} (on its way)", who.address));
-        let backup = candidate.unwrap_or_else(|| of(&seats.backup));
+        let backups: Vec<String> = seats.backups.iter().map(|who| who.address.clone()).chain(candidate).collect();
+        let backups = if backups.is_empty() { "none".to_owned() } else { backups.join(", ") };
         let standing = status.get(shard).map(|status| status.standing);
         let number = |number: Option<u64>| number.map_or("-".to_owned(), |number| number.to_string());
         let (log, has) = (number(standing.map(|it| it.log)), number(standing.and_then(|it| it.backup)));
         let primary = of(&seats.primary) + if leaves(map, &seats.primary) { " (drained)" } else { "" };
-        rows.push(row([&shard.to_string(), &primary, &backup, &seats.term.0.to_string(), &log, &has]));
+        rows.push(row([&shard.to_string(), &primary, &backups, &seats.term.0.to_string(), &log, &has]));
     }
     format!("epoch {}, missing: {}\n\n{}\n", map.epoch.0, map.missing(), aligned(&rows))
 }

@@ -23,7 +23,8 @@ impl Bench {
 
     fn seats(&self, shard: usize) -> [u64; 3] {
         let seats = &self.cluster.map().shards[shard];
-        [&seats.primary, &seats.backup, &seats.candidate].map(|who| who.as_ref().map_or(0, |who| who.seat))
+        [seats.primary.as_ref(), seats.backups.first(), seats.candidate.as_ref()]
+            .map(|who| who.map_or(0, |who| who.seat))
     }
 
     fn formed() -> Self {
@@ -68,6 +69,48 @@ fn of_two_ends_that_each_say_the_other_is_gone_the_first_is_believed() {
     assert!(!bench.join(2, &[20]), "a seat that was dropped gets no part again");
     assert!(bench.join(2, &[21]) && bench.seats(0) == [10, 0, 21]);
     assert!(!bench.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 20 }, bench.now));
+}
+
+#[test]
+fn of_a_chain_the_first_takes_over_and_the_neighbours_of_one_that_is_gone_find_each_other() {
+    let lost = |by, whom| Sighting::Lost { shard: 0, by, whom };
+    let synced = |by, whom| Sighting::Synced { shard: 0, by, whom };
+    let formed = || {
+        let mut bench = Bench { cluster: Cluster::new(1, 3), now: Instant::now() };
+        (1..=3).for_each(|process| assert!(!bench.join(process, &[process * 10]), "too few for three copies"));
+        bench.join(4, &[40]);
+        assert!(bench.cluster.report(synced(10, 20), bench.now) && !bench.cluster.report(synced(10, 30), bench.now));
+        assert!(bench.cluster.report(synced(20, 30), bench.now));
+        assert_eq!(bench.cluster.map().addresses(), None, "clients come once it has all its copies");
+        assert!(bench.cluster.report(synced(30, 40), bench.now));
+        assert!(bench.cluster.map().addresses().is_some());
+        bench
+    };
+    let chain = |bench: &Bench| bench.cluster.map().shards[0].chain().map(|(who, _)| who.seat).collect::<Vec<_>>();
+    let mut bench = formed();
+    assert!(!bench.cluster.report(lost(10, 30), bench.now), "they are no neighbours");
+    assert!(bench.cluster.report(lost(30, 20), bench.now) && chain(&bench) == [10, 30, 40]);
+    assert!(!bench.cluster.report(lost(20, 30), bench.now) && !bench.cluster.report(lost(20, 10), bench.now));
+    let term = bench.cluster.map().shards[0].term;
+    assert!(bench.cluster.report(lost(30, 10), bench.now) && chain(&bench) == [30, 40]);
+    assert!(bench.cluster.map().shards[0].term > term);
+    // One that comes goes to the end.
+    assert!(bench.join(5, &[50]) && chain(&bench) == [30, 40, 50]);
+    assert!(bench.cluster.report(lost(30, 40), bench.now) && chain(&bench) == [30, 50]);
+    assert_eq!(bench.cluster.map().part_of(50), Some((0, Part::Candidate)), "it has nothing yet");
+    // Two are silent at once, and the primary is one of them.
+    let mut bench = formed();
+    bench.now += LEASE / 2;
+    for process in [3, 4] {
+        bench.join(process, &[process * 10]);
+    }
+    bench.now += LEASE / 2;
+    assert!(bench.cluster.tick(bench.now) && chain(&bench) == [30, 40]);
+    // Who leaves hands over to the first that stays.
+    let mut bench = formed();
+    bench.cluster.drain("host:20", bench.now);
+    bench.cluster.drain("host:10", bench.now);
+    assert_eq!(chain(&bench), [30, 40]);
 }
 
 #[test]
