@@ -214,7 +214,7 @@ def test_what_cannot_be_is_refused_with_the_reason():
             client.dense("w", 10, recovery="checkpoint")
         with pytest.raises(ValueError, match="none of whom has all rows"):
             client.sparse("rows", 4, workers=1, recovery="workers")
-        with pytest.raises(ValueError, match='"none", "checkpoint", CheckpointEvery.*, "replicate" or "workers"'):
+        with pytest.raises(ValueError, match='"none", "checkpoint", CheckpointEvery.*, "replicate", Replicate.* or "workers"'):
             client.dense("w", 10, recovery="magic")
         table = client.dense("w", 10, workers=1, recovery="workers")
         with pytest.raises(ValueError, match="nobody has its values"):
