@@ -71,8 +71,11 @@ impl Seat {
 
     /// What the map says of a seat that asks to follow.
     fn asks(&self, header: &Header) -> Option<Asks> {
-        let (at, part) = self.map.part_of(header.client).filter(|_| header.kind == Kind::Follow)?;
-        let seats = self.map.shards.get(self.at as usize).filter(|_| at == self.at)?;
+        if header.kind != Kind::Follow {
+            return None;
+        }
+        let (at, part) = self.map.part_of(header.client).filter(|(at, _)| *at == self.at)?;
+        let seats = &self.map.shards[at as usize];
         let mine = seats.after(self.id).is_some_and(|(next, _)| next.seat == header.client);
         match (part, header.sequence.checked_sub(1)) {
             (SeatPart::Candidate, None) if mine => Some(Asks::Copy),
