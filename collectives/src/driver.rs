@@ -1,7 +1,8 @@
 //! Does: shares one engine between the threads of a process: callers drive it while they wait, the progress thread when
 //! nobody waits, and a caller that comes while the progress thread drives takes over from it.
 
-use crate::engine::{Engine, Job};
+use crate::CollectiveError;
+use crate::engine::{Engine, Job, Queued};
 use crate::messages::Message;
 use crate::pending::Ticket;
 use crate::wishes::Wishes;
@@ -42,10 +43,18 @@ pub(crate) struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    jobs: Vec<Job>,
+    jobs: Vec<Queued>,
     sequence: u64,
     waiters: usize,
     thread_sleeps: bool,
+}
+
+/// What has become of a collective that was to be carried out at once.
+pub(crate) enum Ran {
+    /// It has ended.
+    Here(Result<(), CollectiveError>),
+    /// It waits its turn.
+    Queued(Arc<Ticket>),
 }
 
 impl Shared {
@@ -122,37 +131,33 @@ impl Shared {
 
     /// Carries out the collective that `make` makes from its number at the segment, from this thread, where nothing is under
     /// way; else queues it. Now and then it is queued anyway, so that who drives also looks at the wire.
-    pub(crate) fn run_job(&self, make: impl FnOnce(u64) -> Job) -> Arc<Ticket> {
-        let Ok(mut engine) = self.engine.try_lock() else { return self.submit_job(make) };
+    pub(crate) fn run_job(&self, make: impl FnOnce(u64) -> Job) -> Ran {
+        let Ok(mut engine) = self.engine.try_lock() else { return Ran::Queued(self.submit_job(make)) };
         let mut inbox = self.inbox();
         let busy = self.unfinished.load(Ordering::Acquire) > 0 || self.claimants.load(Ordering::SeqCst) > 0;
         if busy || inbox.sequence.is_multiple_of(WIRE_LOOK) || !engine.is_free() {
-            return self.queue(&mut inbox, make);
+            return Ran::Queued(self.queue(&mut inbox, make));
         }
         let job = make(inbox.sequence);
         inbox.sequence += 1;
-        self.unfinished.fetch_add(1, Ordering::AcqRel);
         drop(inbox);
-        let ticket = Arc::clone(&job.ticket);
         self.driven.store(true, Ordering::Release);
-        engine.run_now(job);
-        // One is this call, which nobody else waits for.
-        let others = std::mem::take(&mut engine.ended) > 1;
+        let outcome = engine.run_now(&job);
+        let others = std::mem::take(&mut engine.ended) > 0;
         self.driven.store(false, Ordering::Release);
         drop(engine);
         if others || self.unfinished.load(Ordering::Acquire) > 0 {
             self.ring_waiters();
             self.ring_thread();
         }
-        ticket
+        Ran::Here(outcome)
     }
 
     fn queue(&self, inbox: &mut Inbox, make: impl FnOnce(u64) -> Job) -> Arc<Ticket> {
-        let job = make(inbox.sequence);
-        let ticket = Arc::clone(&job.ticket);
+        let (job, ticket) = (make(inbox.sequence), Arc::new(Ticket::default()));
         inbox.sequence += 1;
         self.unfinished.fetch_add(1, Ordering::AcqRel);
-        inbox.jobs.push(job);
+        inbox.jobs.push(Queued { ticket: Arc::clone(&ticket), job });
         ticket
     }
 

@@ -59,7 +59,7 @@ impl Local {
         let turn = Turn {
             dtype: job.call.dtype,
             fingerprint: job.fingerprint.0,
-            deadline: Deadline::At(job.deadline),
+            deadline: Deadline::At(job.deadline()),
             idle: meanwhile,
             greeted: false,
         };

@@ -2,7 +2,7 @@
 
 use crate::call::Call;
 use crate::choose::Chooser;
-use crate::driver::Shared;
+use crate::driver::{Ran, Shared};
 use crate::engine::Job;
 use crate::pending::{Done, Ticket};
 use crate::{CollectiveError, Fingerprint};
@@ -31,8 +31,10 @@ impl Submitter {
     /// Carries out `call` from this thread.
     pub(crate) fn run(&self, call: Call) -> Result<(), CollectiveError> {
         let make = self.prepare(call)?;
-        let ticket = self.shared.run_job(make);
-        self.finish(&ticket)
+        match self.shared.run_job(make) {
+            Ran::Here(outcome) => outcome,
+            Ran::Queued(ticket) => self.finish(&ticket),
+        }
     }
 
     /// Checks `call`, and tells how its job is made once it has a number.
@@ -47,8 +49,8 @@ impl Submitter {
         );
         let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
         let call = call.apart(self.rank.index(), self.world_size.get() as usize)?;
-        let (ticket, deadline) = (Arc::new(Ticket::default()), Instant::now() + timeout);
-        Ok(move |sequence| Job { ticket, call, shape, fingerprint, sequence, deadline, timeout })
+        let called = Instant::now();
+        Ok(move |sequence| Job { call, shape, fingerprint, sequence, called, timeout })
     }
 
     /// Waits for the end of what was handed over; the caller's thread drives it meanwhile.

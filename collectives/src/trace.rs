@@ -2,7 +2,6 @@
 //! late, and writes it down: on demand, and when the group fails.
 
 use crate::messages::Message;
-use crate::pending::Ticket;
 use crate::recorder::{Recorder, What};
 use gradwire_transport::{PeerName, Rank};
 use serde_json::{Value, json};
@@ -18,7 +17,7 @@ pub(crate) struct Trace {
     folder: Option<PathBuf>,
     made: Instant,
     made_at: Duration,
-    recorder: Mutex<Recorder>,
+    recorder: Recorder,
     verdict: Mutex<Option<String>>,
 }
 
@@ -27,28 +26,25 @@ impl Trace {
     pub(crate) fn new(group: String, rank: Rank, members: Vec<PeerName>, folder: Option<PathBuf>) -> Self {
         // A clock before 1970 makes all times of this rank small; their order stays.
         let made_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (recorder, verdict) = (Mutex::default(), Mutex::default());
+        let (recorder, verdict) = (Recorder::default(), Mutex::default());
         Self { group, rank, members, folder, made: Instant::now(), made_at, recorder, verdict }
     }
 
-    /// Remembers a call that was made at `called`; the ticket leads back to it.
-    pub(crate) fn begin(&self, ticket: &Ticket, what: What, called: Instant) {
-        let number = lock(&self.recorder).begin(what, called.saturating_duration_since(self.made));
-        ticket.set_record(number);
+    /// Remembers a call that was made at `called`; its number is for [`Trace::end`]. For who has the engine, as all that writes.
+    pub(crate) fn begin(&self, what: What, called: Instant) -> u64 {
+        self.recorder.begin(what, called.saturating_duration_since(self.made))
     }
 
     /// The same of a message.
     pub(crate) fn begin_message(&self, message: &Message) {
         let what = What::Message { kind: message.kind, tag: message.tag, bytes: message.piece.range.len() };
         let called = message.deadline.checked_sub(message.timeout).unwrap_or_else(Instant::now);
-        self.begin(&message.ticket, what, called);
+        message.ticket.set_record(self.begin(what, called));
     }
 
-    /// Remembers how a call ended.
-    pub(crate) fn end(&self, ticket: &Ticket, well: bool) {
-        if let Some(number) = ticket.record() {
-            lock(&self.recorder).end(number, self.made.elapsed(), well);
-        }
+    /// Remembers how call number `number` ended.
+    pub(crate) fn end(&self, number: u64, well: bool) {
+        self.recorder.end(number, self.made.elapsed(), well);
     }
 
     /// Remembers why the group failed, and writes all down where a folder was given.
@@ -67,7 +63,8 @@ impl Trace {
     /// All of it, as JSON: times in microseconds since 1970.
     pub(crate) fn to_json(&self) -> String {
         let at = |since: Duration| u64::try_from((self.made_at + since).as_micros()).unwrap_or(u64::MAX);
-        let records: Vec<Value> = lock(&self.recorder)
+        let records: Vec<Value> = self
+            .recorder
             .records()
             .map(|record| {
                 let (kind, number) = match record.what {

@@ -1,11 +1,12 @@
 //! Does: what an engine does when something goes wrong: asks who is at fault, tells the verdict, ends the group.
 
-use super::{Engine, Job};
+use super::{Engine, Job, Queued, Running};
 use crate::CollectiveError;
 use crate::control::{self, CONTROL, Control};
 use crate::error::Operation;
 use crate::execution::Halt;
 use crate::inquiry::Inquiry;
+use crate::pending::Ticket;
 use crate::verdict::{Answer, Verdict};
 use gradwire_transport::{Completion, Envelope, LossCause, PeerId, Rank, Region, Tag, TransportError};
 use std::sync::Arc;
@@ -43,12 +44,7 @@ impl Engine {
             other => other.error(self.group_operation(), &self.members).to_string(),
         };
         self.over = Some(verdict.clone());
-        for running in std::mem::take(&mut self.running) {
-            self.fail_job(&running.job, &verdict);
-        }
-        for job in std::mem::take(&mut self.queue) {
-            self.fail_job(&job, &verdict);
-        }
+        self.fail_all(&verdict);
         self.messages.end_all(&verdict);
         self.settle_messages();
         self.trace.fail(reason.clone());
@@ -67,12 +63,7 @@ impl Engine {
         if self.over.is_none() {
             let verdict = Verdict::Aborted { reason: format!("{} closed the group", self.rank) };
             self.over = Some(verdict.clone());
-            for job in std::mem::take(&mut self.running).into_iter().map(|running| running.job) {
-                self.fail_job(&job, &verdict);
-            }
-            for job in std::mem::take(&mut self.queue) {
-                self.fail_job(&job, &verdict);
-            }
+            self.fail_all(&verdict);
             self.wire.shutdown(until);
             self.messages.end_all(&verdict);
             self.settle_messages();
@@ -108,7 +99,8 @@ impl Engine {
 
     /// The number of the oldest collective that has not ended here.
     fn oldest(&self) -> u64 {
-        let running = self.running.iter().map(|running| &running.job).chain(&self.queue).map(|job| job.sequence);
+        let queued = self.queue.iter().map(|queued| &queued.job);
+        let running = self.running.iter().map(|running| &running.job).chain(queued).map(|job| job.sequence);
         running.chain(self.at_segment).min().unwrap_or(self.begun)
     }
 
@@ -133,7 +125,7 @@ impl Engine {
             let verdict = verdict.clone();
             return self.end_group(verdict, true);
         }
-        let late = self.running.iter().position(|running| !running.stopped && now >= running.job.deadline);
+        let late = self.running.iter().position(|running| !running.stopped && now >= running.job.deadline());
         if let Some(at) = late
             && self.inquiry.is_none()
         {
@@ -159,7 +151,7 @@ impl Engine {
     }
 
     /// The group ended while `job` was at the segment: by our own verdict, or by that of another rank (`None`).
-    pub(super) fn end_at_segment(&mut self, job: Job, verdict: Option<Verdict>) {
+    pub(super) fn end_at_segment(&mut self, job: &Job, verdict: Option<Verdict>) -> CollectiveError {
         // The verdict is about this collective, which has not ended here.
         self.at_segment = Some(job.sequence);
         match (&self.over, verdict) {
@@ -171,8 +163,9 @@ impl Engine {
         if let Some(local) = &mut self.local {
             local.abort();
         }
-        if let Some(verdict) = self.over.clone() {
-            self.fail_job(&job, &verdict);
+        match &self.over {
+            Some(verdict) => verdict.error(self.operation(job), &self.members),
+            None => CollectiveError::Aborted { reason: format!("{} gave the group up", self.rank) },
         }
     }
 
@@ -307,15 +300,24 @@ impl Engine {
     }
 
     pub(crate) fn group_operation(&self) -> Operation {
-        match self.running.first().map(|running| &running.job).or(self.queue.front()) {
+        match self.running.first().map(|running| &running.job).or(self.queue.front().map(|queued| &queued.job)) {
             Some(job) => self.operation(job),
             None => Operation { call: "no collective".to_owned(), sequence: self.begun, group: self.group.clone() },
         }
     }
 
-    fn fail_job(&mut self, job: &Job, verdict: &Verdict) {
+    fn fail_all(&mut self, verdict: &Verdict) {
+        for Running { ticket, job, .. } in std::mem::take(&mut self.running) {
+            self.fail(&ticket, &job, verdict);
+        }
+        for Queued { ticket, job } in std::mem::take(&mut self.queue) {
+            self.fail(&ticket, &job, verdict);
+        }
+    }
+
+    pub(super) fn fail(&mut self, ticket: &Ticket, job: &Job, verdict: &Verdict) {
         let error = verdict.error(self.operation(job), &self.members);
-        self.finish(&job.ticket, Err(error));
+        self.finish(ticket, Err(error));
     }
 
     pub(super) fn on_failed(&mut self, peer: PeerId, tag: Tag, error: TransportError, now: Instant) {
@@ -354,7 +356,7 @@ impl Engine {
             },
             Halt::Wire(error) => self.end_group(Verdict::Aborted { reason: error.to_string() }, true),
             Halt::Call(error) => {
-                let ticket = Arc::clone(&self.running[at].job.ticket);
+                let ticket = Arc::clone(&self.running[at].ticket);
                 self.finish(&ticket, Err(error.clone()));
                 self.end_group(Verdict::Aborted { reason: format!("{} could not go on: {error}", self.rank) }, true);
             }

@@ -13,7 +13,7 @@ use crate::recorder::What;
 use crate::trace::Trace;
 use crate::verdict::Verdict;
 use crate::wishes::Wishes;
-use crate::{Fingerprint, Reduction};
+use crate::{CollectiveError, Fingerprint, Reduction};
 use gradwire_transport::{
     Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WireKind, WorldSize,
 };
@@ -33,16 +33,28 @@ const REMEMBERED: usize = 64;
 
 /// A collective, checked and numbered.
 pub(crate) struct Job {
-    pub(crate) ticket: Arc<Ticket>,
     pub(crate) call: Call,
     pub(crate) shape: Shape,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) sequence: u64,
-    pub(crate) deadline: Instant,
+    pub(crate) called: Instant,
     pub(crate) timeout: Duration,
 }
 
+/// A collective that is not carried out by its own call.
+pub(crate) struct Queued {
+    pub(crate) ticket: Arc<Ticket>,
+    pub(crate) job: Job,
+}
+
+impl Job {
+    pub(crate) fn deadline(&self) -> Instant {
+        self.called + self.timeout
+    }
+}
+
 struct Running {
+    ticket: Arc<Ticket>,
     job: Job,
     execution: Execution,
     stopped: bool,
@@ -61,7 +73,7 @@ pub(crate) struct Engine {
     pub(crate) wishes: Arc<Wishes>,
     pub(crate) ended: usize,
     pub(crate) trace: Arc<Trace>,
-    queue: VecDeque<Job>,
+    queue: VecDeque<Queued>,
     running: Vec<Running>,
     messages: Messages,
     begun: u64,
@@ -128,14 +140,11 @@ impl Engine {
     }
 
     /// Takes a collective; they begin in order.
-    pub(crate) fn submit(&mut self, job: Job) {
-        self.note(&job);
-        match &self.over {
-            Some(verdict) => {
-                let error = verdict.error(self.operation(&job), &self.members);
-                self.finish(&job.ticket, Err(error));
-            }
-            None => self.queue.push_back(job),
+    pub(crate) fn submit(&mut self, queued: Queued) {
+        queued.ticket.set_record(self.note(&queued.job));
+        match self.over.clone() {
+            Some(verdict) => self.fail(&queued.ticket, &queued.job, &verdict),
+            None => self.queue.push_back(queued),
         }
     }
 
@@ -144,16 +153,16 @@ impl Engine {
         self.local.is_some() && self.over.is_none() && !self.wishes.any()
     }
 
-    /// Takes a collective and carries it out at the segment, where the group [is free](Self::is_free) and nothing is under way.
-    pub(crate) fn run_now(&mut self, job: Job) {
-        self.note(&job);
-        match self.local.take() {
-            Some(local) => self.run_at_segment(local, job),
-            None => self.queue.push_back(job),
-        }
+    /// Carries out a collective at the segment, where the group [is free](Self::is_free) and nothing is under way.
+    pub(crate) fn run_now(&mut self, job: &Job) -> Result<(), CollectiveError> {
+        let record = self.note(job);
+        let outcome = self.run_at_segment(job);
+        self.trace.end(record, outcome.is_ok());
+        outcome
     }
 
-    fn note(&mut self, job: &Job) {
+    /// Remembers a collective; where the record of the group has it.
+    fn note(&mut self, job: &Job) -> u64 {
         self.begun = self.begun.max(job.sequence + 1);
         if self.remembered.len() == REMEMBERED {
             self.remembered.pop_front();
@@ -163,7 +172,7 @@ impl Engine {
             self.answer_late(job.sequence);
         }
         let what = What::Collective { number: job.sequence, fingerprint: job.fingerprint };
-        self.trace.begin(&job.ticket, what, job.deadline.checked_sub(job.timeout).unwrap_or(job.deadline));
+        self.trace.begin(what, job.called)
     }
 
     /// Takes what other threads want; whether there was anything.
@@ -203,7 +212,7 @@ impl Engine {
 
     /// When the clock must be looked at again though nothing moves.
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        let collectives = self.running.iter().filter(|running| !running.stopped).map(|running| running.job.deadline);
+        let collectives = self.running.iter().filter(|running| !running.stopped).map(|running| running.job.deadline());
         let inquiry = self.inquiry.as_ref().map(Inquiry::until);
         let heard = self.heard.as_ref().map(|(.., until)| *until);
         collectives.chain(self.messages.deadline()).chain(inquiry).chain(heard).min()
@@ -232,31 +241,36 @@ impl Engine {
     fn begin_queued(&mut self, now: Instant) -> bool {
         let mut moved = false;
         while self.running.len() < CONCURRENT {
-            let Some(job) = self.queue.pop_front() else { break };
+            let Some(queued) = self.queue.pop_front() else { break };
             moved = true;
-            match self.local.take() {
-                Some(local) => self.run_at_segment(local, job),
-                None => self.begin(job, now),
+            if self.local.is_some() {
+                let outcome = self.run_at_segment(&queued.job);
+                self.finish(&queued.ticket, outcome.map(|()| Done::default()));
+            } else {
+                self.begin(queued, now);
             }
         }
         moved
     }
 
-    fn run_at_segment(&mut self, mut local: Box<Local>, job: Job) {
+    fn run_at_segment(&mut self, job: &Job) -> Result<(), CollectiveError> {
+        let Some(mut local) = self.local.take() else {
+            let reason = "the group's shared memory is in use".to_owned();
+            return Err(CollectiveError::Aborted { reason });
+        };
         self.at_segment = Some(job.sequence);
         self.absent = None;
-        let outcome = local.run(&job, &mut |missing| self.while_waiting(missing));
+        let outcome = local.run(job, &mut |missing| self.while_waiting(missing));
         self.at_segment = None;
         self.local = Some(local);
-        match outcome {
-            Ok(()) => self.finish(&job.ticket, Ok(Done::default())),
-            Err(Stop::Call(error)) => self.finish(&job.ticket, Err(error)),
-            Err(Stop::Verdict(verdict)) => self.end_at_segment(job, Some(verdict)),
-            Err(Stop::Poisoned) => self.end_at_segment(job, None),
-        }
+        outcome.map_err(|stop| match stop {
+            Stop::Call(error) => error,
+            Stop::Verdict(verdict) => self.end_at_segment(job, Some(verdict)),
+            Stop::Poisoned => self.end_at_segment(job, None),
+        })
     }
 
-    fn begin(&mut self, job: Job, now: Instant) {
+    fn begin(&mut self, Queued { ticket, job }: Queued, now: Instant) {
         let plan = self.plans.plan(&job.call, &job.shape, self.rank, self.world_size);
         let scratch_bytes = plan.schedule.scratch_len * job.call.dtype.bytes();
         let scratch = (scratch_bytes > 0).then(|| self.take_scratch(scratch_bytes));
@@ -273,7 +287,7 @@ impl Engine {
             self.wire.mark(execution.tag(), true);
         }
         let needed: Vec<Rank> = execution.peers().map(|peer| Rank(peer.0)).collect();
-        self.running.push(Running { job, execution, stopped: false });
+        self.running.push(Running { ticket, job, execution, stopped: false });
         // Who left in good order may have sent all that it had to send before.
         let died = |rank: Rank| self.lost[rank.index()].clone().filter(|cause| !matches!(cause, LossCause::Goodbye));
         let lost = needed.into_iter().find_map(|rank| Some((rank, died(rank)?)));
@@ -371,12 +385,12 @@ impl Engine {
             if let Err(halt) = running.execution.advance(&mut *self.wire) {
                 self.halt(at, halt, now);
             } else if self.running[at].execution.is_done() {
-                let Running { job, execution, .. } = self.running.remove(at);
+                let Running { ticket, job, execution, .. } = self.running.remove(at);
                 if job.call.collective.is_many_to_one() {
                     self.wire.mark(execution.tag(), false);
                 }
                 self.scratch.extend(execution.into_buffers().take_scratch());
-                self.finish(&job.ticket, Ok(Done::default()));
+                self.finish(&ticket, Ok(Done::default()));
             }
         }
         self.messages.advance(&mut *self.wire);
@@ -391,7 +405,9 @@ impl Engine {
     fn finish(&mut self, ticket: &Ticket, outcome: Outcome) {
         if !ticket.is_done() {
             self.ended += 1;
-            self.trace.end(ticket, outcome.is_ok());
+            if let Some(record) = ticket.record() {
+                self.trace.end(record, outcome.is_ok());
+            }
             ticket.finish(outcome);
             self.unfinished.fetch_sub(1, Ordering::AcqRel);
         }
