@@ -1,4 +1,4 @@
-//! Does: copies between a device and the host, which hold both ends until they are done.
+//! Does: copies between a device and the host, and whatever else holds memory of both until it is done.
 
 #![allow(unsafe_code)]
 
@@ -55,7 +55,7 @@ impl Stream {
 }
 
 impl<H> Copying<H> {
-    fn begun(stream: &Stream, done: Event, device: DeviceSlice, host: H) -> Result<Self, CudaError> {
+    pub(super) fn begun(stream: &Stream, done: Event, device: DeviceSlice, host: H) -> Result<Self, CudaError> {
         let ends = Some((device, host));
         if let Err(error) = done.record(stream) {
             // The copy may be under way, and nothing tells when it ends: its memory is never given back.

@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 /// What the driver answers where all is well.
 pub(super) const SUCCESS: c_int = 0;
 const NO_DEVICE: c_int = 100;
+const PROCESSORS: c_int = 16;
+const MAJOR: c_int = 75;
+const MINOR: c_int = 76;
 const DMA_BUF_SUPPORTED: c_int = 124;
 
 /// CUDA's driver, loaded and started.
@@ -145,12 +148,31 @@ impl Device {
     /// # Errors
     /// `Refused`.
     pub fn exports_dma_buf(&self) -> Result<bool, CudaError> {
+        Ok(self.attribute(DMA_BUF_SUPPORTED)? != 0 && self.driver.library.cuMemGetHandleForAddressRange.is_some())
+    }
+
+    /// What its processors understand: 9 and 0 for `sm_90`.
+    ///
+    /// # Errors
+    /// `Refused`.
+    pub fn capability(&self) -> Result<(i32, i32), CudaError> {
+        Ok((self.attribute(MAJOR)?, self.attribute(MINOR)?))
+    }
+
+    /// How many processors it has.
+    ///
+    /// # Errors
+    /// `Refused`.
+    pub fn processors(&self) -> Result<u32, CudaError> {
+        Ok(self.attribute(PROCESSORS)?.max(1).cast_unsigned())
+    }
+
+    fn attribute(&self, which: c_int) -> Result<c_int, CudaError> {
         let mut value = 0;
         // SAFETY: `value` may be written; a driver that does not know the attribute says so.
-        let code =
-            unsafe { (self.driver.library.cuDeviceGetAttribute)(&raw mut value, DMA_BUF_SUPPORTED, self.number) };
+        let code = unsafe { (self.driver.library.cuDeviceGetAttribute)(&raw mut value, which, self.number) };
         self.driver.check("cuDeviceGetAttribute", self.ordinal, code)?;
-        Ok(value != 0 && self.driver.library.cuMemGetHandleForAddressRange.is_some())
+        Ok(value)
     }
 
     /// By which way its memory could reach the RDMA devices of this host.

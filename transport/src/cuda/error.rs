@@ -67,6 +67,12 @@ pub enum CudaError {
         /// How long.
         waited: Duration,
     },
+    /// There is no compiler for the device, or it refuses.
+    #[error("no kernels for CUDA devices: {reason}; install NVRTC (`pip install nvidia-cuda-nvrtc`)")]
+    NoKernels {
+        /// What was tried, and the answer.
+        reason: String,
+    },
     /// A copy between ranges of different lengths.
     #[error("a copy of {from} bytes into {to}: both must be of one length")]
     Length {

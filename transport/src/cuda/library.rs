@@ -1,4 +1,4 @@
-//! Does: finds CUDA's driver when the program runs, with an error for each function that is not there.
+//! Does: finds CUDA's driver when the program runs, with an error for each function that is not there; and opens files for others.
 
 #![allow(unsafe_code, non_snake_case)]
 
@@ -12,8 +12,12 @@ const FILE: &str = "libcuda.so.1";
 
 /// An address in a device's memory.
 pub(super) type Pointer = u64;
-/// A context, stream or event: a pointer of the driver's, which we never follow.
+/// A context, stream, event, module or function: a pointer of the driver's, which we never follow.
 pub(super) type Handle = usize;
+/// What leads another process to a device's memory; handed over by value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct IpcHandle(pub(super) [u8; 64]);
 
 macro_rules! library {
     (needed { $($name:ident($($type:ty),*);)* } wanted { $($other:ident($($kind:ty),*);)* }) => {
@@ -74,11 +78,19 @@ library! {
         cuEventQuery(Handle);
         cuMemcpyHtoDAsync_v2(Pointer, *const c_void, usize, Handle);
         cuMemcpyDtoHAsync_v2(*mut c_void, Pointer, usize, Handle);
+        cuMemcpyDtoDAsync_v2(Pointer, Pointer, usize, Handle);
+        cuModuleLoadData(*mut Handle, *const c_void);
+        cuModuleUnload(Handle);
+        cuModuleGetFunction(*mut Handle, Handle, *const c_char);
+        cuLaunchKernel(Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void);
     }
     wanted {
         cuMemGetHandleForAddressRange(*mut c_void, Pointer, usize, c_int, c_ulonglong);
         cuFlushGPUDirectRDMAWrites(c_int, c_int);
         cuStreamWaitValue32_v2(Handle, Pointer, u32, c_uint);
+        cuIpcGetMemHandle(*mut IpcHandle, Pointer);
+        cuIpcOpenMemHandle_v2(*mut Pointer, IpcHandle, c_uint);
+        cuIpcCloseMemHandle(Pointer);
     }
 }
 
@@ -86,19 +98,22 @@ impl Library {
     /// Opens `path`, or the system's driver. It is never closed: the driver has threads.
     pub(super) fn open(path: Option<&Path>) -> Result<Self, CudaError> {
         let file = path.unwrap_or(Path::new(FILE));
-        let shown = file.display().to_string();
-        let name = CString::new(file.as_os_str().as_bytes())
-            .map_err(|_| CudaError::NoDriver { reason: format!("{shown:?} is not a file's name") })?;
-        // SAFETY: the name ends with a zero; the driver's own constructors are trusted, as those of any linked library.
-        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        if handle.is_null() {
-            return Err(CudaError::NoDriver { reason: format!("{shown} cannot be loaded ({})", last_complaint()) });
-        }
-        Self::look_up(handle, &shown)
+        let handle = open(file).map_err(|reason| CudaError::NoDriver { reason })?;
+        Self::look_up(handle, &file.display().to_string())
     }
 }
 
-fn find(handle: *mut c_void, name: &str) -> *mut c_void {
+/// Opens `file`, for good; or says why not.
+pub(super) fn open(file: &Path) -> Result<*mut c_void, String> {
+    let shown = file.display();
+    let name = CString::new(file.as_os_str().as_bytes()).map_err(|_| format!("{shown:?} is not a file's name"))?;
+    // SAFETY: the name ends with a zero; the file's own constructors are trusted, as those of any linked library.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    if handle.is_null() { Err(format!("{shown} cannot be loaded ({})", last_complaint())) } else { Ok(handle) }
+}
+
+/// The address of what `name`, which ends with a zero, means in an open file; null where it means nothing.
+pub(super) fn find(handle: *mut c_void, name: &str) -> *mut c_void {
     // SAFETY: the handle is open, and the name ends with a zero.
     unsafe { libc::dlsym(handle, name.as_ptr().cast()) }
 }

@@ -69,6 +69,16 @@ impl DeviceMemory {
         Ok(Arc::new(Self { address, bytes, device: Arc::clone(device), _keep_alive: keep }))
     }
 
+    /// Memory that `device` reaches, whosever it is, as the driver itself or another holder said.
+    pub(super) fn reached(
+        address: u64,
+        bytes: usize,
+        device: &Arc<Device>,
+        keep: Box<dyn Any + Send + Sync>,
+    ) -> Arc<Self> {
+        Arc::new(Self { address, bytes, device: Arc::clone(device), _keep_alive: keep })
+    }
+
     /// Where it begins, on the device.
     pub fn address(&self) -> u64 {
         self.address

@@ -31,6 +31,9 @@ pub enum Counter {
     Copies = 21,
     MostCopiesAtOnce = 23,
     Flushes = 24,
+    Launches = 25,
+    Opened = 26,
+    Modules = 27,
 }
 
 /// A call that can be told to fail.
@@ -45,6 +48,10 @@ pub enum Failing {
     CopyIn = 7,
     CopyOut = 8,
     Record = 9,
+    Launch = 10,
+    Open = 11,
+    Share = 12,
+    Compile = 13,
 }
 
 /// A driver of its own: what is set and counted in one is not in another.
@@ -95,10 +102,10 @@ impl Double {
         i64::from_le_bytes(bytes)
     }
 
-    /// Device memory, pinned memory, streams, events and contexts that are held.
-    pub fn held(&self) -> [i64; 5] {
-        [Counter::DeviceBytes, Counter::PinnedBytes, Counter::Streams, Counter::Events, Counter::Contexts]
-            .map(|counter| self.count(counter))
+    /// Device memory, pinned memory, streams, events, contexts, others' memory and programs that are held.
+    pub fn held(&self) -> [i64; 7] {
+        use Counter::{Contexts, DeviceBytes, Events, Modules, Opened, PinnedBytes, Streams};
+        [DeviceBytes, PinnedBytes, Streams, Events, Contexts, Opened, Modules].map(|counter| self.count(counter))
     }
 }
 

@@ -6,6 +6,10 @@
  *   every later call on it says 700 (illegal address), as the driver does.
  * - `<this library>.control` is a file of 64-bit numbers, shared with the tests: settings in, counters out.
  *
+ * - Memory is a file, which another process that has a handle maps; the process that made it cannot open its own.
+ * - NVRTC is here too: its programs are their own text, and their kernels those of fold.cu, which is compiled in; a launch calls one
+ *   for each thread of the grid.
+ *
  * There is no call that synchronises the whole device: who wants one does not find it.
  */
 #define _GNU_SOURCE
@@ -24,25 +28,51 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
-       INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_READY = 600, ILLEGAL_ADDRESS = 700, NOT_SUPPORTED = 801 };
+       INVALID_IMAGE = 200, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700, NOT_SUPPORTED = 801 };
 /* Calls that can be told to fail, by their number in FAIL_CALL. */
-enum { CALL_NONE, CALL_INIT, CALL_RETAIN, CALL_ALLOC, CALL_HOST_ALLOC, CALL_STREAM, CALL_EVENT, CALL_HTOD, CALL_DTOH, CALL_RECORD };
+enum { CALL_NONE, CALL_INIT, CALL_RETAIN, CALL_ALLOC, CALL_HOST_ALLOC, CALL_STREAM, CALL_EVENT, CALL_HTOD, CALL_DTOH, CALL_RECORD,
+       CALL_LAUNCH, CALL_OPEN, CALL_SHARE, CALL_COMPILE };
 /* Places in the control file. */
 enum { DEVICES, DELAY_US, FAIL_CALL, FAIL_AFTER, FAIL_CODE, STREAM_VALUES, DMA_BUF,
-       LIVE_DEVICE_BYTES = 16, LIVE_PINNED_BYTES, LIVE_STREAMS, LIVE_EVENTS, LIVE_CONTEXTS, COPIES, COPIES_AT_ONCE, MOST_AT_ONCE, FLUSHES };
+       LIVE_DEVICE_BYTES = 16, LIVE_PINNED_BYTES, LIVE_STREAMS, LIVE_EVENTS, LIVE_CONTEXTS, COPIES, COPIES_AT_ONCE, MOST_AT_ONCE, FLUSHES,
+       LAUNCHES, LIVE_OPENED, LIVE_MODULES };
 
 typedef uint64_t Ptr;
+/* Which thread of a grid the kernels below are called as, and of how many. */
+static __thread uint64_t thread_of_grid, threads_of_grid;
+#define KERNEL EXPORT void
+#define INLINE static inline
+#define FIRST thread_of_grid
+#define STEP threads_of_grid
+#define ALIGNED __attribute__((aligned(16), may_alias))
+#include "../../../collectives/src/device/near/fold.cu"
+FOLDS_f32
+FOLDS_f64
+FOLDS_f16
+FOLDS_bf16
+FOLDS_i32
+FOLDS_i64
+#undef FIRST
+#undef STEP
+/* The types by their names in a kernel's, and in a program's text. */
+static const struct { const char *name; int bytes; const char *text; } types[] = {
+    {"_f32_", 4, "FOLDS_f32\n"}, {"_f64_", 8, "FOLDS_f64\n"}, {"_f16_", 2, "FOLDS_f16\n"},
+    {"_bf16_", 2, "FOLDS_bf16\n"}, {"_i32_", 4, "FOLDS_i32\n"}, {"_i64_", 8, "FOLDS_i64\n"}};
+typedef void fold(void *, struct sources, unsigned, unsigned long long);
+struct kernel { struct kernel *next; fold *function; int bytes; };
+struct module { char *text; struct kernel *kernels; };
+struct launch { struct kernel *kernel; struct sources from; Ptr out; unsigned ranks; uint64_t count, threads; };
 static volatile int64_t *control;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static int initialized;
 
-struct block { struct block *next; Ptr start; size_t bytes; int device; /* -1: pinned host memory */ int file; };
+struct block { struct block *next; Ptr start; size_t bytes; int device; /* -1: pinned host memory */ int file, opened; };
 static struct block *blocks;
 
 struct event { uint64_t recorded, done; int users; int result; };
-enum kind { COPY, RECORD, WAIT, WAIT_VALUE, QUIT };
-struct work { struct work *next; enum kind kind; struct event *event; uint64_t ticket; Ptr to, from; size_t bytes; uint32_t value; };
+enum kind { COPY, LAUNCH, RECORD, WAIT, WAIT_VALUE, QUIT };
+struct work { struct work *next; enum kind kind; struct event *event; uint64_t ticket; Ptr to, from; size_t bytes; uint32_t value; struct launch *launch; };
 struct stream { pthread_t thread; struct work *first, **last; int device, poisoned; };
 struct context { int device; int retained; struct stream *standard; };
 static struct context contexts[16];
@@ -77,19 +107,21 @@ static struct block *find(Ptr start, size_t bytes, int pinned) {
     return NULL;
 }
 
-static void add_block(Ptr start, size_t bytes, int device, int file) {
+static int place_of(const struct block *b) { return b->device < 0 ? LIVE_PINNED_BYTES : b->opened ? LIVE_OPENED : LIVE_DEVICE_BYTES; }
+
+static void add_block(Ptr start, size_t bytes, int device, int file, int opened) {
     struct block *b = malloc(sizeof *b);
-    *b = (struct block){blocks, start, bytes, device, file};
+    *b = (struct block){blocks, start, bytes, device, file, opened};
     blocks = b;
-    count(device < 0 ? LIVE_PINNED_BYTES : LIVE_DEVICE_BYTES, (int64_t)bytes);
+    count(place_of(b), (int64_t)bytes);
 }
 
-static int drop_block(Ptr start, int pinned) {
+static int drop_block(Ptr start, int pinned, int opened) {
     for (struct block **at = &blocks; *at; at = &(*at)->next) {
         struct block *b = *at;
-        if (b->start != start || (b->device < 0) != pinned) continue;
+        if (b->start != start || (b->device < 0) != pinned || b->opened != opened) continue;
         *at = b->next;
-        count(pinned ? LIVE_PINNED_BYTES : LIVE_DEVICE_BYTES, -(int64_t)b->bytes);
+        count(place_of(b), -(int64_t)b->bytes);
         munmap((void *)(pinned ? start : start - TAG), b->bytes);
         if (b->file >= 0) close(b->file);
         free(b);
@@ -107,17 +139,32 @@ static void pause_a_little(void) { if (control[DELAY_US] > 0) usleep((useconds_t
 /* Copies with the lock held only to look the memory up: a copy that races with another is a race in our memory, too. */
 static int copy(struct work *w) {
     Ptr to = w->to, from = w->from;
-    int to_device = to >= TAG;
     pthread_mutex_lock(&lock);
-    int good = find(to, w->bytes, !to_device) && find(from, w->bytes, to_device);
+    int good = find(to, w->bytes, to < TAG) && find(from, w->bytes, from < TAG);
     pthread_mutex_unlock(&lock);
     if (!good) return ILLEGAL_ADDRESS;
     int64_t now = __atomic_add_fetch(&control[COPIES_AT_ONCE], 1, __ATOMIC_SEQ_CST);
     if (now > control[MOST_AT_ONCE]) control[MOST_AT_ONCE] = now;
     pause_a_little();
-    memcpy((void *)(to_device ? to - TAG : to), (void *)(to_device ? from : from - TAG), w->bytes);
+    memcpy((void *)(to >= TAG ? to - TAG : to), (void *)(from >= TAG ? from - TAG : from), w->bytes);
     count(COPIES_AT_ONCE, -1);
     count(COPIES, 1);
+    return OK;
+}
+
+/* One call for each thread of the grid, as no order between them is promised. */
+static int launch(struct launch *l) {
+    size_t bytes = l->count * (size_t)l->kernel->bytes;
+    pthread_mutex_lock(&lock);
+    int good = find(l->out, bytes, 0) != NULL;
+    for (unsigned rank = 0; rank < l->ranks; rank++) good = good && find((Ptr)l->from.at[rank], bytes, 0);
+    pthread_mutex_unlock(&lock);
+    if (!good) return ILLEGAL_ADDRESS;
+    pause_a_little();
+    for (unsigned rank = 0; rank < l->ranks; rank++) l->from.at[rank] = (const void *)((Ptr)l->from.at[rank] - TAG);
+    threads_of_grid = l->threads;
+    for (thread_of_grid = l->threads; thread_of_grid-- > 0;) l->kernel->function((void *)(l->out - TAG), l->from, l->ranks, l->count);
+    count(LAUNCHES, 1);
     return OK;
 }
 
@@ -133,6 +180,7 @@ static void *run(void *argument) {
         pthread_mutex_unlock(&lock);
         int result = s->poisoned;
         if (w->kind == COPY && !result) result = copy(w);
+        if (w->kind == LAUNCH && !result) result = launch(w->launch);
         if (w->kind == WAIT_VALUE)
             while ((int32_t)(__atomic_load_n((uint32_t *)w->to, __ATOMIC_SEQ_CST) - w->value) < 0) usleep(20);
         pthread_mutex_lock(&lock);
@@ -147,6 +195,7 @@ static void *run(void *argument) {
         pthread_cond_broadcast(&changed);
         pthread_mutex_unlock(&lock);
         int quit = w->kind == QUIT;
+        free(w->launch);
         free(w);
         if (quit) break;
     }
@@ -214,7 +263,7 @@ EXPORT int cuDeviceGetName(char *name, int bytes, int device) { ENTER(0); snprin
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
     ENTER(0);
-    *value = attribute == 124 ? (int)control[DMA_BUF] : attribute == 116 ? (int)control[DMA_BUF] : 0;
+    *value = attribute == 124 || attribute == 116 ? (int)control[DMA_BUF] : attribute == 75 ? 9 : attribute == 16 ? 2 : 0;
     return OK;
 }
 EXPORT int cuDevicePrimaryCtxRetain(struct context **context, int device) {
@@ -255,7 +304,7 @@ EXPORT int cuMemAlloc_v2(Ptr *pointer, size_t bytes) {
     if (memory == MAP_FAILED) { close(file); return OUT_OF_MEMORY; }
     *pointer = (Ptr)memory + TAG;
     pthread_mutex_lock(&lock);
-    add_block(*pointer, bytes, stack[depth - 1]->device, file);
+    add_block(*pointer, bytes, stack[depth - 1]->device, file, 0);
     pthread_mutex_unlock(&lock);
     return OK;
 }
@@ -267,20 +316,52 @@ EXPORT int cuMemHostAlloc(void **pointer, size_t bytes, unsigned flags) {
     if (memory == MAP_FAILED) return OUT_OF_MEMORY;
     *pointer = memory;
     pthread_mutex_lock(&lock);
-    add_block((Ptr)memory, bytes, -1, -1);
+    add_block((Ptr)memory, bytes, -1, -1, 0);
     pthread_mutex_unlock(&lock);
     return OK;
 }
-static int free_any(Ptr pointer, int pinned) {
+static int free_any(Ptr pointer, int pinned, int opened) {
     ENTER(0);
     IN_CONTEXT();
     pthread_mutex_lock(&lock);
-    int result = drop_block(pointer, pinned);
+    int result = drop_block(pointer, pinned, opened);
     pthread_mutex_unlock(&lock);
     return result;
 }
-EXPORT int cuMemFree_v2(Ptr pointer) { return free_any(pointer, 0); }
-EXPORT int cuMemFreeHost(void *pointer) { return free_any((Ptr)pointer, 1); }
+EXPORT int cuMemFree_v2(Ptr pointer) { return free_any(pointer, 0, 0); }
+EXPORT int cuMemFreeHost(void *pointer) { return free_any((Ptr)pointer, 1, 0); }
+
+/* What leads another process to memory: who made it, and where it has it. */
+struct handle { union { struct { uint64_t magic, bytes; int pid, file; } is; char bytes[64]; }; };
+#define MAGIC 0x646f75626c65ull
+EXPORT int cuIpcGetMemHandle(struct handle *handle, Ptr pointer) {
+    ENTER(CALL_SHARE);
+    pthread_mutex_lock(&lock);
+    struct block *b = find(pointer, 1, 0);
+    int good = b && b->start == pointer && !b->opened;
+    memset(handle, 0, sizeof *handle);
+    if (good) handle->is.magic = MAGIC, handle->is.bytes = b->bytes, handle->is.pid = getpid(), handle->is.file = b->file;
+    pthread_mutex_unlock(&lock);
+    return good ? OK : INVALID_VALUE;
+}
+EXPORT int cuIpcOpenMemHandle_v2(Ptr *pointer, struct handle handle, unsigned flags) {
+    ENTER(CALL_OPEN);
+    IN_CONTEXT();
+    if (handle.is.magic != MAGIC || flags != 1) return INVALID_VALUE;
+    if (handle.is.pid == getpid()) return INVALID_CONTEXT;
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.is.pid, handle.is.file);
+    int file = open(path, O_RDWR | O_CLOEXEC);
+    if (file < 0) return INVALID_HANDLE;
+    void *memory = mmap(NULL, handle.is.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (memory == MAP_FAILED) { close(file); return OUT_OF_MEMORY; }
+    *pointer = (Ptr)memory + TAG;
+    pthread_mutex_lock(&lock);
+    add_block(*pointer, handle.is.bytes, stack[depth - 1]->device, file, 1);
+    pthread_mutex_unlock(&lock);
+    return OK;
+}
+EXPORT int cuIpcCloseMemHandle(Ptr pointer) { return free_any(pointer, 0, 1); }
 
 EXPORT int cuPointerGetAttribute(void *value, int attribute, Ptr pointer) {
     ENTER(0);
@@ -380,9 +461,8 @@ EXPORT int cuStreamWaitEvent(struct stream *stream, struct event *event, unsigne
 }
 static int copy_later(struct stream *stream, Ptr to, Ptr from, size_t bytes) {
     IN_CONTEXT();
-    int to_device = to >= TAG;
     pthread_mutex_lock(&lock);
-    int good = find(to, bytes, !to_device) && find(from, bytes, to_device);
+    int good = find(to, bytes, to < TAG) && find(from, bytes, from < TAG);
     pthread_mutex_unlock(&lock);
     if (!good) return INVALID_VALUE;
     return enqueue_locked(stream, (struct work){.kind = COPY, .to = to, .from = from, .bytes = bytes});
@@ -395,6 +475,84 @@ EXPORT int cuMemcpyDtoHAsync_v2(void *to, Ptr from, size_t bytes, struct stream 
     ENTER(CALL_DTOH);
     return from < TAG ? INVALID_VALUE : copy_later(stream, (Ptr)to, from, bytes);
 }
+EXPORT int cuMemcpyDtoDAsync_v2(Ptr to, Ptr from, size_t bytes, struct stream *stream) {
+    ENTER(0);
+    return to < TAG || from < TAG ? INVALID_VALUE : copy_later(stream, to, from, bytes);
+}
+
+#define IMAGE "double of a device's program:"
+EXPORT int cuModuleLoadData(struct module **module, const void *image) {
+    ENTER(0);
+    IN_CONTEXT();
+    if (strncmp(image, IMAGE, sizeof IMAGE - 1) != 0) return INVALID_IMAGE;
+    *module = calloc(1, sizeof **module);
+    (*module)->text = strdup(image);
+    count(LIVE_MODULES, 1);
+    return OK;
+}
+EXPORT int cuModuleUnload(struct module *module) {
+    ENTER(0);
+    for (struct kernel *k = module->kernels, *next; k; k = next) { next = k->next; free(k); }
+    free(module->text);
+    free(module);
+    count(LIVE_MODULES, -1);
+    return OK;
+}
+EXPORT int cuModuleGetFunction(struct kernel **kernel, struct module *module, const char *name) {
+    ENTER(0);
+    Dl_info info;
+    dladdr((void *)map_control, &info);
+    for (size_t at = 0; at < sizeof types / sizeof *types; at++) {
+        if (!strstr(name, types[at].name) || !strstr(module->text, types[at].text)) continue;
+        void *self = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD), *function = dlsym(self, name);
+        dlclose(self);
+        if (!function) return NOT_FOUND;
+        *kernel = malloc(sizeof **kernel);
+        **kernel = (struct kernel){module->kernels, (fold *)function, types[at].bytes};
+        module->kernels = *kernel;
+        return OK;
+    }
+    return NOT_FOUND;
+}
+EXPORT int cuLaunchKernel(struct kernel *kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned ty, unsigned tz,
+                          unsigned shared, struct stream *stream, void **parameters, void **extra) {
+    ENTER(CALL_LAUNCH);
+    IN_CONTEXT();
+    if (!x || y != 1 || z != 1 || !threads || threads > 1024 || ty != 1 || tz != 1 || shared || extra) return INVALID_VALUE;
+    struct launch *l = malloc(sizeof *l);
+    *l = (struct launch){kernel, *(struct sources *)parameters[1], *(Ptr *)parameters[0], *(unsigned *)parameters[2],
+                         *(uint64_t *)parameters[3], (uint64_t)x * threads};
+    int result = enqueue_locked(stream, (struct work){.kind = LAUNCH, .launch = l});
+    if (result) free(l);
+    return result;
+}
+
+/* NVRTC. */
+struct program { char *source; };
+EXPORT int nvrtcVersion(int *major, int *minor) { *major = 99; *minor = 1; return OK; }
+EXPORT int nvrtcCreateProgram(struct program **program, const char *source, const char *name, int headers, const char *const *texts,
+                              const char *const *names) {
+    (void)name, (void)texts, (void)names;
+    if (headers) return 3;
+    *program = malloc(sizeof **program);
+    (*program)->source = strdup(source);
+    return OK;
+}
+EXPORT int nvrtcCompileProgram(struct program *program, int options, const char *const *texts) {
+    (void)program;
+    if (injected(CALL_COMPILE)) return 6;
+    return options == 2 && strcmp(texts[0], "--gpu-architecture=sm_90") == 0 && strcmp(texts[1], "--fmad=false") == 0 ? OK : 5;
+}
+EXPORT int nvrtcGetProgramLogSize(struct program *program, size_t *size) { (void)program; *size = sizeof "told to fail"; return OK; }
+EXPORT int nvrtcGetProgramLog(struct program *program, char *log) { (void)program; strcpy(log, "told to fail"); return OK; }
+EXPORT int nvrtcGetCUBINSize(struct program *program, size_t *size) { *size = sizeof IMAGE - 1 + strlen(program->source); return OK; }
+EXPORT int nvrtcGetCUBIN(struct program *program, char *image) {
+    memcpy(image, IMAGE, sizeof IMAGE - 1);
+    memcpy(image + sizeof IMAGE - 1, program->source, strlen(program->source));
+    return OK;
+}
+EXPORT int nvrtcDestroyProgram(struct program **program) { free((*program)->source); free(*program); *program = NULL; return OK; }
+
 EXPORT int cuStreamWaitValue32_v2(struct stream *stream, Ptr at, uint32_t value, unsigned flags) {
     ENTER(0);
     IN_CONTEXT();

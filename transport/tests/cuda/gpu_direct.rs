@@ -89,7 +89,7 @@ fn a_card_that_takes_dma_bufs_moves_bytes_between_devices_without_a_copy() {
     assert_eq!(wires[0].withdraw_device(own).unwrap().len(), BYTES - 101);
     assert!(wires[0].withdraw_device(own).is_none());
     drop((wires, memory, streams, devices));
-    assert_eq!((double.held(), fabric.queue_pairs()), ([0; 5], 0), "the card held the memory, and no longer does");
+    assert_eq!((double.held(), fabric.queue_pairs()), ([0; 7], 0), "the card held the memory, and no longer does");
 }
 
 #[test]

@@ -80,7 +80,7 @@ fn a_gpu_s_memory_is_staged_on_soft_roce_and_the_way_says_why() {
     let text = way.to_string();
     assert!(text.contains(" refuses dma-buf: Operation not supported (95); nvidia_peermem is not loaded"), "{text}");
     drop((wire, memory, gpu));
-    assert_eq!(double.held(), [0; 5]);
+    assert_eq!(double.held(), [0; 7]);
 }
 
 /// What no soft-RoCE and no double shows. `GRADWIRE_CUDA_LIBRARY` may name the driver.
