@@ -51,7 +51,7 @@ pub use call::{Call, Piece};
 pub use collective::Collective;
 pub use communicator::{Communicator, Pending};
 pub use describe::{Description, LinkDescription};
-pub use device::DeviceCall;
+pub use device::{DeviceCall, DeviceKernels};
 pub use dtype::DType;
 pub use error::{CollectiveError, Operation};
 pub use explain::Explanation;

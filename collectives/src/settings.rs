@@ -25,12 +25,26 @@ pub struct Settings {
     /// Folder that the record of the last operations goes to when the group fails (`GRADWIRE_TRACE`). Default: none; it can
     /// be asked for at any time.
     pub trace: Option<PathBuf>,
+    /// Whether ranks of one host lend each other memory of their CUDA devices (`GRADWIRE_CUDA_IPC`). Default: yes.
+    pub cuda_ipc: bool,
+    /// File that stands for NVRTC, which compiles for CUDA devices (`GRADWIRE_NVRTC_LIBRARY`). Default: as the system finds it.
+    pub nvrtc: Option<PathBuf>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         let timeout = Duration::from_secs(300);
-        Self { timeout, algorithms: None, deterministic: false, same_host: true, hosts: None, cores: 1, trace: None }
+        Self {
+            timeout,
+            algorithms: None,
+            deterministic: false,
+            same_host: true,
+            hosts: None,
+            cores: 1,
+            trace: None,
+            cuda_ipc: true,
+            nvrtc: None,
+        }
     }
 }
 

@@ -5,50 +5,22 @@
 mod common;
 #[path = "../../transport/tests/cuda/double.rs"]
 mod double;
+#[path = "common/on_device.rs"]
+mod on_device;
 
 use common::{Way, group};
 use double::{Double, Failing, Setting};
 use gradwire_collectives::{
     Call, Collective, CollectiveError, Communicator, DType, DeviceCall, Pending, Piece, Reduction, Settings,
 };
-use gradwire_transport::cuda::{Copying, CudaError, Device, DeviceMemory, DeviceSlice, Driver, Stream};
-use gradwire_transport::{Rank, Region, RegionSlice};
+use gradwire_transport::cuda::{CudaError, DeviceMemory, Stream};
+use gradwire_transport::{Rank, Region};
+use on_device::{all, device, get, overwrite, put, soon};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// 4 MiB and a half of floats: two rounds of an all-reduce, and not the same length.
 const LONG: usize = (9 << 20) / 8;
-
-fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(60)
-}
-
-fn device(double: &Double, ordinal: u32) -> Arc<Device> {
-    Driver::load(Some(&double.path())).unwrap().device(ordinal).unwrap()
-}
-
-fn all(memory: &Arc<DeviceMemory>) -> DeviceSlice {
-    memory.slice(0..memory.len()).unwrap()
-}
-
-/// Begins to bring `bytes` to the device: held by the stream's order, not by the host, what follows on the stream comes after it.
-fn put(stream: &Stream, bytes: &[u8]) -> (Arc<DeviceMemory>, Copying<RegionSlice>) {
-    let memory = DeviceMemory::allocate(stream.device(), bytes.len()).unwrap();
-    let copying = overwrite(stream, &memory, bytes);
-    (memory, copying)
-}
-
-fn overwrite(stream: &Stream, memory: &Arc<DeviceMemory>, bytes: &[u8]) -> Copying<RegionSlice> {
-    let host = stream.device().pin(bytes.len()).unwrap();
-    host.write(0..bytes.len()).unwrap().copy_from_slice(bytes);
-    stream.copy_in(host.read(0..bytes.len()).unwrap(), all(memory)).unwrap()
-}
-
-fn get(stream: &Stream, memory: &Arc<DeviceMemory>) -> Vec<u8> {
-    let host = stream.device().pin(memory.len()).unwrap();
-    let copying = stream.copy_out(all(memory), host.write(0..memory.len()).unwrap()).unwrap();
-    copying.wait(soon()).unwrap().to_vec()
-}
 
 /// Thirds, which each order of a sum rounds in its own way; each tells its rank and place.
 fn thirds(rank: u32, len: usize) -> Vec<u8> {
@@ -93,7 +65,7 @@ fn compare(c: &Communicator, stream: &Stream, collective: &Collective, input: &[
 fn every_collective_gives_the_bits_that_it_gives_over_the_hosts_memory() {
     let double = Double::new(2);
     for (way, size) in [(Way::Tcp, 2), (Way::Tcp, 3), (Way::Segment, 2), (Way::Shm, 3), (Way::Tcp, 1)] {
-        let settings = Settings { deterministic: true, ..Settings::default() };
+        let settings = Settings { deterministic: true, nvrtc: Some(double.path()), ..Settings::default() };
         group(size, way, settings, |c| {
             let (rank, n, root) = (c.rank().0, size as usize, Rank(size - 1));
             let stream = Stream::new(&device(&double, rank % 2)).unwrap();
@@ -120,7 +92,7 @@ fn every_collective_gives_the_bits_that_it_gives_over_the_hosts_memory() {
             }
         });
     }
-    assert_eq!(double.held(), [0; 5]);
+    assert_eq!(double.held(), [0; 7]);
 }
 
 #[test]
@@ -203,7 +175,7 @@ fn messages_go_between_devices_and_the_hosts_memory() {
             assert!(host.read(0..bytes).unwrap().iter().all(|byte| *byte == peer.0 as u8 + 1));
         }
     });
-    assert_eq!(double.held(), [0; 5]);
+    assert_eq!(double.held(), [0; 7]);
 }
 
 #[test]
@@ -226,7 +198,7 @@ fn a_copy_that_fails_on_one_rank_ends_the_group_on_all_and_lets_streams_through(
     assert!(matches!(errors[1], CollectiveError::Cuda(CudaError::Refused { call: "cuMemcpyHtoDAsync", .. })));
     let text = errors[0].to_string();
     assert!(text.contains("rank 1") && text.contains("cuMemcpyHtoDAsync"), "{text}");
-    assert_eq!(doubles.map(|double| double.held()), [[0; 5]; 2]);
+    assert_eq!(doubles.map(|double| double.held()), [[0; 7]; 2]);
 }
 
 #[test]
@@ -259,5 +231,5 @@ fn a_stream_that_never_comes_to_it_is_a_time_out_and_mistakes_are_told_before_an
         });
         assert!(matches!(opener, Err(CollectiveError::Cuda(CudaError::Timeout { what: "a copy", .. }))), "{opener:?}");
     });
-    assert_eq!(double.held(), [0; 5]);
+    assert_eq!(double.held(), [0; 7]);
 }

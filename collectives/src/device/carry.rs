@@ -3,6 +3,7 @@
 use super::DeviceCall;
 use super::cut::{self, Act, Round, SLOTS, Side};
 use super::lane::Lane;
+use super::near::Neighbours;
 use super::worker::Entry;
 use crate::CollectiveError;
 use crate::call::{Call, Piece};
@@ -21,6 +22,7 @@ pub(crate) struct Carry {
     /// Memory for a call of one round that is larger than the ring's buffers.
     pub(crate) large: Option<Arc<Region>>,
     pub(crate) lane: Arc<Lane>,
+    pub(crate) neighbours: Arc<Neighbours>,
     /// What the caller's stream had been given when it called.
     pub(crate) ready: Event,
     pub(crate) submitter: Submitter,
@@ -47,18 +49,32 @@ impl Carry {
     /// it holds of the device's memory is given back: freeing that may wait for streams which wait for this call.
     pub(crate) fn run(mut self) -> (Outcome, DeviceCall) {
         let mut slots: [Slot; SLOTS] = Default::default();
-        let outcome = self.rounds(&mut slots);
+        let outcome = match self.by_neighbours() {
+            Ok(true) => Ok(()),
+            Ok(false) => self.rounds(&mut slots),
+            Err(error) => Err(error),
+        };
         self.entry = None;
         let (fetching, storing): (Vec<_>, Vec<_>) = slots.into_iter().map(|slot| (slot.fetching, slot.storing)).unzip();
         Copying::let_go(fetching.into_iter().flatten());
         Copying::let_go(storing.into_iter().flatten());
         if let Err(error) = &outcome
-            && matches!(error, CollectiveError::Cuda(_) | CollectiveError::Transport(_))
+            && matches!(
+                error,
+                CollectiveError::Cuda(_) | CollectiveError::Transport(_) | CollectiveError::Invalid { .. }
+            )
         {
             // The other ranks wait for a part that will not come.
             self.submitter.abort(&format!("{}: {error}", self.call.words()));
         }
         (outcome.map(|()| crate::Done::default()), self.call)
+    }
+
+    /// Carries it out on the devices of this host alone, where that can be: calls of several rounds, of which all ranks hand in memory
+    /// of a device.
+    fn by_neighbours(&mut self) -> Result<bool, CollectiveError> {
+        let neighbours = Arc::clone(&self.neighbours);
+        if self.rounds.len() > 1 { neighbours.carry(self) } else { Ok(false) }
     }
 
     fn rounds(&mut self, slots: &mut [Slot; SLOTS]) -> Result<(), CollectiveError> {
@@ -94,7 +110,7 @@ impl Carry {
     }
 
     /// Waits until all `copies` are done; those that are not when this fails stay where they are.
-    fn settle<H>(&self, copies: &mut Vec<Copying<H>>) -> Result<(), CollectiveError> {
+    pub(super) fn settle<H>(&self, copies: &mut Vec<Copying<H>>) -> Result<(), CollectiveError> {
         for copy in copies.iter() {
             loop {
                 let now = Instant::now();

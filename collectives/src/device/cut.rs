@@ -84,7 +84,11 @@ pub(crate) fn rounds(
 }
 
 /// Parts of input and output, and the bytes of each, where every rank knows them to be the same on all.
-fn even(collective: &Collective, (input, output): (&[usize], &[usize]), n: usize) -> Option<(usize, usize, usize)> {
+pub(crate) fn even(
+    collective: &Collective,
+    (input, output): (&[usize], &[usize]),
+    n: usize,
+) -> Option<(usize, usize, usize)> {
     let part = |pieces: &[usize]| match pieces {
         [all] if all % n == 0 => Some(all / n),
         [first, ..] if pieces.len() == n && pieces.iter().all(|piece| piece == first) => Some(*first),

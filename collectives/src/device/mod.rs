@@ -4,17 +4,20 @@
 mod carry;
 mod cut;
 mod lane;
+mod near;
 mod worker;
 
 use crate::call::Piece;
 use crate::communicator::Communicator;
 use crate::communicator::Pending;
 use crate::pending::Ticket;
-use crate::{Collective, CollectiveError, DType};
+use crate::{Collective, CollectiveError, DType, Settings};
 use carry::Carry;
 use gradwire_transport::cuda::{Device, DeviceSlice, Event, Stream};
 use gradwire_transport::{Overlap, Rank, Region};
 use lane::Lane;
+pub use near::DeviceKernels;
+use near::Neighbours;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -82,6 +85,7 @@ pub(crate) struct Devices {
     lanes: Mutex<BTreeMap<u32, Arc<Lane>>>,
     /// Whether a link of the group is by RDMA.
     rdma: bool,
+    neighbours: Arc<Neighbours>,
     calls: Worker,
     receives: Arc<Worker>,
     /// Calls over devices that are still to be handed to the group, which others must not overtake.
@@ -92,10 +96,13 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    pub(crate) fn new(rdma: bool) -> Self {
+    /// For a group with a link by RDMA or none, and all on this host or not.
+    pub(crate) fn new(rdma: bool, here: bool, settings: &Settings) -> Self {
+        let refusal = (!settings.cuda_ipc).then(|| "told not to by GRADWIRE_CUDA_IPC=0".to_owned());
         Self {
             lanes: Mutex::default(),
             rdma,
+            neighbours: Arc::new(Neighbours::new(here, refusal, settings.nvrtc.clone())),
             calls: Worker::new("gradwire-cuda"),
             receives: Arc::new(Worker::new("gradwire-cuda-r")),
             order: Arc::default(),
@@ -134,6 +141,7 @@ impl Devices {
                     lane.way.as_ref().map_or_else(String::new, |way| format!(" ({way})"))
                 )
             })
+            .chain(self.neighbours.words())
             .collect()
     }
 
@@ -184,7 +192,8 @@ impl Communicator {
         let (ticket, pending) = devices.begun(Some(Passage { lane: Arc::clone(&lane), number }));
         let (bell, gate) = (Arc::clone(&devices.bell), Arc::clone(&lane));
         let entry = Some(devices.order.enter());
-        let carry = Carry { call, rounds, large, lane: Arc::clone(&lane), ready, submitter, entry, over, deadline };
+        let (lane, neighbours) = (Arc::clone(&lane), Arc::clone(&devices.neighbours));
+        let carry = Carry { call, rounds, large, lane, neighbours, ready, submitter, entry, over, deadline };
         devices.calls.give(move || {
             let (outcome, call) = carry.run();
             gate.gate.open(number);

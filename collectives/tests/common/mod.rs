@@ -27,13 +27,23 @@ pub enum Way {
 
 /// Runs `body` on every rank of a group of `size` threads and returns what they return, by rank.
 pub fn group<T: Send>(size: u32, way: Way, settings: Settings, body: impl Fn(&Communicator) -> T + Sync) -> Vec<T> {
+    group_of(size, way, |_| settings.clone(), body)
+}
+
+/// The same, where each rank has settings of its own.
+pub fn group_of<T: Send>(
+    size: u32,
+    way: Way,
+    settings: impl Fn(Rank) -> Settings,
+    body: impl Fn(&Communicator) -> T + Sync,
+) -> Vec<T> {
     let store = Arc::new(MemoryStore::default());
     let world_size = WorldSize::new(size).unwrap();
     std::thread::scope(|scope| {
         let threads: Vec<_> = world_size
             .ranks()
             .map(|rank| {
-                let (store, settings, body) = (Arc::clone(&store), settings.clone(), &body);
+                let (store, settings, body) = (Arc::clone(&store), settings(rank), &body);
                 scope.spawn(move || {
                     let tcp = matches!(way, Way::Tcp | Way::Credit | Way::Lanes);
                     let wire = if tcp { WireChoice::Tcp } else { WireChoice::Auto };

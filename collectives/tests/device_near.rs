@@ -1,0 +1,284 @@
+//! Ranks of one host that lend each other memory of their CUDA devices, against a double of the driver whose kernels are those of
+//! fold.cu: the bits that the host's processors make, nothing by way of the host, and what is done where one rank cannot.
+#![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
+
+mod common;
+#[path = "../../transport/tests/cuda/double.rs"]
+mod double;
+#[path = "common/on_device.rs"]
+mod on_device;
+
+use common::{Way, group, group_of};
+use double::{Counter, Double, Failing, Setting};
+use gradwire_collectives::{
+    Call, Collective, CollectiveError, Communicator, DType, DeviceCall, Piece, Reduction, Settings,
+};
+use gradwire_transport::cuda::{DeviceMemory, Stream};
+use gradwire_transport::{Rank, Region};
+use on_device::{all, device, get, overwrite, put, soon};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// 4 MiB and a half, and some bytes: more than one round by way of the host.
+const LONG: usize = (9 << 19) + 24;
+const SUM: Collective = Collective::AllReduce { op: Reduction::Sum };
+/// Bits that are special in one type of floats or another: zeros, ends, infinities, denormals, NaN that tell more or signal.
+const ODD: [u64; 12] = [
+    0,
+    0x8000_0000_8000_8000,
+    0x7f80_0000_7c00_7f80,
+    0xff80_0000_fc00_ff80,
+    0x7fc0_1234_7e01_7fc1,
+    0x7fa0_0000_7d00_7fa0,
+    0x0000_0001_0001_0001,
+    0x807f_ffff_83ff_807f,
+    0x7f7f_ffff_7bff_7f7f,
+    0x7ff0_0000_0000_0000,
+    0x7ff4_0000_0000_0001,
+    0x8000_0000_0000_0000,
+];
+
+/// Bytes of any kind, with what is special among them.
+fn bits(seed: u64, bytes: usize) -> Vec<u8> {
+    let mut state = seed * 2 + 0x9e37_79b9_7f4a_7c15;
+    let mut next = |i: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        if (i + seed as usize).is_multiple_of(3) { ODD[state as usize % ODD.len()] } else { state }
+    };
+    (0..bytes.div_ceil(8)).flat_map(|i| next(i).to_le_bytes()).take(bytes).collect()
+}
+
+fn on_device(
+    c: &Communicator,
+    stream: &Stream,
+    (collective, dtype): (Collective, DType),
+    input: &[Arc<DeviceMemory>],
+    output: &[Arc<DeviceMemory>],
+) -> Result<(), CollectiveError> {
+    let slices = |memory: &[Arc<DeviceMemory>]| memory.iter().map(all).collect();
+    let call = DeviceCall { collective, dtype, input: slices(input), output: slices(output), timeout: None };
+    c.start_on_device(call, stream).unwrap().wait(None).unwrap().map(drop)
+}
+
+fn on_host(
+    c: &Communicator,
+    (collective, dtype): (Collective, DType),
+    input: &[Vec<u8>],
+    output: &[Vec<u8>],
+) -> Vec<Vec<u8>> {
+    let regions = |all: &[Vec<u8>]| all.iter().map(|bytes| Region::from_vec(bytes.clone())).collect::<Vec<_>>();
+    let (input, output) = (regions(input), regions(output));
+    let pieces = |all: &[Arc<Region>]| all.iter().map(|region| Piece::whole(Arc::clone(region))).collect();
+    c.run(Call { collective, dtype, input: pieces(&input), output: pieces(&output), timeout: None }).unwrap();
+    output.iter().map(|region| region.read(0..region.len()).unwrap().to_vec()).collect()
+}
+
+/// One call on the device and on the host: the same bits.
+fn compare(c: &Communicator, stream: &Stream, call: (Collective, DType), input: &[Vec<u8>], output: &[Vec<u8>]) {
+    let place = |all: &[Vec<u8>]| all.iter().map(|bytes| put(stream, bytes)).unzip::<_, _, Vec<_>, Vec<_>>();
+    let ((ins, _coming), (outs, _going)) = (place(input), place(output));
+    on_device(c, stream, call, &ins, &outs).unwrap();
+    for (memory, expected) in outs.iter().zip(on_host(c, call, input, output)) {
+        let got = get(stream, memory);
+        let at = got.iter().zip(&expected).position(|(got, expected)| got != expected);
+        assert_eq!((got.len(), at), (expected.len(), None), "{call:?}: the first byte that differs");
+    }
+}
+
+fn settings(double: &Double) -> Settings {
+    Settings { deterministic: true, nvrtc: Some(double.path()), ..Settings::default() }
+}
+
+#[test]
+fn every_kernel_makes_the_bits_that_the_host_makes() {
+    let double = Double::new(2);
+    for size in [2, 3] {
+        group(size, Way::Segment, settings(&double), |c| {
+            let stream = Stream::new(&device(&double, c.rank().0 % 2)).unwrap();
+            for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::I64] {
+                for op in [Reduction::Sum, Reduction::Avg, Reduction::Product, Reduction::Min, Reduction::Max] {
+                    // An end that is not on the border of 16 bytes, and all of them off it.
+                    let own = bits(u64::from(c.rank().0) + 100 * u64::from(op as u32 as u8), LONG);
+                    compare(c, &stream, (Collective::AllReduce { op }, dtype), &[], &[own]);
+                }
+            }
+            let words = c.describe().to_string();
+            assert!(words.contains("by CUDA IPC, 32 MiB lent, folded there (NVRTC 99.1, sm_90)"), "{words}");
+        });
+        assert!(double.count(Counter::Launches) >= 30 * i64::from(size), "every reduction was made on the device");
+        assert_eq!(double.held(), [0; 7]);
+    }
+}
+
+#[test]
+fn every_collective_goes_from_device_to_device_in_several_rounds() {
+    let double = Double::new(1);
+    // Two rounds and a part: the sets change hands.
+    let long = (36 << 20) + 8;
+    for size in [2, 3] {
+        group(size, Way::Segment, settings(&double), |c| {
+            let (n, root, op) = (size as usize, Rank(size - 1), Reduction::Sum);
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            let part = long / n / 4 * 4;
+            let own = bits(c.rank().0.into(), part);
+            let whole = bits(c.rank().0.into(), part * n);
+            let parts: Vec<_> = whole.chunks(part).map(<[u8]>::to_vec).collect();
+            let zeros = |bytes: usize| vec![0; bytes];
+            let before = double.count(Counter::Launches);
+            for collective in
+                [Collective::AllReduce { op }, Collective::Reduce { op, root }, Collective::Broadcast { root }]
+            {
+                compare(c, &stream, (collective, DType::F32), &[], std::slice::from_ref(&whole));
+            }
+            let one = std::slice::from_ref(&own);
+            compare(c, &stream, (Collective::AllGather, DType::F32), one, &[zeros(part * n)]);
+            compare(c, &stream, (Collective::AllGather, DType::U8), one, &vec![zeros(part); n]);
+            compare(
+                c,
+                &stream,
+                (Collective::ReduceScatter { op }, DType::F32),
+                std::slice::from_ref(&whole),
+                &[zeros(part)],
+            );
+            compare(c, &stream, (Collective::ReduceScatter { op }, DType::F32), &parts, &[zeros(part)]);
+            compare(c, &stream, (Collective::AllToAll, DType::F32), std::slice::from_ref(&whole), &[zeros(part * n)]);
+            assert!(double.count(Counter::Launches) > before);
+        });
+    }
+    assert_eq!(double.held(), [0; 7]);
+}
+
+#[test]
+fn where_one_rank_lends_nothing_or_has_no_compiler_all_go_by_way_of_the_host() {
+    let double = Double::new(1);
+    let missing = || double.path().with_extension("missing");
+    let own = |rank: Rank, other: Settings| if rank == Rank(1) { other } else { settings(&double) };
+    let cases = [
+        (
+            Settings { cuda_ipc: false, ..settings(&double) },
+            "staged too, as CUDA IPC is not to be had (rank 1: told not to by GRADWIRE_CUDA_IPC=0",
+        ),
+        (Settings { nvrtc: Some(missing()), ..settings(&double) }, "by CUDA IPC, 32 MiB lent, reductions staged ("),
+    ];
+    for (other, words) in cases {
+        group_of(
+            2,
+            Way::Segment,
+            |rank| own(rank, other.clone()),
+            |c| {
+                let stream = Stream::new(&device(&double, 0)).unwrap();
+                let given = bits(c.rank().0.into(), LONG);
+                compare(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&given));
+                compare(c, &stream, (Collective::Broadcast { root: Rank(1) }, DType::F32), &[], &[given]);
+                let told = c.describe().to_string();
+                assert!(told.contains(words), "{told}");
+            },
+        );
+    }
+    // What the driver or the compiler refuses is told, too.
+    for (failing, code, words) in [
+        (
+            Failing::Share,
+            801,
+            "not to be had (rank 0: cuIpcGetMemHandle failed on CUDA device 0: an error that it does not name (801)",
+        ),
+        (Failing::Compile, 6, "reductions staged (no kernels for CUDA devices: "),
+    ] {
+        double.fail(failing, 0, code);
+        group(2, Way::Segment, settings(&double), |c| {
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            // Another type than before: what was compiled once stays.
+            compare(c, &stream, (SUM, DType::F32), &[], &[bits(c.rank().0.into(), LONG)]);
+            let told = c.describe().to_string();
+            assert!(told.contains(words) || failing as i64 == Failing::Compile as i64, "{told}");
+        });
+        double.fail_no_more();
+    }
+    assert_eq!((double.held(), double.count(Counter::Launches)), ([0; 7], 2));
+}
+
+#[test]
+fn streams_are_ordered_around_what_devices_lend_each_other() {
+    let double = Double::new(1);
+    double.set(Setting::DelayUs, 300);
+    group(2, Way::Segment, settings(&double), |c| {
+        let stream = Stream::new(&device(&double, 0)).unwrap();
+        let floats = |value: usize| (value as f32).to_le_bytes().repeat(LONG / 4);
+        let (memory, _coming) = put(&stream, &floats(0));
+        let (mut reads, mut writes, mut calls) = (Vec::new(), Vec::new(), Vec::new());
+        for step in 1..6 {
+            writes.push(overwrite(&stream, &memory, &floats(step)));
+            let call = DeviceCall {
+                collective: SUM,
+                dtype: DType::F32,
+                input: vec![],
+                output: vec![all(&memory)],
+                timeout: None,
+            };
+            let pending = c.start_on_device(call, &stream).unwrap();
+            assert!(pending.order(&stream).unwrap());
+            let host = stream.device().pin(memory.len()).unwrap();
+            reads.push(stream.copy_out(all(&memory), host.write(0..memory.len()).unwrap()).unwrap());
+            calls.push(pending);
+        }
+        for (step, read) in (1..).zip(reads) {
+            assert!(read.wait(soon()).unwrap().to_vec() == floats(2 * step), "step {step}");
+        }
+        assert!(calls.iter().all(|call| call.wait(None).unwrap().is_ok()));
+    });
+    assert_eq!(double.held(), [0; 7]);
+}
+
+#[test]
+fn a_launch_that_fails_or_another_device_ends_the_group_on_all_and_nothing_is_left_behind() {
+    for other_device in [false, true] {
+        let double = Double::new(2);
+        let errors = group(2, Way::Segment, settings(&double), |c| {
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            let (memory, _coming) = put(&stream, &bits(1, LONG));
+            on_device(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&memory)).unwrap();
+            let second = Stream::new(&device(&double, 1)).unwrap();
+            let (elsewhere, _going) = put(&second, &bits(1, LONG));
+            c.run(Call {
+                collective: Collective::Barrier,
+                dtype: DType::U8,
+                input: vec![],
+                output: vec![],
+                timeout: None,
+            })
+            .unwrap();
+            if c.rank() == Rank(1) && other_device {
+                return on_device(c, &second, (SUM, DType::F32), &[], &[elsewhere]).unwrap_err();
+            }
+            if !other_device {
+                double.fail(Failing::Launch, 1, 719);
+            }
+            on_device(c, &stream, (SUM, DType::F32), &[], &[memory]).unwrap_err()
+        });
+        let text = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        let words =
+            if other_device { "go by CUDA IPC from device 0, and this one is on device 1" } else { "cuLaunchKernel" };
+        assert!(errors.iter().all(|error| error.to_string().contains(words)), "{text}");
+        assert_eq!(double.held(), [0; 7]);
+    }
+}
+
+#[test]
+fn a_rank_that_never_calls_is_named_by_those_that_wait_for_it() {
+    let double = Double::new(1);
+    let errors = group(2, Way::Segment, settings(&double), |c| {
+        let stream = Stream::new(&device(&double, 0)).unwrap();
+        let (memory, _coming) = put(&stream, &bits(1, LONG));
+        let timeout = Some(Duration::from_millis(300));
+        let call =
+            DeviceCall { collective: SUM, dtype: DType::F32, input: vec![], output: vec![all(&memory)], timeout };
+        if c.rank() == Rank(1) {
+            std::thread::sleep(Duration::from_millis(900));
+            return None;
+        }
+        c.start_on_device(call, &stream).unwrap().wait(None).unwrap().err()
+    });
+    assert_eq!(common::blamed(errors[0].as_ref().unwrap()), [Rank(1)]);
+}
