@@ -1,11 +1,13 @@
-//! Does: all-reduce over memory of CUDA devices by staging, beside the same over pinned memory of the host and the bare copies, in
-//! one process: each rank is a thread.
+//! Does: all-reduce over memory of CUDA devices, by way of the host and from device to device, beside the same over pinned memory of
+//! the host and the bare copies; and what folds on the device beside its copies. In one process: each rank is a thread.
 
 use crate::sizes;
 use crate::statistics::{percentile, sorted};
 use clap::Args;
-use gradwire_collectives::{Call, Collective, Communicator, DType, DeviceCall, Piece, Reduction, Settings};
-use gradwire_transport::cuda::{Device, DeviceMemory, Driver, Stream};
+use gradwire_collectives::{
+    Call, Collective, Communicator, DType, DeviceCall, DeviceKernels, Piece, Reduction, Settings,
+};
+use gradwire_transport::cuda::{Act, DeviceMemory, DeviceSlice, Driver, Stream};
 use gradwire_transport::{Config, GroupSpec, MemoryStore, Rank, Region, WireChoice, WorldSize, form_group};
 use std::error::Error;
 use std::path::PathBuf;
@@ -23,12 +25,17 @@ type Failure = Box<dyn Error + Send + Sync>;
 #[command(
     after_help = "Rank i uses device i modulo the number of devices, so that one is enough. Before anything is timed the sums
 are checked. staged: the call over device memory; host: the same over pinned memory; copies: out of the device and back, bare.
-overlap = (host + copies) / staged: 1 where copies and wire wait for each other, up to 2 where neither does."
+overlap = (host + copies) / staged: 1 where copies and wire wait for each other, up to 2 where neither does. lent (with --shm): what
+is longer than 4 MiB goes from device to device, as processes of one host do it by CUDA IPC; here all ranks are of one process.
+The second table is one device alone: bytes read and written a second by a copy, and by the kernel that sums two buffers into one."
 )]
 pub(crate) struct Options {
     /// File of CUDA's driver, instead of libcuda.so.1
     #[arg(long, env = "GRADWIRE_CUDA_LIBRARY", value_name = "FILE")]
     library: Option<PathBuf>,
+    /// File of NVRTC, instead of the system's libnvrtc.so
+    #[arg(long, env = "GRADWIRE_NVRTC_LIBRARY", value_name = "FILE")]
+    nvrtc: Option<PathBuf>,
     /// How many ranks
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
     ranks: u32,
@@ -47,8 +54,21 @@ pub(crate) struct Options {
 struct Row {
     bytes: usize,
     staged: f64,
+    lent: Option<f64>,
     host: f64,
     copies: f64,
+    /// On the device alone; the second where there is a kernel.
+    copy: f64,
+    fold: Option<f64>,
+}
+
+/// What a rank measures with.
+struct Bench {
+    staged: Communicator,
+    /// The same ranks, who lend each other memory of their devices.
+    lent: Option<Communicator>,
+    kernels: Option<DeviceKernels>,
+    stream: Stream,
 }
 
 /// Measures and prints; nothing is measured without a driver.
@@ -62,12 +82,23 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
             let store = Arc::clone(&store);
             scope.spawn(move || -> Result<Vec<Row>, Failure> {
                 let device = driver.device(rank.0 % count)?;
-                let wire = if options.shm { WireChoice::Shm } else { WireChoice::Tcp };
-                let config = Config { wire, ..Config::default() };
-                let spec = GroupSpec { name: "gpu".into(), rank, world_size, store, config };
-                let group = form_group(spec, Instant::now() + PATIENCE)?;
-                let settings = Settings { same_host: options.shm, ..Settings::default() };
-                measure(&Communicator::new(group, "gpu", settings)?, &device, options)
+                let meet = |name: &str, cuda_ipc: bool| -> Result<Communicator, Failure> {
+                    let wire = if options.shm { WireChoice::Auto } else { WireChoice::Tcp };
+                    let (store, config) = (Arc::clone(&store), Config { wire, ..Config::default() });
+                    let spec = GroupSpec { name: name.into(), rank, world_size, store, config };
+                    let nvrtc = options.nvrtc.clone();
+                    let settings = Settings { same_host: options.shm, cuda_ipc, nvrtc, ..Settings::default() };
+                    Ok(Communicator::new(form_group(spec, Instant::now() + PATIENCE)?, name, settings)?)
+                };
+                let kernels = DeviceKernels::new(&device, options.nvrtc.as_deref());
+                if let (Err(error), Rank(0)) = (&kernels, rank) {
+                    eprintln!("{error}");
+                }
+                let lent = if options.shm { Some(meet("gpu lent", true)?) } else { None };
+                let stream = Stream::new(&device)?;
+                let mut bench = Bench { staged: meet("gpu", false)?, lent, kernels: kernels.ok(), stream };
+                let sizes = options.sizes.iter().map(|size| size / 4 * 4);
+                sizes.map(|bytes| bench.one_size(bytes, usize::from(options.calls))).collect()
             })
         };
         let threads: Vec<_> = world_size.ranks().map(start).collect();
@@ -91,42 +122,90 @@ fn print(options: &Options, device: &str, rows: &[Row]) {
         options.ranks,
         crate::machine::described()
     );
-    println!("{:>12} {:>12} {:>12} {:>12} {:>8}", "bytes", "staged us", "host us", "copies us", "overlap");
-    for Row { bytes, staged, host, copies } in rows {
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
+    println!(
+        "{:>12} {:>12} {:>12} {:>12} {:>8} {:>12}",
+        "bytes", "staged us", "host us", "copies us", "overlap", "lent us"
+    );
+    for Row { bytes, staged, host, copies, lent, .. } in rows {
         let overlap = (host + copies) / staged;
-        println!("{bytes:>12} {staged:>12.1} {host:>12.1} {copies:>12.1} {overlap:>8.2}");
+        println!("{bytes:>12} {staged:>12.1} {host:>12.1} {copies:>12.1} {overlap:>8.2} {:>12}", number(*lent));
+    }
+    println!("on {device} alone: bytes read and written");
+    println!("{:>12} {:>12} {:>12} {:>8}", "bytes", "copy GB/s", "sum GB/s", "share");
+    for Row { bytes, copy, fold, .. } in rows {
+        let rate = |moved: f64, us: f64| moved * *bytes as f64 / us / 1e3;
+        let (copy, fold) = (rate(2.0, *copy), fold.map(|us| rate(3.0, us)));
+        let share = fold.map_or_else(|| "-".to_owned(), |fold| format!("{:.2}", fold / copy));
+        println!("{bytes:>12} {copy:>12.2} {:>12} {share:>8}", number(fold));
     }
 }
 
-fn measure(group: &Communicator, device: &Arc<Device>, options: &Options) -> Result<Vec<Row>, Failure> {
-    let stream = Stream::new(device)?;
-    options.sizes.iter().map(|size| one_size(group, &stream, size / 4 * 4, usize::from(options.calls))).collect()
-}
-
-fn one_size(group: &Communicator, stream: &Stream, bytes: usize, calls: usize) -> Result<Row, Failure> {
-    let memory = DeviceMemory::allocate(stream.device(), bytes)?;
-    let host = stream.device().pin(bytes)?;
-    fill(&host, group.rank().0 as f32 + 1.0)?;
-    bring(stream, &host, &memory)?;
-    staged(group, stream, &memory)?;
-    fetch(stream, &memory, &host)?;
-    let ranks = group.world_size().get() as f32;
-    let expected = (ranks * (ranks + 1.0) / 2.0).to_le_bytes();
-    if host.read(0..bytes)?.chunks_exact(4).any(|value| value != expected) {
-        return Err(format!("the sum over {bytes} bytes is wrong").into());
-    }
-    fill(&host, 0.0)?;
-    let (mut all, mut times) = ([Vec::new(), Vec::new(), Vec::new()], [0.0; 3]);
-    for call in 0..WARM_UP + calls {
-        times[0] = timed(|| staged(group, stream, &memory))?;
-        times[1] = timed(|| over_host(group, &host))?;
-        times[2] = timed(|| fetch(stream, &memory, &host).and_then(|()| bring(stream, &host, &memory)))?;
-        if call >= WARM_UP {
-            all.iter_mut().zip(times).for_each(|(all, time)| all.push(time));
+impl Bench {
+    fn one_size(&mut self, bytes: usize, calls: usize) -> Result<Row, Failure> {
+        let (stream, staged) = (&self.stream, &self.staged);
+        let memory = DeviceMemory::allocate(stream.device(), bytes)?;
+        let (one, other) =
+            (DeviceMemory::allocate(stream.device(), bytes)?, DeviceMemory::allocate(stream.device(), bytes)?);
+        let host = stream.device().pin(bytes)?;
+        let (rank, ranks) = (staged.rank().0 as f32, staged.world_size().get() as f32);
+        let total = ranks * (ranks + 1.0) / 2.0;
+        for group in [Some(staged), self.lent.as_ref()].into_iter().flatten() {
+            fill(&host, rank + 1.0)?;
+            bring(stream, &host, &memory)?;
+            over_device(group, stream, &memory)?;
+            expect(stream, &memory, &host, total)?;
         }
+        // Which holds the total of all ranks now, and so twice that.
+        let fold = self.kernels.as_mut().map(|kernels| kernels.get(DType::F32, Reduction::Sum)).transpose()?;
+        if let Some(kernel) = fold {
+            work(stream, vec![copying(&memory, &one)?])?;
+            work(stream, vec![Act::Fold { kernel, from: vec![all(&memory)?, all(&one)?], into: all(&other)? }])?;
+            expect(stream, &other, &host, 2.0 * total)?;
+        }
+        fill(&host, 0.0)?;
+        bring(stream, &host, &memory)?;
+        let mut times: [Vec<f64>; 6] = Default::default();
+        for call in 0..WARM_UP + calls {
+            let us = [
+                timed(|| over_device(staged, stream, &memory))?,
+                self.lent.as_ref().map_or(Ok(0.0), |lent| timed(|| over_device(lent, stream, &memory)))?,
+                timed(|| over_host(staged, &host))?,
+                timed(|| fetch(stream, &memory, &host).and_then(|()| bring(stream, &host, &memory)))?,
+                timed(|| work(stream, vec![copying(&memory, &one)?]))?,
+                fold.as_ref().map_or(Ok(0.0), |kernel| {
+                    let from = vec![all(&memory)?, all(&one)?];
+                    timed(|| work(stream, vec![Act::Fold { kernel, from, into: all(&other)? }]))
+                })?,
+            ];
+            if call >= WARM_UP {
+                times.iter_mut().zip(us).for_each(|(all, time)| all.push(time));
+            }
+        }
+        let [staged, lent, host, copies, copy, summed] = times.map(|times| percentile(&sorted(times), 50));
+        let (lent, fold) = (self.lent.is_some().then_some(lent), fold.is_some().then_some(summed));
+        Ok(Row { bytes, staged, lent, host, copies, copy, fold })
     }
-    let [staged, host, copies] = all.map(|times| percentile(&sorted(times), 50));
-    Ok(Row { bytes, staged, host, copies })
+}
+
+fn all(memory: &Arc<DeviceMemory>) -> Result<DeviceSlice, Failure> {
+    Ok(memory.slice(0..memory.len())?)
+}
+
+fn copying(from: &Arc<DeviceMemory>, to: &Arc<DeviceMemory>) -> Result<Act<'static>, Failure> {
+    Ok(Act::Copy { from: all(from)?, to: all(to)? })
+}
+
+fn work(stream: &Stream, acts: Vec<Act<'_>>) -> Result<(), Failure> {
+    stream.work(acts)?.map_or(Ok(()), |working| Ok(working.wait(Instant::now() + PATIENCE).map(drop)?))
+}
+
+fn expect(stream: &Stream, memory: &Arc<DeviceMemory>, host: &Arc<Region>, value: f32) -> Result<(), Failure> {
+    fetch(stream, memory, host)?;
+    if host.read(0..host.len())?.chunks_exact(4).any(|four| four != value.to_le_bytes()) {
+        return Err(format!("the sum over {} bytes is wrong", host.len()).into());
+    }
+    Ok(())
 }
 
 fn timed(work: impl FnOnce() -> Result<(), Failure>) -> Result<f64, Failure> {
@@ -150,7 +229,7 @@ fn fetch(stream: &Stream, memory: &Arc<DeviceMemory>, host: &Arc<Region>) -> Res
     Ok(copy.wait(Instant::now() + PATIENCE).map(drop)?)
 }
 
-fn staged(group: &Communicator, stream: &Stream, memory: &Arc<DeviceMemory>) -> Result<(), Failure> {
+fn over_device(group: &Communicator, stream: &Stream, memory: &Arc<DeviceMemory>) -> Result<(), Failure> {
     let output = vec![memory.slice(0..memory.len())?];
     let call = DeviceCall { collective: SUM, dtype: DType::F32, input: vec![], output, timeout: Some(PATIENCE) };
     group.start_on_device(call, stream)?.wait(None).ok_or("it has no end")??;

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
+import pathlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +27,8 @@ NAMES = {
     "GRADWIRE_TLS_CLIENT_CA": "who must have signed the certificates of those that call; default they need none",
     "GRADWIRE_TLS_SERVER_NAME": "name that called ends must be certified for; default the host, as it is called",
     "GRADWIRE_CUDA_LIBRARY": "file of CUDA's driver; default libcuda.so.1, looked for when a CUDA tensor is handed in",
+    "GRADWIRE_CUDA_IPC": "0: ranks of one host lend each other no memory of their CUDA devices; default 1",
+    "GRADWIRE_NVRTC_LIBRARY": "file of NVRTC, which compiles for CUDA devices; default its wheel's, or as the system finds it",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
     "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
     "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",
@@ -62,6 +66,8 @@ class Config:
         algorithms: algorithm per collective.
         deterministic: floats are combined in rank order: the same bits for every algorithm, wire and cut of a buffer.
         trace: folder that the record of the last operations goes to when the group fails.
+        cuda_ipc: whether ranks of one host lend each other memory of their CUDA devices.
+        nvrtc: file of NVRTC, which compiles what folds on a device; None: that of NVIDIA's wheel, or as the system finds it.
         timeout_s: seconds after which an operation fails.
         ib_hca: RDMA devices to use, in NCCL's grammar.
         ib_gid_index: index of the RDMA port's GID.
@@ -85,6 +91,8 @@ class Config:
     algorithms: str | None = None
     deterministic: bool | None = None
     trace: str | None = None
+    cuda_ipc: bool | None = None
+    nvrtc: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     ib_hca: str | None = None
     ib_gid_index: int | None = None
@@ -115,6 +123,8 @@ class Config:
             algorithms=environment.get("GRADWIRE_ALGO"),
             deterministic=_switch(environment, "GRADWIRE_DETERMINISTIC"),
             trace=environment.get("GRADWIRE_TRACE"),
+            cuda_ipc=_switch(environment, "GRADWIRE_CUDA_IPC"),
+            nvrtc=environment.get("GRADWIRE_NVRTC_LIBRARY"),
             timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
             **{f"tls_{name}": environment.get(f"GRADWIRE_TLS_{name.upper()}") for name in _TLS_NAMES},
@@ -133,10 +143,20 @@ class Config:
             "algorithms": self.algorithms,
             "deterministic": self.deterministic,
             "trace": self.trace,
+            "cuda_ipc": self.cuda_ipc,
+            "nvrtc": self.nvrtc or _nvrtc_of_wheels(),
             "cores": len(os.sched_getaffinity(0)),
             "tls": {name: getattr(self, f"tls_{name}") for name in _TLS_NAMES},
             "ib": {name: getattr(self, f"ib_{name}") for name in ("hca", *_IB_NUMBERS)},
         }
+
+
+def _nvrtc_of_wheels() -> str | None:
+    """NVRTC as pip installs it, which is also where PyTorch's CUDA wheels have it."""
+    found = importlib.util.find_spec("nvidia")
+    folders = [] if found is None else found.submodule_search_locations or []
+    files = [file for folder in folders for file in pathlib.Path(folder).glob("*/lib/libnvrtc.so.*")]
+    return str(max(files, key=lambda file: int(file.suffix[1:]))) if files else None
 
 
 def _number(environment: Mapping[str, str], name: str, kind: type) -> Any:

@@ -20,6 +20,8 @@ pub(crate) struct Options {
     algorithms: Option<String>,
     deterministic: Option<bool>,
     trace: Option<PathBuf>,
+    cuda_ipc: Option<bool>,
+    nvrtc: Option<PathBuf>,
     cores: usize,
     ib: Ib,
     tls: Files,
@@ -102,7 +104,9 @@ impl Options {
         }
         let (algorithms, trace, cores) = (self.algorithms, self.trace, self.cores.max(1));
         let deterministic = self.deterministic.unwrap_or_default();
-        let settings = Settings { timeout, algorithms, deterministic, cores, trace, ..Settings::default() };
+        let (cuda_ipc, nvrtc) = (self.cuda_ipc.unwrap_or(true), self.nvrtc);
+        let settings =
+            Settings { timeout, algorithms, deterministic, cores, trace, cuda_ipc, nvrtc, ..Settings::default() };
         Ok((config, settings))
     }
 

@@ -13,7 +13,7 @@ import numpy
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2] / "transport" / "tests" / "cuda" / "driver_double.c"
 #: Places in the control file, as the double's source has them.
-DEVICES, DELAY_US, STREAM_VALUES, LIVE_DEVICE_BYTES, LIVE_PINNED_BYTES = 0, 1, 5, 16, 17
+DEVICES, DELAY_US, STREAM_VALUES, LIVE_DEVICE_BYTES, LIVE_PINNED_BYTES, LAUNCHES, LIVE_OPENED = 0, 1, 5, 16, 17, 25, 26
 #: The legacy default stream, as `__cuda_array_interface__` calls it.
 DEFAULT = 1
 

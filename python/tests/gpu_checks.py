@@ -40,6 +40,42 @@ def check_communicator(rank: int, device: torch.device, folder: str) -> None:
         print(group.describe())
 
 
+def check_lent(rank: int, device: torch.device, folder: str) -> None:
+    """Long calls of ranks on one host: from device to device, in the bits that the host makes; nothing is left on the device."""
+    length, folds = 9_000_001, (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
+    with gradwire.Communicator(f"file://{folder}/l", rank=rank, world_size=RANKS, deterministic=True) as group:
+        for dtype in folds:
+            generator = torch.Generator().manual_seed(rank)
+            odd = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 65504.0])
+            given = torch.randn(length, generator=generator) * 100
+            if dtype.is_floating_point:
+                given[:: 101 + rank] = odd[torch.arange(len(given[:: 101 + rank])) % len(odd)]
+            given = given.to(dtype)
+            for op in ("sum", "avg", "product", "min", "max"):
+                there, here = given.to(device), given.clone()
+                group.all_reduce(there, op=op)
+                group.all_reduce(here, op=op)
+                whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+                assert torch.equal(there.cpu().view(whole), here.view(whole)), (dtype, op)
+        told = group.describe().devices[-1]
+        assert told.startswith("calls of several rounds by CUDA IPC") and "folded there" in told, told
+        print(told)
+
+
+def check_memory_is_given_back(rank: int, device: torch.device, folder: str) -> None:
+    """Groups that come and go leave as much of the device's memory as there was."""
+    torch.cuda.synchronize(device)
+    left = []
+    for turn in range(5):
+        with gradwire.Communicator(f"file://{folder}/m{turn}", rank=rank, world_size=RANKS) as group:
+            group.all_reduce(torch.ones(9_000_001, device=device))
+        dist.barrier()
+        torch.cuda.empty_cache()
+        left.append(torch.cuda.mem_get_info(device)[0])
+        dist.barrier()
+    assert left[-1] >= left[1] - (8 << 20), left
+
+
 def check_streams(rank: int, device: torch.device) -> None:
     """A kernel before and one after, on a stream of our own, and no wait of the host between them."""
     stream = torch.cuda.Stream(device)
@@ -101,11 +137,15 @@ def check_parameter_server(device: torch.device) -> None:
 def rank_main(rank: int, folder: str) -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    steps: list[Any] = [("communicator", lambda: check_communicator(rank, device, folder))]
+    steps: list[Any] = [
+        ("communicator", lambda: check_communicator(rank, device, folder)),
+        ("devices that lend each other memory", lambda: check_lent(rank, device, folder)),
+    ]
     dist.init_process_group(
         "gradwire", init_method=f"file://{folder}/t", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)
     )
     steps += [
+        ("memory is given back", lambda: check_memory_is_given_back(rank, device, folder)),
         ("collectives of torch.distributed", lambda: check_collectives(rank, device)),
         ("streams, without a wait of the host", lambda: check_streams(rank, device)),
         ("DDP", lambda: check_ddp(rank, device)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from cuda_double import Driver, Tensor, build
+from cuda_double import LAUNCHES, LIVE_OPENED, Driver, Tensor, build
 from gradwire.errors import CudaError
 from ranks import run
 
@@ -61,6 +62,31 @@ def on_devices(rank: int, size: int, url: str, path: str) -> None:
 
 def test_every_call_takes_memory_of_a_device(double: str) -> None:
     run(2, on_devices, double)
+
+
+def lent(rank: int, size: int, url: str, path: str) -> None:
+    """Processes of one host: each reaches the others' devices by handles, and kernels of the double fold there."""
+    os.environ["GRADWIRE_CUDA_LIBRARY"] = os.environ["GRADWIRE_NVRTC_LIBRARY"] = path
+    cuda, length = Driver(path, rank % 2), 9_000_001
+    with gradwire.Communicator(url, rank=rank, world_size=size) as group:
+        for op, expected in (("sum", sum(own(one, length) for one in range(size))), ("max", own(size - 1, length))):
+            tensor = cuda.array(own(rank, length))
+            group.all_reduce(tensor, op=op)
+            numpy.testing.assert_array_equal(cuda.numpy(tensor), expected)
+        parts = cuda.array(numpy.zeros((size, length), "float32"))
+        group.all_gather(cuda.array(own(rank, length)), parts)
+        numpy.testing.assert_array_equal(cuda.numpy(parts), [own(one, length) for one in range(size)])
+        part = cuda.array(numpy.zeros(length, "float32"))
+        group.reduce_scatter(parts, part)
+        numpy.testing.assert_array_equal(cuda.numpy(part), own(rank, length) * size)
+        told = group.describe().devices[-1]
+        assert told == "calls of several rounds by CUDA IPC, 32 MiB lent, folded there (NVRTC 99.1, sm_90)", told
+
+
+def test_ranks_of_one_host_lend_each_other_memory_of_their_devices(double: str) -> None:
+    run(3, lent, double)
+    counted = struct.unpack("512q", pathlib.Path(f"{double}.control").read_bytes())
+    assert counted[LAUNCHES] >= 3 * 3 and counted[LIVE_OPENED] == 0
 
 
 def ordered(rank: int, size: int, url: str, path: str) -> None:
