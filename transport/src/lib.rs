@@ -53,4 +53,4 @@ pub use shm::{GroupSegment, ShmEnd, ShmOffer, ShmWire};
 pub use sim::{FaultPlan, SimNetwork, SimWire};
 pub use tcp::{Acceptance, TcpWire, Tls, TlsFiles};
 pub use verbs::{VerbsConfig, VerbsWire};
-pub use wire::{Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};
+pub use wire::{DeviceSided, Envelope, OneSided, Probe, RemoteSlice, Traffic, Wake, Wire, WireKind};

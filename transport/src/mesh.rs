@@ -7,8 +7,8 @@ pub(crate) use meeting::open_device;
 pub use meeting::open_verbs;
 
 use crate::{
-    Beside, Completion, Envelope, Identity, LossCause, OneSided, PeerId, PeerName, PostError, Probe, Region,
-    RegionSlice, RegionSliceMut, RegisterError, SendLoan, Tag, TcpWire, Traffic, TransportError, Wake, Wire,
+    Beside, Completion, DeviceSided, Envelope, Identity, LossCause, OneSided, PeerId, PeerName, PostError, Probe,
+    Region, RegionSlice, RegionSliceMut, RegisterError, SendLoan, Tag, TcpWire, Traffic, TransportError, Wake, Wire,
     WireChoice, WireKind, Words,
 };
 use meeting::Guest;
@@ -393,6 +393,10 @@ impl Wire for Mesh {
 
     fn owes(&self) -> bool {
         self.tcp.owes() || self.better.iter().any(|wire| wire.owes())
+    }
+
+    fn device_sided(&mut self) -> Option<&mut dyn DeviceSided> {
+        self.better.iter_mut().find_map(|wire| wire.device_sided())
     }
 
     fn waker(&self) -> Arc<dyn Wake> {

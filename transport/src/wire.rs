@@ -1,5 +1,6 @@
 //! Pure: the waist. Everything above sends and receives through these traits and knows no wire by name.
 
+use crate::cuda::{DeviceSlice, Way};
 use crate::{
     Completion, PeerId, PeerName, PostError, RecvLoan, Region, RegionSlice, RegionSliceMut, RegisterError, SendLoan,
     Tag, TransportError,
@@ -156,6 +157,11 @@ pub trait Wire: Send {
         false
     }
 
+    /// The part of this wire that reaches memory of CUDA devices, where it has one.
+    fn device_sided(&mut self) -> Option<&mut dyn DeviceSided> {
+        None
+    }
+
     /// A handle to wake this wire with.
     fn waker(&self) -> Arc<dyn Wake>;
 
@@ -194,6 +200,31 @@ pub trait OneSided: Wire {
         slice: RegionSliceMut,
         remote: RemoteSlice,
     ) -> Result<(), PostError<RegionSliceMut>>;
+}
+
+/// One-sided access between CUDA devices, for the wires whose network card reads and writes their memory by itself.
+pub trait DeviceSided {
+    /// Lets peers read and write a device's memory until [`DeviceSided::withdraw_device`], and reads of our own land in it. `None`
+    /// where the card cannot reach it: the way says why.
+    ///
+    /// The card asks no stream: what was written before must be done (wait for an event), and what peers have written is seen by
+    /// kernels after [`flush_rdma_writes`](crate::cuda::Device::flush_rdma_writes).
+    fn expose_device(&mut self, slice: DeviceSlice) -> (Way, Option<RemoteSlice>);
+
+    /// Ends the exposure and gives the memory back; `None` for an unknown key, and while accesses of our own use it.
+    fn withdraw_device(&mut self, own: RemoteSlice) -> Option<DeviceSlice>;
+
+    /// As [`OneSided::post_get`], into a device's memory that is exposed here; the completion's slice is empty, and kernels that begin
+    /// after it see the bytes.
+    ///
+    /// # Errors
+    /// Where nothing was posted: `Config` for memory that is not exposed here, else as there.
+    fn post_get_to_device(
+        &mut self,
+        from: Envelope,
+        own: RemoteSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), TransportError>;
 }
 
 /// Whether an access of `bytes` stays within the `capacity` of its other side.

@@ -10,7 +10,7 @@ use super::one_sided::MAX_EXPOSED;
 use super::wire::VerbsWire;
 use crate::cuda::{CudaError, DeviceSlice, Trial, Way};
 use crate::flights::Cargo;
-use crate::{Envelope, Region, RegisterError, RemoteSlice, TransportError};
+use crate::{DeviceSided, Envelope, Region, RegisterError, RemoteSlice, TransportError};
 use rustix::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -32,49 +32,6 @@ pub(super) struct Direct {
 }
 
 impl VerbsWire {
-    /// Registers a GPU's memory with the device, if that can reach it: then peers that are told may read and write it, and so may
-    /// our own accesses, until [`VerbsWire::withdraw_device`]. `None`: its bytes must be copied to the host first; the way says why.
-    ///
-    /// The device asks no stream: what was written before must be done (wait for an event), and what peers have written is seen by
-    /// kernels after [`flush_rdma_writes`](crate::cuda::Device::flush_rdma_writes).
-    pub fn expose_device(&mut self, slice: DeviceSlice) -> (Way, Option<RemoteSlice>) {
-        let card = self.nic.adapter.name();
-        if slice.is_empty() || self.direct.len() >= MAX_EXPOSED {
-            let why = if slice.is_empty() { "it has no bytes" } else { "too much memory is exposed: withdraw some" };
-            return (Way::Staged { reason: why.to_owned() }, None);
-        }
-        let by_dma_buf = self.register_dma_buf(&slice);
-        let by_address = match &by_dma_buf {
-            Ok(_) => Err("not needed".to_owned()),
-            Err(_) => self.register_address(&slice),
-        };
-        let told = |tried: &Result<Key, String>| tried.as_ref().map(drop).map_err(Clone::clone);
-        let way = Way::of_trial(&Trial { card, dma_buf: told(&by_dma_buf), peer_memory: told(&by_address) });
-        let Ok(key) = by_dma_buf.or(by_address) else {
-            tracing::info!(%way, bytes = slice.len(), "a GPU's memory is staged");
-            return (way, None);
-        };
-        let bytes = slice.len() as u64;
-        self.direct.insert(key.remote, Reached { key, memory: Arc::new(slice) });
-        (way, Some(RemoteSlice { key: key.first << 32 | u64::from(key.remote), offset: 0, bytes }))
-    }
-
-    /// Ends the exposure and gives the memory back; `None` for an unknown key, and while accesses of our own use it.
-    pub fn withdraw_device(&mut self, own: RemoteSlice) -> Option<DeviceSlice> {
-        let number = own.key as u32;
-        let Reached { key, memory } = self.direct.remove(&number)?;
-        match Arc::try_unwrap(memory) {
-            Ok(slice) => {
-                self.nic.adapter.deregister(key.handle);
-                Some(slice)
-            }
-            Err(memory) => {
-                self.direct.insert(number, Reached { key, memory });
-                None
-            }
-        }
-    }
-
     /// As [`post_put`](crate::OneSided::post_put), out of a GPU's memory that is exposed here; the completion's slice is empty.
     ///
     /// # Errors
@@ -92,27 +49,6 @@ impl VerbsWire {
         let what = Access::Put { flight: link.flights.begin(to), cargo: Cargo::Slice(nothing) };
         let key = link.remotely.insert(Remotely { lease: None, remote, next: 0, what, direct });
         link.queue.push_back(Out::Put { key });
-        Ok(())
-    }
-
-    /// As [`post_get`](crate::OneSided::post_get), into a GPU's memory that is exposed here; the completion's slice is empty, and
-    /// kernels that begin after it see the bytes.
-    ///
-    /// # Errors
-    /// As [`VerbsWire::post_put_from_device`].
-    pub fn post_get_to_device(
-        &mut self,
-        from: Envelope,
-        own: RemoteSlice,
-        remote: RemoteSlice,
-    ) -> Result<(), TransportError> {
-        self.ready(from, remote.bytes, own.bytes)?;
-        let direct = Some(self.part(RemoteSlice { bytes: remote.bytes, ..own })?);
-        let slice = Region::zeroed(0).write(0..0).expect("nothing is nobody's");
-        let link = self.link(from.peer)?;
-        let what = Access::Get { from, slice };
-        let key = link.remotely.insert(Remotely { lease: None, remote, next: 0, what, direct });
-        link.queue.push_back(Out::Get { key });
         Ok(())
     }
 
@@ -144,6 +80,61 @@ impl VerbsWire {
         let memory = Foreign { address: slice.address(), bytes: slice.len(), dma_buf: None };
         // SAFETY: as above.
         unsafe { self.nic.adapter.register_foreign(memory) }.map_err(|error| words(&error))
+    }
+}
+
+impl DeviceSided for VerbsWire {
+    fn expose_device(&mut self, slice: DeviceSlice) -> (Way, Option<RemoteSlice>) {
+        let card = self.nic.adapter.name();
+        if slice.is_empty() || self.direct.len() >= MAX_EXPOSED {
+            let why = if slice.is_empty() { "it has no bytes" } else { "too much memory is exposed: withdraw some" };
+            return (Way::Staged { reason: why.to_owned() }, None);
+        }
+        let by_dma_buf = self.register_dma_buf(&slice);
+        let by_address = match &by_dma_buf {
+            Ok(_) => Err("not needed".to_owned()),
+            Err(_) => self.register_address(&slice),
+        };
+        let told = |tried: &Result<Key, String>| tried.as_ref().map(drop).map_err(Clone::clone);
+        let way = Way::of_trial(&Trial { card, dma_buf: told(&by_dma_buf), peer_memory: told(&by_address) });
+        let Ok(key) = by_dma_buf.or(by_address) else {
+            tracing::info!(%way, bytes = slice.len(), "a GPU's memory is staged");
+            return (way, None);
+        };
+        let bytes = slice.len() as u64;
+        self.direct.insert(key.remote, Reached { key, memory: Arc::new(slice) });
+        (way, Some(RemoteSlice { key: key.first << 32 | u64::from(key.remote), offset: 0, bytes }))
+    }
+
+    fn withdraw_device(&mut self, own: RemoteSlice) -> Option<DeviceSlice> {
+        let number = own.key as u32;
+        let Reached { key, memory } = self.direct.remove(&number)?;
+        match Arc::try_unwrap(memory) {
+            Ok(slice) => {
+                self.nic.adapter.deregister(key.handle);
+                Some(slice)
+            }
+            Err(memory) => {
+                self.direct.insert(number, Reached { key, memory });
+                None
+            }
+        }
+    }
+
+    fn post_get_to_device(
+        &mut self,
+        from: Envelope,
+        own: RemoteSlice,
+        remote: RemoteSlice,
+    ) -> Result<(), TransportError> {
+        self.ready(from, remote.bytes, own.bytes)?;
+        let direct = Some(self.part(RemoteSlice { bytes: remote.bytes, ..own })?);
+        let slice = Region::zeroed(0).write(0..0).expect("nothing is nobody's");
+        let link = self.link(from.peer)?;
+        let what = Access::Get { from, slice };
+        let key = link.remotely.insert(Remotely { lease: None, remote, next: 0, what, direct });
+        link.queue.push_back(Out::Get { key });
+        Ok(())
     }
 }
 

@@ -108,6 +108,8 @@ pub(super) struct Link {
     pub(super) taken: u64,
     pub(super) told: u64,
     pub(super) sent: (u64, u64),
+    /// Bytes and numbers of what was read out of the peer's memory.
+    fetched: (u64, u64),
 }
 
 impl Link {
@@ -168,11 +170,13 @@ impl Link {
             taken: 0,
             told: 0,
             sent: (0, 0),
+            fetched: (0, 0),
         })
     }
 
     pub(super) fn traffic(&self) -> Traffic {
-        Traffic::of(self.sent, self.inbox.received)
+        let ((bytes, messages), (fetched, reads)) = (self.inbox.received, self.fetched);
+        Traffic::of(self.sent, (bytes + fetched, messages + reads))
     }
 
     /// Which slot frame `number` lies in.
@@ -479,6 +483,7 @@ impl Link {
                             let (peer, tag, slice) = (self.peer, from.tag, Some(slice));
                             return done.push(Completion::RecvFailed { peer, tag, slice, error });
                         }
+                        self.fetched = (self.fetched.0 + bytes as u64, self.fetched.1 + 1);
                         done.push(Completion::Received { from, slice, bytes });
                     }
                 }

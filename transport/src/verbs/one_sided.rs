@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::adapter::Access as MemoryAccess;
-use super::link::{Access, Out, Remotely};
+use super::link::{Access, Out, Phase, Remotely};
 use super::registrations::Lease;
 use super::wire::VerbsWire;
 use crate::flights::Cargo;
@@ -19,9 +19,13 @@ use std::sync::Arc;
 pub(super) const MAX_EXPOSED: usize = 1 << 16;
 
 impl VerbsWire {
-    /// The way to `peer` is there, and the queue is not full.
+    /// The way to `peer` is there, and the queue is not full. Where sockets are all that is left, an access would wait for ever.
     pub(super) fn ready(&mut self, with: Envelope, bytes: u64, capacity: u64) -> Result<(), TransportError> {
         self.sendable(with.peer)?;
+        if let Phase::Sockets(reason) = &self.link(with.peer)?.phase {
+            let reason = format!("no RDMA any more: {reason}");
+            return Err(TransportError::Config { setting: "one-sided access".to_owned(), reason });
+        }
         fits(self.link(with.peer)?.name.clone(), with.tag, bytes, capacity)
     }
 

@@ -8,8 +8,8 @@ use crate::flights::{self, Cargo};
 use crate::inbox::{self, Receive};
 use crate::region::{BufferHome, Loan};
 use crate::{
-    Completion, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
-    RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
+    Completion, DeviceSided, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice,
+    RegionSliceMut, RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::sync::Arc;
@@ -56,6 +56,10 @@ impl Wire for VerbsWire {
 
     fn deregister(&mut self, region: &Arc<Region>) {
         self.nic.registrations.forget(&mut *self.nic.adapter, region);
+    }
+
+    fn device_sided(&mut self) -> Option<&mut dyn DeviceSided> {
+        Some(self)
     }
 
     fn post_send(&mut self, to: Envelope, slice: RegionSlice) -> Result<(), PostError<RegionSlice>> {

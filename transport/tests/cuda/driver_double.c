@@ -45,7 +45,7 @@ static __thread uint64_t thread_of_grid, threads_of_grid;
 #define FIRST thread_of_grid
 #define STEP threads_of_grid
 #define ALIGNED __attribute__((aligned(16), may_alias))
-#include "../../../collectives/src/device/near/fold.cu"
+#include "../../../collectives/src/device/lent/fold.cu"
 FOLDS_f32
 FOLDS_f64
 FOLDS_f16

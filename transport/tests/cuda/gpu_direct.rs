@@ -5,7 +5,7 @@ use crate::promises::{blank, filled, pattern, to, verbs_wires};
 use crate::{copy_in, device, soon};
 use gradwire_transport::cuda::{DeviceMemory, Stream, Way};
 use gradwire_transport::verbs::{Fabric, VerbsWire};
-use gradwire_transport::{Completion, Config, OneSided, PeerId, RemoteSlice, Wire};
+use gradwire_transport::{Completion, Config, DeviceSided, OneSided, PeerId, RemoteSlice, Wire};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -7,7 +7,7 @@ use crate::promises::verbs_wires;
 use gradwire_transport::cuda::{DeviceMemory, Driver, Stream, Way};
 use gradwire_transport::verbs::VerbsWire;
 use gradwire_transport::verbs::adapter::{Adapter, Foreign};
-use gradwire_transport::{Completion, Config, Envelope, PeerId, RegisterError, Tag, Wire};
+use gradwire_transport::{Completion, Config, DeviceSided, Envelope, PeerId, RegisterError, Tag, Wire};
 use rustix::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
