@@ -82,12 +82,12 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
             let store = Arc::clone(&store);
             scope.spawn(move || -> Result<Vec<Row>, Failure> {
                 let device = driver.device(rank.0 % count)?;
-                let meet = |name: &str, cuda_ipc: bool| -> Result<Communicator, Failure> {
+                let meet = |name: &str, cuda_direct: bool| -> Result<Communicator, Failure> {
                     let wire = if options.shm { WireChoice::Auto } else { WireChoice::Tcp };
                     let (store, config) = (Arc::clone(&store), Config { wire, ..Config::default() });
                     let spec = GroupSpec { name: name.into(), rank, world_size, store, config };
                     let nvrtc = options.nvrtc.clone();
-                    let settings = Settings { same_host: options.shm, cuda_ipc, nvrtc, ..Settings::default() };
+                    let settings = Settings { same_host: options.shm, cuda_direct, nvrtc, ..Settings::default() };
                     Ok(Communicator::new(form_group(spec, Instant::now() + PATIENCE)?, name, settings)?)
                 };
                 let kernels = DeviceKernels::new(&device, options.nvrtc.as_deref());

@@ -112,7 +112,6 @@ impl Communicator {
         let Group { wire, rank, world_size, members, links, segment, hosts, costs, news } = group;
         let local = segment.filter(|_| settings.same_host);
         let local = local.map(|segment| Box::new(Local::new(segment, rank, world_size)));
-        let here = local.is_some();
         let spin_turns = settings.spin_turns(&members, rank);
         let chooser = settings.chooser()?.on(Hosts::new(settings.hosts.as_ref().unwrap_or(&hosts)), costs);
         let plans = Plans::new(chooser.clone());
@@ -126,7 +125,7 @@ impl Communicator {
         let who = format!("{rank} (host {host})");
         let submitter = Submitter { shared: Arc::clone(&shared), rank, world_size, chooser: chooser.clone(), who };
         let rdma = links.iter().any(|link| link.kind == WireKind::Verbs);
-        let devices = Devices::new(rdma, here, &settings);
+        let devices = Devices::new(rdma, &links, &settings);
         let communicator = Self {
             shared,
             thread,
@@ -333,7 +332,15 @@ impl Communicator {
         let timeout = timeout.unwrap_or_else(|| self.shared.timeout());
         let ticket = Arc::new(Ticket::default());
         let deadline = Instant::now() + timeout;
-        self.shared.submit_message(Message { ticket: Arc::clone(&ticket), kind, tag, piece, deadline, timeout });
+        self.shared.submit_message(Message {
+            ticket: Arc::clone(&ticket),
+            kind,
+            tag,
+            piece,
+            fetch: None,
+            deadline,
+            timeout,
+        });
         self.leave_to_progress_thread();
         Pending::at_engine(&self.shared, ticket)
     }

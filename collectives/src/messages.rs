@@ -6,7 +6,8 @@ use crate::pending::{Done, Ticket};
 use crate::verdict::Member;
 use crate::{CollectiveError, Verdict};
 use gradwire_transport::{
-    Envelope, Overlap, PeerId, PeerName, PostError, Rank, RegionSlice, RegionSliceMut, Tag, TransportError, Wire,
+    Envelope, Overlap, PeerId, PeerName, PostError, Rank, RegionSlice, RegionSliceMut, RemoteSlice, Tag,
+    TransportError, Wire,
 };
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Marks the conversations of users' messages; the user's tag is in the low 32 bits.
 const USER: u64 = 1 << 62;
+/// Marks, among them, reads of other ranks' devices.
+const FETCHES: u64 = 1 << 61;
 
 /// A send or receive that a user asked for.
 pub(crate) struct Message {
@@ -21,8 +24,24 @@ pub(crate) struct Message {
     pub(crate) kind: Kind,
     pub(crate) tag: u32,
     pub(crate) piece: Piece,
+    /// For a fetch, in place of the piece.
+    pub(crate) fetch: Option<Fetch>,
     pub(crate) deadline: Instant,
     pub(crate) timeout: Duration,
+}
+
+/// Memory of another rank's device, and where it goes in ours.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fetch {
+    pub(crate) own: RemoteSlice,
+    pub(crate) remote: RemoteSlice,
+}
+
+impl Message {
+    /// Its length in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.fetch.map_or(self.piece.range.len(), |fetch| fetch.remote.bytes as usize)
+    }
 }
 
 /// What to do with a message, and with whom.
@@ -31,6 +50,8 @@ pub(crate) enum Kind {
     Send(Rank),
     Recv(Rank),
     RecvAny,
+    /// Read a rank's device, which does nothing about it.
+    Fetch(Rank),
 }
 
 /// The users' messages under way.
@@ -63,9 +84,11 @@ impl Messages {
 
     /// Starts `message`, or keeps it until the wire's queue has room.
     pub(crate) fn begin(&mut self, message: Message, wire: &mut dyn Wire) {
-        let tag = Tag(USER | u64::from(message.tag));
+        let own = if message.fetch.is_some() { FETCHES } else { 0 };
+        let tag = Tag(USER | own | u64::from(message.tag));
         let range = message.piece.range.clone();
         let posted = match message.kind {
+            Kind::Fetch(from) => fetch(&message, Envelope { peer: from.into(), tag, note: 0 }, wire),
             Kind::RecvAny => return self.any.push_back(message),
             Kind::Send(to) => match message.piece.region.read(range) {
                 Ok(slice) => {
@@ -81,7 +104,7 @@ impl Messages {
         };
         let (peer, sends) = match message.kind {
             Kind::Send(to) => (PeerId::from(to), true),
-            Kind::Recv(from) => (PeerId::from(from), false),
+            Kind::Recv(from) | Kind::Fetch(from) => (PeerId::from(from), false),
             Kind::RecvAny => unreachable!("returned above"),
         };
         match posted {
@@ -121,9 +144,10 @@ impl Messages {
 
     /// A receive was met.
     pub(crate) fn on_received(&mut self, from: Envelope, bytes: usize, slice: RegionSliceMut) {
-        let expected_bytes = slice.len();
+        let capacity = slice.len();
         drop(slice);
         let Some(message) = self.next(from.peer, from.tag, false) else { return };
+        let expected_bytes = if message.fetch.is_some() { message.bytes() } else { capacity };
         let source = Rank(from.peer.0);
         let outcome = if bytes == expected_bytes {
             Ok(Done { source: Some(source), bytes })
@@ -218,8 +242,9 @@ impl Messages {
     }
 
     fn operation(&self, message: &Message) -> Operation {
-        let bytes = message.piece.range.len();
+        let bytes = message.bytes();
         let call = match message.kind {
+            Kind::Fetch(from) => format!("reading {bytes} bytes of the device of {from}"),
             Kind::Send(to) => format!("send of {bytes} bytes to {to}"),
             Kind::Recv(from) => format!("recv of {bytes} bytes from {from}"),
             Kind::RecvAny => format!("recv of {bytes} bytes from any rank"),
@@ -231,6 +256,14 @@ impl Messages {
 enum Failure {
     Wire(TransportError),
     Call(CollectiveError),
+}
+
+fn fetch(message: &Message, from: Envelope, wire: &mut dyn Wire) -> Result<bool, Failure> {
+    let (Some(fetch), Some(device)) = (message.fetch, wire.device_sided()) else {
+        let (setting, reason) = ("access to devices".to_owned(), "no wire of the group has it".to_owned());
+        return Err(Failure::Wire(TransportError::Config { setting, reason }));
+    };
+    told(device.post_get_to_device(from, fetch.own, fetch.remote).map_err(|error| PostError { error, slice: () }))
 }
 
 /// `Ok(false)` for a full queue.

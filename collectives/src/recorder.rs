@@ -119,6 +119,7 @@ impl What {
             Self::Message { kind: Kind::Send(to), tag, bytes } => message(1, to, tag, bytes),
             Self::Message { kind: Kind::Recv(from), tag, bytes } => message(2, from, tag, bytes),
             Self::Message { kind: Kind::RecvAny, tag, bytes } => message(3, Rank(0), tag, bytes),
+            Self::Message { kind: Kind::Fetch(from), tag, bytes } => message(4, from, tag, bytes),
         }
     }
 
@@ -129,7 +130,8 @@ impl What {
             0 => return Self::Collective { number: first, fingerprint: Fingerprint(second) },
             1 => Kind::Send(rank),
             2 => Kind::Recv(rank),
-            _ => Kind::RecvAny,
+            3 => Kind::RecvAny,
+            _ => Kind::Fetch(rank),
         };
         Self::Message { kind, tag: first as u32, bytes: second as usize }
     }
@@ -143,6 +145,7 @@ impl What {
                 Kind::Send(to) => format!("send of {bytes} bytes to {}", rank(*to)),
                 Kind::Recv(from) => format!("recv of {bytes} bytes from {}", rank(*from)),
                 Kind::RecvAny => format!("recv of {bytes} bytes from any rank"),
+                Kind::Fetch(from) => format!("reading {bytes} bytes of the device of {}", rank(*from)),
             },
         }
     }
@@ -176,7 +179,7 @@ mod tests {
     #[test]
     fn calls_are_read_as_they_were_written() {
         let recorder = Recorder::default();
-        let kinds = [Kind::Send(Rank(u32::MAX)), Kind::Recv(Rank(7)), Kind::RecvAny];
+        let kinds = [Kind::Send(Rank(u32::MAX)), Kind::Recv(Rank(7)), Kind::RecvAny, Kind::Fetch(Rank(3))];
         let message = |kind| What::Message { kind, tag: u32::MAX, bytes: usize::MAX };
         let calls: Vec<What> = kinds.map(message).into_iter().chain([call(u64::MAX)]).collect();
         for (number, what) in calls.iter().enumerate() {

@@ -25,8 +25,9 @@ pub struct Settings {
     /// Folder that the record of the last operations goes to when the group fails (`GRADWIRE_TRACE`). Default: none; it can
     /// be asked for at any time.
     pub trace: Option<PathBuf>,
-    /// Whether ranks of one host lend each other memory of their CUDA devices (`GRADWIRE_CUDA_IPC`). Default: yes.
-    pub cuda_ipc: bool,
+    /// Whether ranks lend each other memory of their CUDA devices (`GRADWIRE_CUDA_DIRECT`), where all reach each other's: on one host
+    /// by CUDA IPC, by RDMA where the network card reads it. Default: yes.
+    pub cuda_direct: bool,
     /// File that stands for NVRTC, which compiles for CUDA devices (`GRADWIRE_NVRTC_LIBRARY`). Default: as the system finds it.
     pub nvrtc: Option<PathBuf>,
 }
@@ -42,7 +43,7 @@ impl Default for Settings {
             hosts: None,
             cores: 1,
             trace: None,
-            cuda_ipc: true,
+            cuda_direct: true,
             nvrtc: None,
         }
     }

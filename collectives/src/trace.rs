@@ -37,7 +37,7 @@ impl Trace {
 
     /// The same of a message.
     pub(crate) fn begin_message(&self, message: &Message) {
-        let what = What::Message { kind: message.kind, tag: message.tag, bytes: message.piece.range.len() };
+        let what = What::Message { kind: message.kind, tag: message.tag, bytes: message.bytes() };
         let called = message.deadline.checked_sub(message.timeout).unwrap_or_else(Instant::now);
         message.ticket.set_record(self.begin(what, called));
     }

@@ -1,5 +1,5 @@
-//! Ranks of one host that lend each other memory of their CUDA devices, against a double of the driver whose kernels are those of
-//! fold.cu: the bits that the host's processors make, nothing by way of the host, and what is done where one rank cannot.
+//! Ranks that lend each other memory of their CUDA devices, on one host and over RDMA, against a double of the driver whose kernels are
+//! those of fold.cu: the bits that the host's processors make, nothing by way of the host, and what is done where one rank cannot.
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
 mod common;
@@ -8,12 +8,13 @@ mod double;
 #[path = "common/on_device.rs"]
 mod on_device;
 
-use common::{Way, group, group_of};
+use common::{Way, group, group_of, group_over_verbs};
 use double::{Counter, Double, Failing, Setting};
 use gradwire_collectives::{
     Call, Collective, CollectiveError, Communicator, DType, DeviceCall, Piece, Reduction, Settings,
 };
 use gradwire_transport::cuda::{DeviceMemory, Stream};
+use gradwire_transport::verbs::Fabric;
 use gradwire_transport::{Rank, Region};
 use on_device::{all, device, get, overwrite, put, soon};
 use std::sync::Arc;
@@ -105,48 +106,109 @@ fn every_kernel_makes_the_bits_that_the_host_makes() {
                 }
             }
             let words = c.describe().to_string();
-            assert!(words.contains("by CUDA IPC, 32 MiB lent, folded there (NVRTC 99.1, sm_90)"), "{words}");
+            assert!(
+                words.contains("from device to device by CUDA IPC, 32 MiB lent, folded there (NVRTC 99.1, sm_90)"),
+                "{words}"
+            );
         });
         assert!(double.count(Counter::Launches) >= 30 * i64::from(size), "every reduction was made on the device");
         assert_eq!(double.held(), [0; 7]);
     }
 }
 
+/// Two rounds and a part: the sets change hands.
+const ROUNDS: usize = (36 << 20) + 8;
+
+/// Every collective of several rounds, against the same over the host's memory.
+fn every_collective(double: &Double, c: &Communicator) {
+    let (n, op) = (c.world_size().get() as usize, Reduction::Sum);
+    let root = Rank(c.world_size().get() - 1);
+    let stream = Stream::new(&device(double, 0)).unwrap();
+    let part = ROUNDS / n / 4 * 4;
+    let own = bits(c.rank().0.into(), part);
+    let whole = bits(c.rank().0.into(), part * n);
+    let parts: Vec<_> = whole.chunks(part).map(<[u8]>::to_vec).collect();
+    let zeros = |bytes: usize| vec![0; bytes];
+    for collective in [Collective::AllReduce { op }, Collective::Reduce { op, root }, Collective::Broadcast { root }] {
+        compare(c, &stream, (collective, DType::F32), &[], std::slice::from_ref(&whole));
+    }
+    let one = std::slice::from_ref(&own);
+    compare(c, &stream, (Collective::AllGather, DType::F32), one, &[zeros(part * n)]);
+    compare(c, &stream, (Collective::AllGather, DType::U8), one, &vec![zeros(part); n]);
+    compare(c, &stream, (Collective::ReduceScatter { op }, DType::F32), std::slice::from_ref(&whole), &[zeros(part)]);
+    compare(c, &stream, (Collective::ReduceScatter { op }, DType::F32), &parts, &[zeros(part)]);
+    compare(c, &stream, (Collective::AllToAll, DType::F32), std::slice::from_ref(&whole), &[zeros(part * n)]);
+}
+
 #[test]
 fn every_collective_goes_from_device_to_device_in_several_rounds() {
-    let double = Double::new(1);
-    // Two rounds and a part: the sets change hands.
-    let long = (36 << 20) + 8;
     for size in [2, 3] {
-        group(size, Way::Segment, settings(&double), |c| {
-            let (n, root, op) = (size as usize, Rank(size - 1), Reduction::Sum);
-            let stream = Stream::new(&device(&double, 0)).unwrap();
-            let part = long / n / 4 * 4;
-            let own = bits(c.rank().0.into(), part);
-            let whole = bits(c.rank().0.into(), part * n);
-            let parts: Vec<_> = whole.chunks(part).map(<[u8]>::to_vec).collect();
-            let zeros = |bytes: usize| vec![0; bytes];
-            let before = double.count(Counter::Launches);
-            for collective in
-                [Collective::AllReduce { op }, Collective::Reduce { op, root }, Collective::Broadcast { root }]
-            {
-                compare(c, &stream, (collective, DType::F32), &[], std::slice::from_ref(&whole));
-            }
-            let one = std::slice::from_ref(&own);
-            compare(c, &stream, (Collective::AllGather, DType::F32), one, &[zeros(part * n)]);
-            compare(c, &stream, (Collective::AllGather, DType::U8), one, &vec![zeros(part); n]);
-            compare(
-                c,
-                &stream,
-                (Collective::ReduceScatter { op }, DType::F32),
-                std::slice::from_ref(&whole),
-                &[zeros(part)],
-            );
-            compare(c, &stream, (Collective::ReduceScatter { op }, DType::F32), &parts, &[zeros(part)]);
-            compare(c, &stream, (Collective::AllToAll, DType::F32), std::slice::from_ref(&whole), &[zeros(part * n)]);
-            assert!(double.count(Counter::Launches) > before);
-        });
+        let double = Double::new(1);
+        group(size, Way::Segment, settings(&double), |c| every_collective(&double, c));
+        assert!(double.count(Counter::Launches) > 0);
+        assert_eq!(double.held(), [0; 7]);
     }
+}
+
+#[test]
+fn over_rdma_the_card_reads_other_hosts_devices_and_no_byte_comes_to_the_host() {
+    for size in [2, 3] {
+        let (double, fabric) = (Double::new(1), Fabric::default());
+        double.set(Setting::DmaBuf, 1);
+        fabric.take_dma_bufs();
+        group_over_verbs(size, &fabric, settings(&double), |c| {
+            every_collective(&double, c);
+            let words = c.describe().to_string();
+            let way = "from device to device by GPU-direct RDMA by dma-buf of loopback port";
+            assert!(words.contains(way) && words.contains(", 48 MiB lent, folded there"), "{words}");
+            // A ring's bytes: what the others have of this rank's part, and the others' parts; and next to nothing else.
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            let (memory, _coming) = put(&stream, &vec![0; ROUNDS]);
+            let before = c.describe().links.iter().map(|link| link.traffic.received_bytes).sum::<u64>();
+            on_device(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&memory)).unwrap();
+            let came = c.describe().links.iter().map(|link| link.traffic.received_bytes).sum::<u64>() - before;
+            let ring = 2 * (ROUNDS / size as usize * (size as usize - 1)) as u64;
+            assert!(came.abs_diff(ring) < 64 << 10, "{came} bytes came, of {ring}");
+        });
+        assert!(double.count(Counter::Launches) > 0 && double.count(Counter::Flushes) > 0);
+        assert_eq!((double.held(), fabric.queue_pairs()), ([0; 7], 0));
+    }
+}
+
+#[test]
+fn a_card_that_reads_no_device_says_why_and_all_goes_by_way_of_the_host() {
+    let (double, fabric) = (Double::new(1), Fabric::default());
+    double.set(Setting::DmaBuf, 1);
+    group_over_verbs(2, &fabric, settings(&double), |c| {
+        let stream = Stream::new(&device(&double, 0)).unwrap();
+        compare(c, &stream, (SUM, DType::F32), &[], &[bits(c.rank().0.into(), LONG)]);
+        let told = c.describe().to_string();
+        let words = "do not reach each other (rank 0: no GPU-direct RDMA: loopback port";
+        assert!(told.contains(words), "{told}");
+    });
+    assert_eq!((double.held(), double.count(Counter::Launches)), ([0; 7], 0));
+}
+
+#[test]
+fn a_card_that_fails_ends_the_group_on_all() {
+    let (double, fabric) = (Double::new(1), Fabric::default());
+    double.set(Setting::DmaBuf, 1);
+    fabric.take_dma_bufs();
+    let errors = group_over_verbs(2, &fabric, settings(&double), |c| {
+        let stream = Stream::new(&device(&double, 0)).unwrap();
+        let (memory, _coming) = put(&stream, &bits(1, LONG));
+        on_device(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&memory)).unwrap();
+        let barrier =
+            Call { collective: Collective::Barrier, dtype: DType::U8, input: vec![], output: vec![], timeout: None };
+        c.run(barrier.clone()).unwrap();
+        if c.rank() == Rank(0) {
+            fabric.go_down();
+        }
+        // Messages go on by sockets; what only the card can do ends here.
+        c.run(barrier).unwrap();
+        on_device(c, &stream, (SUM, DType::F32), &[], &[memory]).unwrap_err().to_string()
+    });
+    assert!(errors.iter().any(|error| error.contains("no RDMA any more")), "{errors:?}");
     assert_eq!(double.held(), [0; 7]);
 }
 
@@ -157,8 +219,8 @@ fn where_one_rank_lends_nothing_or_has_no_compiler_all_go_by_way_of_the_host() {
     let own = |rank: Rank, other: Settings| if rank == Rank(1) { other } else { settings(&double) };
     let cases = [
         (
-            Settings { cuda_ipc: false, ..settings(&double) },
-            "staged too, as CUDA IPC is not to be had (rank 1: told not to by GRADWIRE_CUDA_IPC=0",
+            Settings { cuda_direct: false, ..settings(&double) },
+            "staged too, as devices do not reach each other (rank 1: told not to by GRADWIRE_CUDA_DIRECT=0",
         ),
         (Settings { nvrtc: Some(missing()), ..settings(&double) }, "by CUDA IPC, 32 MiB lent, reductions staged ("),
     ];
@@ -182,7 +244,7 @@ fn where_one_rank_lends_nothing_or_has_no_compiler_all_go_by_way_of_the_host() {
         (
             Failing::Share,
             801,
-            "not to be had (rank 0: cuIpcGetMemHandle failed on CUDA device 0: an error that it does not name (801)",
+            "reach each other (rank 0: cuIpcGetMemHandle failed on CUDA device 0: an error that it does not name (801)",
         ),
         (Failing::Compile, 6, "reductions staged (no kernels for CUDA devices: "),
     ] {
@@ -259,7 +321,7 @@ fn a_launch_that_fails_or_another_device_ends_the_group_on_all_and_nothing_is_le
         });
         let text = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
         let words =
-            if other_device { "go by CUDA IPC from device 0, and this one is on device 1" } else { "cuLaunchKernel" };
+            if other_device { "go by memory of device 0, and this one is on device 1" } else { "cuLaunchKernel" };
         assert!(errors.iter().all(|error| error.to_string().contains(words)), "{text}");
         assert_eq!(double.held(), [0; 7]);
     }

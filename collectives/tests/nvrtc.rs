@@ -5,7 +5,7 @@ use gradwire_transport::cuda::Compiler;
 use std::ffi::CString;
 use std::path::PathBuf;
 
-const SOURCE: &str = include_str!("../src/device/near/fold.cu");
+const SOURCE: &str = include_str!("../src/device/lent/fold.cu");
 
 fn compiler() -> Compiler {
     Compiler::load(std::env::var_os("GRADWIRE_NVRTC_LIBRARY").map(PathBuf::from).as_deref()).unwrap()

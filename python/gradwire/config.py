@@ -27,7 +27,7 @@ NAMES = {
     "GRADWIRE_TLS_CLIENT_CA": "who must have signed the certificates of those that call; default they need none",
     "GRADWIRE_TLS_SERVER_NAME": "name that called ends must be certified for; default the host, as it is called",
     "GRADWIRE_CUDA_LIBRARY": "file of CUDA's driver; default libcuda.so.1, looked for when a CUDA tensor is handed in",
-    "GRADWIRE_CUDA_IPC": "0: ranks of one host lend each other no memory of their CUDA devices; default 1",
+    "GRADWIRE_CUDA_DIRECT": "0: ranks lend each other no memory of their CUDA devices: all is staged; default 1",
     "GRADWIRE_NVRTC_LIBRARY": "file of NVRTC, which compiles for CUDA devices; default its wheel's, or as the system finds it",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
     "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
@@ -66,7 +66,7 @@ class Config:
         algorithms: algorithm per collective.
         deterministic: floats are combined in rank order: the same bits for every algorithm, wire and cut of a buffer.
         trace: folder that the record of the last operations goes to when the group fails.
-        cuda_ipc: whether ranks of one host lend each other memory of their CUDA devices.
+        cuda_direct: whether ranks lend each other memory of their CUDA devices, on one host and over RDMA.
         nvrtc: file of NVRTC, which compiles what folds on a device; None: that of NVIDIA's wheel, or as the system finds it.
         timeout_s: seconds after which an operation fails.
         ib_hca: RDMA devices to use, in NCCL's grammar.
@@ -91,7 +91,7 @@ class Config:
     algorithms: str | None = None
     deterministic: bool | None = None
     trace: str | None = None
-    cuda_ipc: bool | None = None
+    cuda_direct: bool | None = None
     nvrtc: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     ib_hca: str | None = None
@@ -123,7 +123,7 @@ class Config:
             algorithms=environment.get("GRADWIRE_ALGO"),
             deterministic=_switch(environment, "GRADWIRE_DETERMINISTIC"),
             trace=environment.get("GRADWIRE_TRACE"),
-            cuda_ipc=_switch(environment, "GRADWIRE_CUDA_IPC"),
+            cuda_direct=_switch(environment, "GRADWIRE_CUDA_DIRECT"),
             nvrtc=environment.get("GRADWIRE_NVRTC_LIBRARY"),
             timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
@@ -143,7 +143,7 @@ class Config:
             "algorithms": self.algorithms,
             "deterministic": self.deterministic,
             "trace": self.trace,
-            "cuda_ipc": self.cuda_ipc,
+            "cuda_direct": self.cuda_direct,
             "nvrtc": self.nvrtc or _nvrtc_of_wheels(),
             "cores": len(os.sched_getaffinity(0)),
             "tls": {name: getattr(self, f"tls_{name}") for name in _TLS_NAMES},

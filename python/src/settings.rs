@@ -20,7 +20,7 @@ pub(crate) struct Options {
     algorithms: Option<String>,
     deterministic: Option<bool>,
     trace: Option<PathBuf>,
-    cuda_ipc: Option<bool>,
+    cuda_direct: Option<bool>,
     nvrtc: Option<PathBuf>,
     cores: usize,
     ib: Ib,
@@ -104,9 +104,9 @@ impl Options {
         }
         let (algorithms, trace, cores) = (self.algorithms, self.trace, self.cores.max(1));
         let deterministic = self.deterministic.unwrap_or_default();
-        let (cuda_ipc, nvrtc) = (self.cuda_ipc.unwrap_or(true), self.nvrtc);
+        let (cuda_direct, nvrtc) = (self.cuda_direct.unwrap_or(true), self.nvrtc);
         let settings =
-            Settings { timeout, algorithms, deterministic, cores, trace, cuda_ipc, nvrtc, ..Settings::default() };
+            Settings { timeout, algorithms, deterministic, cores, trace, cuda_direct, nvrtc, ..Settings::default() };
         Ok((config, settings))
     }
 

@@ -3,7 +3,7 @@
 use super::DeviceCall;
 use super::cut::{self, Act, Round, SLOTS, Side};
 use super::lane::Lane;
-use super::near::Neighbours;
+use super::lent::Lending;
 use super::worker::Entry;
 use crate::CollectiveError;
 use crate::call::{Call, Piece};
@@ -22,7 +22,7 @@ pub(crate) struct Carry {
     /// Memory for a call of one round that is larger than the ring's buffers.
     pub(crate) large: Option<Arc<Region>>,
     pub(crate) lane: Arc<Lane>,
-    pub(crate) neighbours: Arc<Neighbours>,
+    pub(crate) lending: Arc<Lending>,
     /// What the caller's stream had been given when it called.
     pub(crate) ready: Event,
     pub(crate) submitter: Submitter,
@@ -49,7 +49,7 @@ impl Carry {
     /// it holds of the device's memory is given back: freeing that may wait for streams which wait for this call.
     pub(crate) fn run(mut self) -> (Outcome, DeviceCall) {
         let mut slots: [Slot; SLOTS] = Default::default();
-        let outcome = match self.by_neighbours() {
+        let outcome = match self.between_devices() {
             Ok(true) => Ok(()),
             Ok(false) => self.rounds(&mut slots),
             Err(error) => Err(error),
@@ -70,11 +70,10 @@ impl Carry {
         (outcome.map(|()| crate::Done::default()), self.call)
     }
 
-    /// Carries it out on the devices of this host alone, where that can be: calls of several rounds, of which all ranks hand in memory
-    /// of a device.
-    fn by_neighbours(&mut self) -> Result<bool, CollectiveError> {
-        let neighbours = Arc::clone(&self.neighbours);
-        if self.rounds.len() > 1 { neighbours.carry(self) } else { Ok(false) }
+    /// Carries it out from device to device, where that can be: calls of several rounds, of which all ranks hand in memory of one.
+    fn between_devices(&mut self) -> Result<bool, CollectiveError> {
+        let lending = Arc::clone(&self.lending);
+        if self.rounds.len() > 1 { lending.carry(self) } else { Ok(false) }
     }
 
     fn rounds(&mut self, slots: &mut [Slot; SLOTS]) -> Result<(), CollectiveError> {

@@ -47,6 +47,8 @@ impl Lane {
 fn words(way: &Way) -> String {
     match way {
         Way::Staged { .. } => way.to_string(),
-        direct => format!("{direct} is there for one-sided access: collectives and messages do not use it"),
+        direct => format!(
+            "{direct} for one-sided access and calls of several rounds; what is shorter, and messages, are staged"
+        ),
     }
 }

@@ -4,7 +4,7 @@
 mod carry;
 mod cut;
 mod lane;
-mod near;
+mod lent;
 mod worker;
 
 use crate::call::Piece;
@@ -14,10 +14,10 @@ use crate::pending::Ticket;
 use crate::{Collective, CollectiveError, DType, Settings};
 use carry::Carry;
 use gradwire_transport::cuda::{Device, DeviceSlice, Event, Stream};
-use gradwire_transport::{Overlap, Rank, Region};
+use gradwire_transport::{Link, Overlap, Rank, Region};
 use lane::Lane;
-pub use near::DeviceKernels;
-use near::Neighbours;
+pub use lent::DeviceKernels;
+use lent::Lending;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -85,7 +85,7 @@ pub(crate) struct Devices {
     lanes: Mutex<BTreeMap<u32, Arc<Lane>>>,
     /// Whether a link of the group is by RDMA.
     rdma: bool,
-    neighbours: Arc<Neighbours>,
+    lending: Arc<Lending>,
     calls: Worker,
     receives: Arc<Worker>,
     /// Calls over devices that are still to be handed to the group, which others must not overtake.
@@ -96,13 +96,13 @@ pub(crate) struct Devices {
 }
 
 impl Devices {
-    /// For a group with a link by RDMA or none, and all on this host or not.
-    pub(crate) fn new(rdma: bool, here: bool, settings: &Settings) -> Self {
-        let refusal = (!settings.cuda_ipc).then(|| "told not to by GRADWIRE_CUDA_IPC=0".to_owned());
+    /// For a group with a link by RDMA or none, and these links.
+    pub(crate) fn new(rdma: bool, links: &[Link], settings: &Settings) -> Self {
+        let refusal = (!settings.cuda_direct).then(|| "told not to by GRADWIRE_CUDA_DIRECT=0".to_owned());
         Self {
             lanes: Mutex::default(),
             rdma,
-            neighbours: Arc::new(Neighbours::new(here, refusal, settings.nvrtc.clone())),
+            lending: Arc::new(Lending::new(links, refusal, settings.nvrtc.clone())),
             calls: Worker::new("gradwire-cuda"),
             receives: Arc::new(Worker::new("gradwire-cuda-r")),
             order: Arc::default(),
@@ -141,7 +141,7 @@ impl Devices {
                     lane.way.as_ref().map_or_else(String::new, |way| format!(" ({way})"))
                 )
             })
-            .chain(self.neighbours.words())
+            .chain(self.lending.words())
             .collect()
     }
 
@@ -192,8 +192,8 @@ impl Communicator {
         let (ticket, pending) = devices.begun(Some(Passage { lane: Arc::clone(&lane), number }));
         let (bell, gate) = (Arc::clone(&devices.bell), Arc::clone(&lane));
         let entry = Some(devices.order.enter());
-        let (lane, neighbours) = (Arc::clone(&lane), Arc::clone(&devices.neighbours));
-        let carry = Carry { call, rounds, large, lane, neighbours, ready, submitter, entry, over, deadline };
+        let (lane, lending) = (Arc::clone(&lane), Arc::clone(&devices.lending));
+        let carry = Carry { call, rounds, large, lane, lending, ready, submitter, entry, over, deadline };
         devices.calls.give(move || {
             let (outcome, call) = carry.run();
             gate.gate.open(number);

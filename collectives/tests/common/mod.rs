@@ -4,8 +4,8 @@
 use gradwire_collectives::{Call, Collective, CollectiveError, Communicator, DType, Piece, Settings};
 use gradwire_transport::verbs::Fabric;
 use gradwire_transport::{
-    Config, CreditSettings, Group, GroupSpec, Link, LinkCosts, MemoryStore, Mesh, PeerId, PeerName, Rank, Region,
-    TcpWire, VerbsWire, Wire, WireChoice, WireKind, WorldSize, form_group,
+    Acceptance, Beside, Config, CreditSettings, Group, GroupSpec, Identity, Link, LinkCosts, MemoryStore, Mesh, PeerId,
+    PeerName, Rank, Region, TcpWire, VerbsWire, Wire, WireChoice, WireKind, WorldSize, form_group,
 };
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -94,25 +94,94 @@ pub fn blamed(error: &CollectiveError) -> Vec<Rank> {
 
 /// One end of a group of two over queue pairs of this process.
 pub fn over_verbs(tcp: TcpWire, own: u32, fabric: &Fabric, settings: Settings) -> Communicator {
-    let peer = PeerId(1 - own);
-    let mut verbs = VerbsWire::new(&Config::default(), Box::new(fabric.adapter()));
+    let (peer, mut verbs) = (PeerId(1 - own), VerbsWire::new(&Config::default(), Box::new(fabric.adapter())));
     verbs.attach(peer, tcp.name(peer), Instant::now()).unwrap();
-    let link = Link { peer: tcp.name(peer), kind: WireKind::Verbs, reason: "a test".into() };
-    let member = |rank| PeerName { rank: Some(Rank(rank)), ..tcp.name(peer) };
-    let members = [0, 1].map(member).to_vec();
-    let wire = Box::new(Mesh::new(tcp, vec![Box::new(verbs)], [peer], Vec::new()));
-    let world_size = WorldSize::new(2).unwrap();
-    let (hosts, costs) = (vec![0, 1], LinkCosts::default());
-    let group = Group {
-        wire,
-        rank: Rank(own),
-        world_size,
-        members,
-        links: vec![link],
-        segment: None,
-        hosts,
-        costs,
-        news: Vec::new(),
+    one_of(tcp, verbs, (own, 2), settings)
+}
+
+/// Runs `body` on every rank of a group of `size` threads, each on a host of its own, over queue pairs of this process.
+pub fn group_over_verbs<T: Send>(
+    size: u32,
+    fabric: &Fabric,
+    settings: Settings,
+    body: impl Fn(&Communicator) -> T + Sync,
+) -> Vec<T> {
+    let until = Instant::now() + Duration::from_secs(20);
+    let identity = |rank| Identity {
+        rank: Some(Rank(rank)),
+        host: "localhost".to_owned(),
+        pid: std::process::id(),
+        boot_id: String::new(),
+        nonce: u64::from(rank) + 1,
+        rdma: false,
     };
+    let new = |rank| {
+        let accept = Acceptance::Ranks(WorldSize::new(size).unwrap());
+        let mut wire = TcpWire::new(&Config::default(), identity(rank), accept).unwrap();
+        let address = wire.listen(([127, 0, 0, 1], 0).into()).unwrap();
+        (wire, address)
+    };
+    let (wires, addresses): (Vec<_>, Vec<_>) = (0..size).map(new).unzip();
+    let verbs = connected(size, fabric);
+    let run = |rank: u32, mut wire: TcpWire, verbs: VerbsWire| {
+        for lower in 0..rank {
+            let (address, nonce) = (addresses[lower as usize], u64::from(lower) + 1);
+            wire.dial(PeerId(lower), Some(nonce), &[address], until).unwrap();
+        }
+        let mut done = Vec::new();
+        while done.len() < (size - 1 - rank) as usize {
+            assert!(Instant::now() < until, "{done:?}");
+            wire.park(until);
+            wire.poll(Instant::now(), &mut done);
+        }
+        let communicator = one_of(wire, verbs, (rank, size), settings.clone());
+        let result = body(&communicator);
+        communicator.close(Duration::from_secs(5));
+        result
+    };
+    let run = &run;
+    std::thread::scope(|scope| {
+        let ends = (0..size).zip(wires).zip(verbs);
+        let threads: Vec<_> = ends.map(|((rank, tcp), verbs)| scope.spawn(move || run(rank, tcp, verbs))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Wires whose queue pairs are connected: the fabric does not wait for an end that is late.
+fn connected(size: u32, fabric: &Fabric) -> Vec<VerbsWire> {
+    let new = |_| VerbsWire::new(&Config::default(), Box::new(fabric.adapter()));
+    let mut wires: Vec<VerbsWire> = (0..size).map(new).collect();
+    let name = |rank| PeerName {
+        rank: Some(Rank(rank)),
+        host: "localhost".to_owned(),
+        pid: std::process::id(),
+        address: "loopback".to_owned(),
+    };
+    for (a, b) in (0..size).flat_map(|b| (0..b).map(move |a| (a, b))) {
+        let [from_a, from_b] = [(a, b), (b, a)].map(|(here, there)| {
+            let wire = &mut wires[here as usize];
+            wire.attach(PeerId(there), name(there), Instant::now()).unwrap();
+            wire.next_words().unwrap().1
+        });
+        wires[a as usize].hear(PeerId(b), from_b, Instant::now());
+        wires[b as usize].hear(PeerId(a), from_a, Instant::now());
+    }
+    wires
+}
+
+fn one_of(tcp: TcpWire, verbs: VerbsWire, (own, size): (u32, u32), settings: Settings) -> Communicator {
+    let peers: Vec<PeerId> = (0..size).filter(|rank| *rank != own).map(PeerId).collect();
+    let link = |&peer: &PeerId| {
+        let name = PeerName { rank: Some(Rank(peer.0)), ..tcp.name(peer) };
+        Link { peer: name, kind: WireKind::Verbs, reason: "a test".into() }
+    };
+    let links = peers.iter().map(link).collect();
+    let member = |rank| PeerName { rank: Some(Rank(rank)), ..tcp.name(peers[0]) };
+    let members = (0..size).map(member).collect();
+    let wire = Box::new(Mesh::new(tcp, vec![Box::new(verbs)], peers, Vec::new()));
+    let world_size = WorldSize::new(size).unwrap();
+    let (hosts, costs) = ((0..size).collect(), LinkCosts::default());
+    let group =
+        Group { wire, rank: Rank(own), world_size, members, links, segment: None, hosts, costs, news: Vec::new() };
     Communicator::new(group, "test", settings).unwrap()
 }

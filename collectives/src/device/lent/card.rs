@@ -1,11 +1,12 @@
-//! Pure: what each rank of a host tells the others when they first want to reach each other's devices.
+//! Pure: what each rank tells the others when they first want to reach each other's devices.
 
+use gradwire_transport::RemoteSlice;
 use gradwire_transport::cuda::HANDLE_BYTES;
 
 /// Bytes of a card.
 pub(crate) const BYTES: usize = 256;
 /// Where its words begin.
-const WORDS: usize = HANDLE_BYTES + 24;
+const WORDS: usize = HANDLE_BYTES + 40;
 
 /// What a rank lends, or why it does not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub(crate) struct Card {
     /// Where its slot is, as that process sees it.
     pub(crate) address: u64,
     pub(crate) handle: [u8; HANDLE_BYTES],
+    /// As the network card has it for others; of no bytes where it has not.
+    pub(crate) remote: RemoteSlice,
     /// Whether it can fold on its device.
     pub(crate) folds: bool,
     /// Why it takes no part, or cannot fold; empty where it does and can. Cut where it is long.
@@ -29,7 +32,9 @@ impl Card {
         bytes[..8].copy_from_slice(&self.process.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.address.to_le_bytes());
         (bytes[16], bytes[17]) = (u8::from(self.willing), u8::from(self.folds));
-        bytes[24..WORDS].copy_from_slice(&self.handle);
+        bytes[24..32].copy_from_slice(&self.remote.key.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.remote.bytes.to_le_bytes());
+        bytes[40..WORDS].copy_from_slice(&self.handle);
         let mut end = self.words.len().min(BYTES - WORDS);
         while !self.words.is_char_boundary(end) {
             end -= 1;
@@ -44,7 +49,8 @@ impl Card {
         Self {
             process: number(0),
             address: number(8),
-            handle: bytes[24..].first_chunk().copied().unwrap_or([0; HANDLE_BYTES]),
+            handle: bytes[40..].first_chunk().copied().unwrap_or([0; HANDLE_BYTES]),
+            remote: RemoteSlice { key: number(24), offset: 0, bytes: number(32) },
             folds: bytes[17] == 1,
             words: String::from_utf8_lossy(words).into_owned(),
             willing: bytes[16] == 1,
@@ -59,8 +65,9 @@ mod tests {
     #[test]
     fn a_card_is_read_as_it_was_written_and_long_words_are_cut_between_letters() {
         let handle = std::array::from_fn(|i| i as u8 + 1);
-        let card =
-            Card { process: u64::MAX, address: 7 << 60, handle, folds: true, words: String::new(), willing: false };
+        let remote = RemoteSlice { key: 5 << 60, offset: 0, bytes: 1 << 40 };
+        let (process, words) = (u64::MAX, String::new());
+        let card = Card { process, address: 7 << 60, handle, remote, folds: true, words, willing: false };
         assert_eq!(Card::decode(&card.encode()), card);
         let long = Card { words: "ü".repeat(300), ..card.clone() };
         assert_eq!(Card::decode(&long.encode()), Card { words: "ü".repeat(BYTES / 2 - WORDS / 2), ..card });

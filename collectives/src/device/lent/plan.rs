@@ -1,5 +1,5 @@
-//! Pure: how ranks of one host carry a call out by memory of their devices which all of them reach: what each copies and folds
-//! in every round, and when all take a step.
+//! Pure: how ranks carry a call out by memory of their devices which all of them reach: what each copies and folds in every round,
+//! and when all take a step.
 //!
 //! Every rank lends the others a slot of two sets. A round's first phase puts what this rank gives into one set of its own slot;
 //! after a step of all the others read it. The next round has the other set, and before a set is written anew two rounds later,
@@ -9,6 +9,7 @@
 use crate::Collective;
 use crate::chunk::chunk;
 use crate::device::cut::{Side, even};
+use gradwire_transport::Rank;
 use gradwire_transport::cuda::MOST_SOURCES;
 use std::ops::Range;
 
@@ -17,7 +18,7 @@ pub(crate) const SET_BYTES: usize = 16 << 20;
 /// Sets of a slot.
 pub(crate) const SETS: usize = 2;
 /// Parts begin on such borders: a multiple of every element's length, and of what a kernel reads at once.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Bytes of this rank's tensors, or of a rank's slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,8 +60,9 @@ impl Seen<'_> {
     /// Its rounds, for sets of `set_bytes`. `None` where not every rank knows all lengths, or there are too many ranks.
     pub(crate) fn rounds(self, set_bytes: usize) -> Option<Vec<Round>> {
         let (.., len) = even(self.collective, (self.input, self.output), self.ranks)?;
+        // No rank reads more than a set's bytes of the others in a phase.
         let parts = match self.collective {
-            Collective::ReduceScatter { .. } | Collective::AllToAll => self.ranks,
+            Collective::ReduceScatter { .. } | Collective::AllToAll | Collective::AllGather => self.ranks,
             _ => 1,
         };
         let most = set_bytes / parts / LINE * LINE;
@@ -88,7 +90,14 @@ impl Seen<'_> {
         let only = |is: bool, task: Task| if is { vec![task] } else { vec![] };
         let all = || (0..n).map(slot).collect();
         match self.collective {
-            Collective::AllReduce { .. } if n > 2 => {
+            Collective::AllReduce { .. } | Collective::Reduce { .. } => {
+                let root = self.collective.root().map(Rank::index);
+                let takes = root.is_none_or(|root| root == me);
+                let put = vec![copy(output(0), slot(me))];
+                // Of two, who gets the result folds all of it: as many bytes, a step less.
+                if n == 2 {
+                    return vec![put, only(takes, Task::Fold { from: all(), into: output(0) })];
+                }
                 let own = |rank: usize| {
                     let lines = chunk(width.div_ceil(LINE), n, rank);
                     (lines.start * LINE).min(width)..(lines.end * LINE).min(width)
@@ -101,14 +110,7 @@ impl Seen<'_> {
                         Place::Piece { side: Side::Output, piece: 0, range: range.start + start..range.start + end };
                     copy(of(rank, start..end), to)
                 };
-                vec![vec![copy(output(0), slot(me))], vec![fold], (0..n).map(take).collect()]
-            }
-            Collective::AllReduce { .. } => {
-                vec![vec![copy(output(0), slot(me))], vec![Task::Fold { from: all(), into: output(0) }]]
-            }
-            Collective::Reduce { root, .. } => {
-                let fold = Task::Fold { from: all(), into: output(0) };
-                vec![vec![copy(output(0), slot(me))], only(root.index() == me, fold)]
+                vec![put, vec![fold], if takes { (0..n).map(take).collect() } else { vec![] }]
             }
             Collective::Broadcast { root } => {
                 let root = root.index();
@@ -137,7 +139,6 @@ impl Seen<'_> {
 mod tests {
     use super::*;
     use crate::Reduction;
-    use gradwire_transport::Rank;
 
     struct Memory {
         input: Vec<Vec<u8>>,
@@ -148,7 +149,7 @@ mod tests {
 
     fn pieces(parts: usize, len: usize, one: bool, value: impl Fn(usize) -> u8) -> Vec<Vec<u8>> {
         let bytes: Vec<u8> = (0..parts * len).map(value).collect();
-        if one { vec![bytes] } else { bytes.chunks(len.max(1)).map(<[u8]>::to_vec).collect() }
+        if one { vec![bytes] } else { (0..parts).map(|part| bytes[part * len..(part + 1) * len].to_vec()).collect() }
     }
 
     fn read(all: &mut [Memory], me: usize, place: &Place, set: usize, size: usize, phase: usize) -> Vec<u8> {

@@ -1,10 +1,13 @@
-//! Does: memory of a device that ranks of this host lend each other: that of this process by itself, that of others by CUDA IPC.
+//! Does: memory of a device that ranks lend each other: of this process by itself, of others on this host by CUDA IPC, and on other
+//! hosts by what the network card knows it by.
 
 #![allow(unsafe_code)]
 
-use super::SLOT_BYTES;
 use super::card::Card;
+use super::{LANDING_BYTES, SLOT_BYTES};
+use crate::submitter::Submitter;
 use gradwire_transport::cuda::{CudaError, Device, DeviceMemory, HANDLE_BYTES};
+use gradwire_transport::{RemoteSlice, WireKind};
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
@@ -14,27 +17,69 @@ pub(super) static PROCESS: LazyLock<u64> = LazyLock::new(|| RandomState::new().h
 /// What ranks of this process lend, by its address.
 static LENT: Mutex<BTreeMap<u64, Weak<DeviceMemory>>> = Mutex::new(BTreeMap::new());
 
-/// A slot of `device`, and what leads other processes to it.
-pub(super) fn lend(device: &Arc<Device>) -> Result<(Arc<DeviceMemory>, [u8; HANDLE_BYTES]), CudaError> {
-    let memory = DeviceMemory::allocate(device, SLOT_BYTES)?;
-    let handle = memory.share()?;
+/// A rank's slot.
+pub(super) enum Slot {
+    /// This rank's device reaches it.
+    Near(Arc<DeviceMemory>),
+    /// The network card does.
+    Far(RemoteSlice),
+}
+
+/// What this rank lends.
+pub(super) struct Own {
+    pub(super) memory: Arc<DeviceMemory>,
+    pub(super) handle: [u8; HANDLE_BYTES],
+    /// As the network card has it: the slot, and behind it where reads of other ranks' slots land. Of no bytes where all are near.
+    pub(super) exposed: RemoteSlice,
+    /// By which ways the others reach it, in words.
+    pub(super) ways: String,
+}
+
+/// Lends a slot of `device`, by the ways that lead to the other ranks.
+///
+/// # Errors
+/// Why not, for people.
+pub(super) fn lend(device: &Arc<Device>, links: &[WireKind], submitter: &Submitter) -> Result<Own, String> {
+    let (near, far) = (links.contains(&WireKind::Shm), links.contains(&WireKind::Verbs));
+    if let Some(other) = links.iter().find(|kind| !matches!(kind, WireKind::Shm | WireKind::Verbs)) {
+        return Err(format!("a rank is reached by {other}, which reads no device"));
+    }
+    let refused = |error: CudaError| error.to_string();
+    let bytes = SLOT_BYTES + if far { LANDING_BYTES } else { 0 };
+    let memory = DeviceMemory::allocate(device, bytes).map_err(refused)?;
+    let (mut ways, mut exposed) = (Vec::new(), RemoteSlice { key: 0, offset: 0, bytes: 0 });
+    if far {
+        let whole = memory.slice(0..bytes).map_err(|error| error.to_string())?;
+        let mut engine = submitter.shared.engine();
+        let wire = engine.wire.device_sided().ok_or("no wire of the group reads devices")?;
+        let (way, remote) = wire.expose_device(whole);
+        exposed = remote.ok_or_else(|| way.to_string())?;
+        ways.push(way.to_string());
+    }
+    let handle = if near { memory.share().map_err(refused)? } else { [0; HANDLE_BYTES] };
+    if near {
+        ways.push("CUDA IPC".to_owned());
+    }
     let mut lent = lent();
     lent.retain(|_, memory| memory.strong_count() > 0);
     lent.insert(memory.address(), Arc::downgrade(&memory));
-    Ok((memory, handle))
+    Ok(Own { memory, handle, exposed, ways: ways.join(" and ") })
 }
 
-/// The slot of the rank whose card this is.
-pub(super) fn reach(device: &Arc<Device>, card: &Card) -> Result<Arc<DeviceMemory>, CudaError> {
+/// The slot of the rank whose card this is, to which such a link leads.
+pub(super) fn reach(device: &Arc<Device>, card: &Card, link: WireKind) -> Result<Slot, CudaError> {
+    if link == WireKind::Verbs {
+        return Ok(Slot::Far(card.remote));
+    }
     let here = || lent().get(&card.address).and_then(Weak::upgrade);
     if card.process == *PROCESS
         && let Some(memory) = here()
     {
-        return Ok(memory);
+        return Ok(Slot::Near(memory));
     }
     // SAFETY: the handle is that of a slot of `SLOT_BYTES`, as a rank has told, which keeps it until the group is closed, and for good
     // where a call failed; the ranks of a group trust each other with their data.
-    unsafe { DeviceMemory::open(device, card.handle, SLOT_BYTES) }
+    unsafe { DeviceMemory::open(device, card.handle, SLOT_BYTES) }.map(Slot::Near)
 }
 
 fn lent() -> MutexGuard<'static, BTreeMap<u64, Weak<DeviceMemory>>> {
