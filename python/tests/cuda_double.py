@@ -13,7 +13,7 @@ import numpy
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2] / "transport" / "tests" / "cuda" / "driver_double.c"
 #: Places in the control file, as the double's source has them.
-DEVICES, DELAY_US, STREAM_VALUES, LIVE_DEVICE_BYTES, LIVE_PINNED_BYTES, LAUNCHES, LIVE_OPENED = 0, 1, 5, 16, 17, 25, 26
+DEVICES, DELAY_US, STREAM_VALUES, DMA_BUF, LIVE_DEVICE_BYTES, LIVE_PINNED_BYTES, LAUNCHES, LIVE_OPENED = 0, 1, 5, 6, 16, 17, 25, 26
 #: The legacy default stream, as `__cuda_array_interface__` calls it.
 DEFAULT = 1
 
@@ -24,7 +24,7 @@ def build(folder: pathlib.Path) -> str:
     command = ["cc", "-shared", "-fPIC", "-O1", "-fvisibility=hidden", "-pthread", "-o", str(path), str(SOURCE)]
     subprocess.run(command, check=True)
     numbers = [0] * 512
-    numbers[DEVICES], numbers[STREAM_VALUES], numbers[DELAY_US] = 2, 1, 200
+    numbers[DEVICES], numbers[STREAM_VALUES], numbers[DELAY_US], numbers[DMA_BUF] = 2, 1, 200, 1
     pathlib.Path(f"{path}.control").write_bytes(struct.pack("512q", *numbers))
     return str(path)
 
