@@ -5,10 +5,10 @@ use crate::choose::Chooser;
 use crate::driver::{Ran, Shared};
 use crate::engine::Job;
 use crate::pending::{Done, Ticket};
-use crate::{CollectiveError, Fingerprint};
+use crate::{Collective, CollectiveError, DType, Fingerprint};
 use gradwire_transport::{Rank, WorldSize};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The way to a group's engine, for all who make calls.
 #[derive(Clone)]
@@ -30,7 +30,17 @@ impl Submitter {
 
     /// Carries out `call` from this thread.
     pub(crate) fn run(&self, call: Call) -> Result<(), CollectiveError> {
-        let make = self.prepare(call)?;
+        self.run_made(self.prepare(call)?)
+    }
+
+    /// Has all ranks take a step, within `timeout`, in the name of a call that does its work elsewhere: who is in another one is found out.
+    pub(crate) fn step(&self, fingerprint: Fingerprint, timeout: Duration) -> Result<(), CollectiveError> {
+        let (collective, dtype) = (Collective::Barrier, DType::U8);
+        let make = self.prepare(Call { collective, dtype, input: vec![], output: vec![], timeout: Some(timeout) })?;
+        self.run_made(move |sequence| Job { fingerprint, ..make(sequence) })
+    }
+
+    fn run_made(&self, make: impl FnOnce(u64) -> Job) -> Result<(), CollectiveError> {
         match self.shared.run_job(make) {
             Ran::Here(outcome) => outcome,
             Ran::Queued(ticket) => self.finish(&ticket),

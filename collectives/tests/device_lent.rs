@@ -344,3 +344,32 @@ fn a_rank_that_never_calls_is_named_by_those_that_wait_for_it() {
     });
     assert_eq!(common::blamed(errors[0].as_ref().unwrap()), [Rank(1)]);
 }
+
+#[test]
+fn a_rank_that_calls_something_else_is_named_on_all() {
+    let calls = [
+        (Collective::AllReduce { op: Reduction::Max }, DType::F32, LONG, "all_reduce max of 1179654 float32"),
+        (SUM, DType::I32, LONG, "all_reduce sum of 1179654 int32"),
+        (SUM, DType::F32, LONG + 4, "all_reduce sum of 1179655 float32"),
+        (Collective::Broadcast { root: Rank(1) }, DType::F32, LONG, "broadcast of 1179654 float32 with root 1"),
+    ];
+    for (collective, dtype, bytes, words) in calls {
+        let double = Double::new(1);
+        let plain = Settings { deterministic: false, ..settings(&double) };
+        let errors = group(2, Way::Segment, plain, |c| {
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            let (memory, _coming) = put(&stream, &bits(1, bytes));
+            let (whole, other) = (memory.slice(0..LONG).unwrap(), c.rank() == Rank(1));
+            on_device(c, &stream, (SUM, DType::F32), &[], &[put(&stream, &bits(2, LONG)).0]).unwrap();
+            let (collective, dtype) = if other { (collective, dtype) } else { (SUM, DType::F32) };
+            let output = vec![if other { all(&memory) } else { whole }];
+            let call = DeviceCall { collective, dtype, input: vec![], output, timeout: None };
+            c.start_on_device(call, &stream).unwrap().wait(None).unwrap().unwrap_err()
+        });
+        for error in errors {
+            assert_eq!(common::blamed(&error), [Rank(1)]);
+            assert!(error.to_string().contains(words), "{error}");
+        }
+        assert_eq!(double.held(), [0; 7]);
+    }
+}

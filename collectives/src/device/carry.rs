@@ -5,10 +5,10 @@ use super::cut::{self, Act, Round, SLOTS, Side};
 use super::lane::Lane;
 use super::lent::Lending;
 use super::worker::Entry;
-use crate::CollectiveError;
 use crate::call::{Call, Piece};
 use crate::pending::{Outcome, Ticket};
 use crate::submitter::Submitter;
+use crate::{CollectiveError, Fingerprint};
 use gradwire_transport::cuda::{Copying, CudaError, DeviceSlice, Event};
 use gradwire_transport::{Overlap, Region, RegionSlice, RegionSliceMut};
 use std::sync::Arc;
@@ -185,6 +185,15 @@ impl DeviceCall {
     fn part(&self, part: &cut::Part) -> DeviceSlice {
         let pieces = if part.side == Side::Input { &self.input } else { &self.output };
         pieces[part.piece].part(part.range.clone())
+    }
+
+    /// What all ranks must say the same of, of a call whose parts all ranks know.
+    pub(crate) fn fingerprint(&self, submitter: &Submitter) -> Fingerprint {
+        let (input, output) = self.lens();
+        let ranks = submitter.world_size.get() as usize;
+        let bytes = cut::even(&self.collective, (&input, &output), ranks).map_or(0, |(.., bytes)| bytes);
+        let ordered = submitter.chooser.orders(&self.collective, self.dtype);
+        Fingerprint::of(&self.collective, self.dtype, bytes / self.dtype.bytes(), ordered)
     }
 
     pub(crate) fn words(&self) -> String {

@@ -11,11 +11,11 @@ mod reach;
 use super::DeviceCall;
 use super::carry::Carry;
 use super::cut::Side;
-use crate::call::{Call, Piece};
+use crate::call::Piece;
 use crate::messages::{Fetch, Kind, Message};
 use crate::pending::Ticket;
 use crate::submitter::Submitter;
-use crate::{Collective, CollectiveError, DType};
+use crate::{CollectiveError, Fingerprint};
 use gradwire_transport::cuda::{Act, Copying, DeviceSlice, MOST_SOURCES};
 use gradwire_transport::{Link, Rank, Region, RemoteSlice, WireKind};
 pub use kernels::DeviceKernels;
@@ -127,7 +127,8 @@ impl Reached {
         }
         carry.lane.out.wait_for(&carry.ready)?;
         let mut working = Vec::new();
-        let outcome = self.all_rounds(&rounds, carry, &mut working);
+        let fingerprint = carry.call.fingerprint(&carry.submitter);
+        let outcome = self.all_rounds(&rounds, carry, fingerprint, &mut working);
         Copying::let_go(working);
         if outcome.is_err() && self.abroad {
             // Another process's device, or a card, may still read it, and nobody tells when that ends.
@@ -140,13 +141,14 @@ impl Reached {
         &mut self,
         rounds: &[Round],
         carry: &Carry,
+        fingerprint: Fingerprint,
         working: &mut Vec<Copying<Vec<DeviceSlice>>>,
     ) -> Result<(), CollectiveError> {
         for round in rounds {
             for (number, tasks) in round.iter().enumerate() {
                 if number > 0 {
                     carry.settle(working)?;
-                    step(&carry.submitter, carry.deadline)?;
+                    step(carry, fingerprint)?;
                 }
                 working.extend(self.begin(tasks, carry)?);
             }
@@ -154,7 +156,7 @@ impl Reached {
         }
         // Nobody leaves, and takes its slot along, while another still reads it.
         carry.settle(working)?;
-        step(&carry.submitter, carry.deadline)
+        step(carry, fingerprint)
     }
 
     /// Has the card read what lies on other hosts, then begins `tasks` on the device.
@@ -227,7 +229,7 @@ fn fetch(landing: Landing, carry: &Carry) -> Result<(), CollectiveError> {
     tickets.iter().try_for_each(|ticket| carry.submitter.finish(ticket))
 }
 
-fn step(submitter: &Submitter, deadline: Instant) -> Result<(), CollectiveError> {
-    let timeout = Some(deadline.saturating_duration_since(Instant::now()));
-    submitter.run(Call { collective: Collective::Barrier, dtype: DType::U8, input: vec![], output: vec![], timeout })
+/// All take a step, in the name of the call.
+fn step(carry: &Carry, fingerprint: Fingerprint) -> Result<(), CollectiveError> {
+    carry.submitter.step(fingerprint, carry.deadline.saturating_duration_since(Instant::now()))
 }
