@@ -156,20 +156,25 @@ fn over_rdma_the_card_reads_other_hosts_devices_and_no_byte_comes_to_the_host() 
         let (double, fabric) = (Double::new(1), Fabric::default());
         double.set(Setting::DmaBuf, 1);
         fabric.take_dma_bufs();
-        group_over_verbs(size, &fabric, settings(&double), |c| {
-            every_collective(&double, c);
-            let words = c.describe().to_string();
-            let way = "from device to device by GPU-direct RDMA by dma-buf of loopback port";
-            assert!(words.contains(way) && words.contains(", 48 MiB lent, folded there"), "{words}");
-            // A ring's bytes: what the others have of this rank's part, and the others' parts; and next to nothing else.
-            let stream = Stream::new(&device(&double, 0)).unwrap();
-            let (memory, _coming) = put(&stream, &vec![0; ROUNDS]);
-            let before = c.describe().links.iter().map(|link| link.traffic.received_bytes).sum::<u64>();
-            on_device(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&memory)).unwrap();
-            let came = c.describe().links.iter().map(|link| link.traffic.received_bytes).sum::<u64>() - before;
-            let ring = 2 * (ROUNDS / size as usize * (size as usize - 1)) as u64;
-            assert!(came.abs_diff(ring) < 64 << 10, "{came} bytes came, of {ring}");
-        });
+        group_over_verbs(
+            size,
+            &fabric,
+            |_| settings(&double),
+            |c| {
+                every_collective(&double, c);
+                let words = c.describe().to_string();
+                let way = "from device to device by GPU-direct RDMA by dma-buf of loopback port";
+                assert!(words.contains(way) && words.contains(", 48 MiB lent, folded there"), "{words}");
+                // A ring's bytes: what the others have of this rank's part, and the others' parts; and next to nothing else.
+                let stream = Stream::new(&device(&double, 0)).unwrap();
+                let (memory, _coming) = put(&stream, &vec![0; ROUNDS]);
+                let before = c.describe().links.iter().map(|link| link.traffic.received_bytes).sum::<u64>();
+                on_device(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&memory)).unwrap();
+                let came = c.describe().links.iter().map(|link| link.traffic.received_bytes).sum::<u64>() - before;
+                let ring = 2 * (ROUNDS / size as usize * (size as usize - 1)) as u64;
+                assert!(came.abs_diff(ring) < 64 << 10, "{came} bytes came, of {ring}");
+            },
+        );
         assert!(double.count(Counter::Launches) > 0 && double.count(Counter::Flushes) > 0);
         assert_eq!((double.held(), fabric.queue_pairs()), ([0; 7], 0));
     }
@@ -179,14 +184,35 @@ fn over_rdma_the_card_reads_other_hosts_devices_and_no_byte_comes_to_the_host() 
 fn a_card_that_reads_no_device_says_why_and_all_goes_by_way_of_the_host() {
     let (double, fabric) = (Double::new(1), Fabric::default());
     double.set(Setting::DmaBuf, 1);
-    group_over_verbs(2, &fabric, settings(&double), |c| {
+    group_over_verbs(
+        2,
+        &fabric,
+        |_| settings(&double),
+        |c| {
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            compare(c, &stream, (SUM, DType::F32), &[], &[bits(c.rank().0.into(), LONG)]);
+            let told = c.describe().to_string();
+            let words = "do not reach each other (rank 0: no GPU-direct RDMA: loopback port";
+            assert!(told.contains(words), "{told}");
+        },
+    );
+    assert_eq!((double.held(), double.count(Counter::Launches)), ([0; 7], 0));
+}
+
+#[test]
+fn what_was_lent_to_no_avail_is_given_back_while_the_group_goes_on() {
+    let (double, fabric) = (Double::new(1), Fabric::default());
+    double.set(Setting::DmaBuf, 1);
+    fabric.take_dma_bufs();
+    let other = |rank: Rank| Settings { cuda_direct: rank == Rank(0), ..settings(&double) };
+    group_over_verbs(2, &fabric, other, |c| {
         let stream = Stream::new(&device(&double, 0)).unwrap();
         compare(c, &stream, (SUM, DType::F32), &[], &[bits(c.rank().0.into(), LONG)]);
+        assert!(double.count(Counter::DeviceBytes) < 32 << 20, "both ranks' tensors at most");
         let told = c.describe().to_string();
-        let words = "do not reach each other (rank 0: no GPU-direct RDMA: loopback port";
-        assert!(told.contains(words), "{told}");
+        assert!(told.contains("do not reach each other (rank 1: told not to by GRADWIRE_CUDA_DIRECT=0)"), "{told}");
     });
-    assert_eq!((double.held(), double.count(Counter::Launches)), ([0; 7], 0));
+    assert_eq!(double.held(), [0; 7]);
 }
 
 #[test]
@@ -194,20 +220,30 @@ fn a_card_that_fails_ends_the_group_on_all() {
     let (double, fabric) = (Double::new(1), Fabric::default());
     double.set(Setting::DmaBuf, 1);
     fabric.take_dma_bufs();
-    let errors = group_over_verbs(2, &fabric, settings(&double), |c| {
-        let stream = Stream::new(&device(&double, 0)).unwrap();
-        let (memory, _coming) = put(&stream, &bits(1, LONG));
-        on_device(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&memory)).unwrap();
-        let barrier =
-            Call { collective: Collective::Barrier, dtype: DType::U8, input: vec![], output: vec![], timeout: None };
-        c.run(barrier.clone()).unwrap();
-        if c.rank() == Rank(0) {
-            fabric.go_down();
-        }
-        // Messages go on by sockets; what only the card can do ends here.
-        c.run(barrier).unwrap();
-        on_device(c, &stream, (SUM, DType::F32), &[], &[memory]).unwrap_err().to_string()
-    });
+    let errors = group_over_verbs(
+        2,
+        &fabric,
+        |_| settings(&double),
+        |c| {
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            let (memory, _coming) = put(&stream, &bits(1, LONG));
+            on_device(c, &stream, (SUM, DType::F32), &[], std::slice::from_ref(&memory)).unwrap();
+            let barrier = Call {
+                collective: Collective::Barrier,
+                dtype: DType::U8,
+                input: vec![],
+                output: vec![],
+                timeout: None,
+            };
+            c.run(barrier.clone()).unwrap();
+            if c.rank() == Rank(0) {
+                fabric.go_down();
+            }
+            // Messages go on by sockets; what only the card can do ends here.
+            c.run(barrier).unwrap();
+            on_device(c, &stream, (SUM, DType::F32), &[], &[memory]).unwrap_err().to_string()
+        },
+    );
     assert!(errors.iter().any(|error| error.contains("no RDMA any more")), "{errors:?}");
     assert_eq!(double.held(), [0; 7]);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import os
 import pathlib
@@ -151,12 +152,13 @@ class Config:
         }
 
 
+@functools.cache
 def _nvrtc_of_wheels() -> str | None:
     """NVRTC as pip installs it, which is also where PyTorch's CUDA wheels have it."""
     found = importlib.util.find_spec("nvidia")
     folders = [] if found is None else found.submodule_search_locations or []
     files = [file for folder in folders for file in pathlib.Path(folder).glob("*/lib/libnvrtc.so.*")]
-    return str(max(files, key=lambda file: int(file.suffix[1:]))) if files else None
+    return str(max(files, key=lambda file: file.name)) if files else None
 
 
 def _number(environment: Mapping[str, str], name: str, kind: type) -> Any:

@@ -103,7 +103,7 @@ pub fn over_verbs(tcp: TcpWire, own: u32, fabric: &Fabric, settings: Settings) -
 pub fn group_over_verbs<T: Send>(
     size: u32,
     fabric: &Fabric,
-    settings: Settings,
+    settings: impl Fn(Rank) -> Settings + Sync,
     body: impl Fn(&Communicator) -> T + Sync,
 ) -> Vec<T> {
     let until = Instant::now() + Duration::from_secs(20);
@@ -134,7 +134,7 @@ pub fn group_over_verbs<T: Send>(
             wire.park(until);
             wire.poll(Instant::now(), &mut done);
         }
-        let communicator = one_of(wire, verbs, (rank, size), settings.clone());
+        let communicator = one_of(wire, verbs, (rank, size), settings(Rank(rank)));
         let result = body(&communicator);
         communicator.close(Duration::from_secs(5));
         result

@@ -2,14 +2,14 @@
 //! for all to go by way of the host.
 
 use super::card::{self, Card};
-use super::reach::{self, Slot};
+use super::reach::{self, Own, Slot};
 use super::{DeviceKernels, Lending, Reached};
 use crate::call::{Call, Piece};
 use crate::device::carry::Carry;
 use crate::submitter::Submitter;
 use crate::{Collective, CollectiveError, DType};
 use gradwire_transport::cuda::HANDLE_BYTES;
-use gradwire_transport::{Rank, Region, RemoteSlice, WireKind};
+use gradwire_transport::{Rank, Region, RemoteSlice};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,10 +25,9 @@ impl Met {
     /// Has all ranks tell each other what they lend. All do this at once.
     pub(super) fn new(lending: &Lending, carry: &Carry) -> Result<Self, CollectiveError> {
         let (device, submitter) = (&carry.lane.device, &carry.submitter);
-        let links: Vec<WireKind> = lending.links.iter().map(|(_, kind)| *kind).collect();
         let lent = match &lending.refusal {
             Some(refusal) => Err(refusal.clone()),
-            None => reach::lend(device, &links, submitter),
+            None => reach::lend(device, &lending.links, submitter),
         };
         let load = || DeviceKernels::new(device, lending.compiler.as_deref()).map_err(|error| error.to_string());
         let kernels = lent.as_ref().map_err(Clone::clone).and_then(|_| load());
@@ -42,20 +41,21 @@ impl Met {
             willing: lent.is_ok(),
         };
         let cards = gather(submitter, &own, carry.deadline)?;
-        let (lent, reason) = match (lent, refusal(&cards)) {
-            (Ok(lent), None) => (lent, None),
-            (_, Some(reason)) | (Err(reason), None) => return Ok(Self::Not(reason)),
+        let lent = match (lent, refusal(&cards)) {
+            (Ok(lent), None) => lent,
+            (Ok(lent), Some(reason)) => return Ok(Self::not(&lent, submitter, reason)),
+            (Err(own), reason) => return Ok(Self::Not(reason.unwrap_or(own))),
         };
         let reach = |(rank, card): (u32, &Card)| match lending.links.iter().find(|(other, _)| *other == Rank(rank)) {
             Some((_, link)) => reach::reach(device, card, *link).map_err(|error| error.to_string()),
             None => Ok(Slot::Near(Arc::clone(&lent.memory))),
         };
         let slots: Result<Vec<_>, String> = (0..).zip(&cards).map(reach).collect();
-        let words = reason.or(slots.as_ref().err().cloned()).unwrap_or_default();
+        let words = slots.as_ref().err().cloned().unwrap_or_default();
         let reached = gather(submitter, &Card { willing: slots.is_ok(), words, ..own }, carry.deadline)?;
         let slots = match (slots, refusal(&reached)) {
             (Ok(slots), None) => slots,
-            (_, Some(reason)) | (Err(reason), None) => return Ok(Self::Not(reason)),
+            (_, Some(reason)) | (Err(reason), None) => return Ok(Self::not(&lent, submitter, reason)),
         };
         let cannot = cards.iter().position(|card| !card.folds);
         let because = cannot.map(|rank| format!("rank {rank}: {}", cards[rank].words));
@@ -63,6 +63,11 @@ impl Met {
         let abroad = cards.iter().any(|card| card.process != *reach::PROCESS);
         let reached = Reached { slots, own: lent, kernels, round: 0, ordinal: device.ordinal(), abroad };
         Ok(Self::Reached(Box::new(reached)))
+    }
+
+    fn not(lent: &Own, submitter: &Submitter, reason: String) -> Self {
+        reach::take_back(lent, submitter);
+        Self::Not(reason)
     }
 
     /// How long calls travel, in words.

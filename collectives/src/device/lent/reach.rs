@@ -7,7 +7,7 @@ use super::card::Card;
 use super::{LANDING_BYTES, SLOT_BYTES};
 use crate::submitter::Submitter;
 use gradwire_transport::cuda::{CudaError, Device, DeviceMemory, HANDLE_BYTES};
-use gradwire_transport::{RemoteSlice, WireKind};
+use gradwire_transport::{Rank, RemoteSlice, WireKind};
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
@@ -39,9 +39,15 @@ pub(super) struct Own {
 ///
 /// # Errors
 /// Why not, for people.
-pub(super) fn lend(device: &Arc<Device>, links: &[WireKind], submitter: &Submitter) -> Result<Own, String> {
-    let (near, far) = (links.contains(&WireKind::Shm), links.contains(&WireKind::Verbs));
-    if let Some(other) = links.iter().find(|kind| !matches!(kind, WireKind::Shm | WireKind::Verbs)) {
+pub(super) fn lend(device: &Arc<Device>, links: &[(Rank, WireKind)], submitter: &Submitter) -> Result<Own, String> {
+    let by = |kind| links.iter().any(|(_, link)| *link == kind);
+    let (near, far) = (by(WireKind::Shm), by(WireKind::Verbs));
+    // A link that began by RDMA may have none left.
+    let now = |(rank, kind): &(Rank, WireKind)| match kind {
+        WireKind::Verbs => submitter.shared.engine().wire.kind((*rank).into()),
+        other => *other,
+    };
+    if let Some(other) = links.iter().map(now).find(|kind| !matches!(kind, WireKind::Shm | WireKind::Verbs)) {
         return Err(format!("a rank is reached by {other}, which reads no device"));
     }
     let refused = |error: CudaError| error.to_string();
@@ -64,6 +70,16 @@ pub(super) fn lend(device: &Arc<Device>, links: &[WireKind], submitter: &Submitt
     lent.retain(|_, memory| memory.strong_count() > 0);
     lent.insert(memory.address(), Arc::downgrade(&memory));
     Ok(Own { memory, handle, exposed, ways: ways.join(" and ") })
+}
+
+/// Has the network card forget what was lent to no avail, so that it is freed.
+pub(super) fn take_back(own: &Own, submitter: &Submitter) {
+    if own.exposed.bytes > 0
+        && let Some(wire) = submitter.shared.engine().wire.device_sided()
+    {
+        // Nobody has read it: it comes back, and goes with the other holders.
+        drop(wire.withdraw_device(own.exposed));
+    }
 }
 
 /// The slot of the rank whose card this is, to which such a link leads.
