@@ -100,7 +100,7 @@ fn every_kernel_makes_the_bits_that_the_host_makes() {
             let stream = Stream::new(&device(&double, c.rank().0 % 2)).unwrap();
             for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::I64] {
                 for op in [Reduction::Sum, Reduction::Avg, Reduction::Product, Reduction::Min, Reduction::Max] {
-                    // An end that is not on the border of 16 bytes, and all of them off it.
+                    // Its end is not on a border of 16 bytes.
                     let own = bits(u64::from(c.rank().0) + 100 * u64::from(op as u32 as u8), LONG);
                     compare(c, &stream, (Collective::AllReduce { op }, dtype), &[], &[own]);
                 }
@@ -114,6 +114,29 @@ fn every_kernel_makes_the_bits_that_the_host_makes() {
         assert!(double.count(Counter::Launches) >= 30 * i64::from(size), "every reduction was made on the device");
         assert_eq!(double.held(), [0; 7]);
     }
+}
+
+#[test]
+fn memory_off_the_border_of_16_bytes_is_folded_one_by_one_to_the_same_bits() {
+    let double = Double::new(1);
+    group(3, Way::Segment, settings(&double), |c| {
+        let stream = Stream::new(&device(&double, 0)).unwrap();
+        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::I64] {
+            for op in [Reduction::Sum, Reduction::Avg, Reduction::Product, Reduction::Min, Reduction::Max] {
+                let (collective, off) = (Collective::ReduceScatter { op }, dtype.bytes());
+                let whole = bits(c.rank().0.into(), LONG * 3);
+                let (input, _coming) = put(&stream, &whole);
+                let (memory, _going) = put(&stream, &vec![7; off + LONG]);
+                let output = vec![memory.slice(off..off + LONG).unwrap()];
+                let call = DeviceCall { collective, dtype, input: vec![all(&input)], output, timeout: None };
+                c.start_on_device(call, &stream).unwrap().wait(None).unwrap().unwrap();
+                let expected = on_host(c, (collective, dtype), &[whole], &[vec![0; LONG]]);
+                let got = get(&stream, &memory);
+                assert!(got[..off] == vec![7; off] && got[off..] == expected[0], "{op:?} of {dtype}");
+            }
+        }
+    });
+    assert!(double.count(Counter::Launches) >= 3 * 30);
 }
 
 /// Two rounds and a part: the sets change hands.
