@@ -4,6 +4,7 @@
 //! every rank, for every cut of the data.
 
 mod moving;
+mod storing;
 
 use crate::call::Call;
 use crate::chunk::chunk;
@@ -14,6 +15,8 @@ use gradwire_transport::GroupSegment;
 use gradwire_transport::shm::{Deadline, WaitError};
 use gradwire_transport::{Rank, WorldSize};
 use std::ops::Range;
+use std::time::{Duration, Instant};
+use storing::{Storing, Way};
 
 /// Up to here what a rank gives goes with its step as a letter, and everybody folds everything: one step in all.
 const SHORT_BYTES: usize = 8 << 10;
@@ -59,13 +62,41 @@ pub(crate) struct SameHost {
     pub(crate) segment: GroupSegment,
     rank: Rank,
     world_size: WorldSize,
+    storing: Storing,
+    lap: Lap,
+}
+
+/// A round: how it is stored, and for how long it has kept this rank busy, where that is timed.
+struct Lap {
+    bytes: usize,
+    way: Way,
+    since: Option<Instant>,
+    busy: Duration,
+}
+
+impl Lap {
+    const IDLE: Self = Self { bytes: 0, way: Way { past: false, timed: false }, since: None, busy: Duration::ZERO };
+
+    fn begin(bytes: usize, way: Way) -> Self {
+        Self { bytes, way, since: way.timed.then(Instant::now), busy: Duration::ZERO }
+    }
+
+    /// From here on it waits for others.
+    fn pause(&mut self) {
+        self.busy += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+    }
+
+    /// It waits no longer.
+    fn resume(&mut self) {
+        self.since = self.way.timed.then(Instant::now);
+    }
 }
 
 type Done<E> = Result<(), Stopped<E>>;
 
 impl SameHost {
     pub(crate) fn new(segment: GroupSegment, rank: Rank, world_size: WorldSize) -> Self {
-        Self { segment, rank, world_size }
+        Self { segment, rank, world_size, storing: Storing::default(), lap: Lap::IDLE }
     }
 
     /// Whether this rank gives what lies in its part of the output already.
@@ -106,7 +137,9 @@ impl SameHost {
 
     /// The same; while this rank's word is on its way to the others, `own` does what needs none of them.
     fn step_and<E>(&mut self, turn: &mut Turn<'_, E>, own: impl FnOnce()) -> Done<E> {
+        self.lap.pause();
         self.segment.step(&mut turn.deadline, turn.idle, own)?;
+        self.lap.resume();
         if std::mem::replace(&mut turn.greeted, true) {
             return Ok(());
         }
@@ -123,6 +156,41 @@ impl SameHost {
             .fold(said(Rank(0)), |best, call| if count(call) > count(best) { call } else { best });
         let rank = self.world_size.ranks().find(|&rank| said(rank) != expected).unwrap_or(self.rank);
         Err(Stopped::Differs { rank, expected, got: said(rank) })
+    }
+
+    /// Begins what of `bytes` every rank both gives and takes: how it is stored is tried, now and then.
+    fn begin(&mut self, bytes: usize) {
+        self.lap = Lap::begin(bytes, self.storing.next(bytes));
+    }
+
+    /// Begins what of `bytes` only some give, or take: who gives would see but a half of what it costs.
+    fn begin_one_sided(&mut self, bytes: usize) {
+        self.lap = Lap::begin(bytes, Way { past: self.storing.past(bytes), timed: false });
+    }
+
+    /// Ends what was begun.
+    fn end(&mut self) {
+        self.lap.pause();
+        let lap = std::mem::replace(&mut self.lap, Lap::IDLE);
+        if lap.way.timed {
+            self.storing.took(lap.bytes, lap.way.past, lap.busy);
+        }
+    }
+
+    /// Ends a round of slots.
+    fn end_round(&mut self) {
+        self.end();
+        self.segment.next_round();
+    }
+
+    /// Puts `bytes` into this rank's slot from `at` on.
+    fn put(&mut self, at: usize, bytes: &[u8]) {
+        copy(self.segment.mine(at..at + bytes.len()), bytes, self.lap.way.past);
+    }
+
+    /// Puts `bytes` into this rank's letter from `at` on.
+    fn write(&mut self, at: usize, bytes: &[u8]) {
+        copy(&mut self.segment.letter(at + bytes.len())[at..], bytes, self.lap.way.past);
     }
 
     /// The pieces of `len` bytes that fit a slot, in whole elements.
@@ -156,10 +224,13 @@ impl SameHost {
             if buffer.is_empty() {
                 return Ok(());
             }
-            self.segment.letter(buffer.len()).copy_from_slice(buffer);
+            self.begin(buffer.len());
+            self.write(0, buffer);
             self.step(turn)?;
             let (letters, all) = (self.segment.letters(), 0..buffer.len());
-            return Ok(self.fold_all(op, dtype, |rank| letters.of(rank, all.clone()), buffer)?);
+            self.fold_all(op, dtype, |rank| letters.of(rank, all.clone()), buffer)?;
+            self.end();
+            return Ok(());
         }
         crate::reduce::check(dtype, op)?;
         if n == 2 && buffer.len() >= STREAM_BYTES {
@@ -169,8 +240,9 @@ impl SameHost {
         for range in self.rounds(buffer.len(), dtype, 1) {
             let round = &mut buffer[range];
             let own = self.part(round.len(), dtype, self.rank);
+            self.begin(round.len());
             for part in [0..own.start, own.end..round.len()] {
-                self.segment.mine(part.clone()).copy_from_slice(&round[part]);
+                self.put(part.start, &round[part]);
             }
             self.step(turn)?;
             self.fold_into_slot(op, dtype, &own, &mut round[own.clone()])?;
@@ -180,7 +252,7 @@ impl SameHost {
                 let part = self.part(round.len(), dtype, rank);
                 copy(&mut round[part.clone()], others.of(rank, part), stream);
             }
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
@@ -191,10 +263,11 @@ impl SameHost {
         for range in self.rounds(buffer.len(), turn.dtype, 1) {
             let all = 0..range.len();
             let round = &mut buffer[range];
-            self.segment.mine(all.clone()).copy_from_slice(round);
+            self.begin(round.len());
+            self.put(0, round);
             self.step(turn)?;
             self.fold_others(op, turn.dtype, |_| all.clone(), round)?;
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
@@ -238,7 +311,7 @@ impl SameHost {
         own: &mut [u8],
     ) -> Result<(), UnsupportedReduction> {
         self.fold_others(op, dtype, |_| range.clone(), own)?;
-        self.segment.mine(range.clone()).copy_from_slice(own);
+        self.put(range.start, own);
         Ok(())
     }
 
@@ -250,7 +323,8 @@ impl SameHost {
         }
         if buffer.len() <= SHORT_BYTES {
             if self.rank != root {
-                self.segment.letter(buffer.len()).copy_from_slice(buffer);
+                self.begin_one_sided(buffer.len());
+                self.write(0, buffer);
                 return self.step(turn);
             }
             self.step(turn)?;
@@ -260,7 +334,8 @@ impl SameHost {
         for range in self.rounds(buffer.len(), dtype, 1) {
             let round = &mut buffer[range];
             let own = self.part(round.len(), dtype, self.rank);
-            self.segment.mine(0..round.len()).copy_from_slice(round);
+            self.begin_one_sided(round.len());
+            self.put(0, round);
             self.step(turn)?;
             if self.rank == root {
                 self.fold_others(op, dtype, |_| own.clone(), &mut round[own.clone()])?;
@@ -277,7 +352,7 @@ impl SameHost {
                     round[part.clone()].copy_from_slice(others.of(rank, part));
                 }
             }
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
@@ -300,13 +375,17 @@ impl SameHost {
         let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
         let width = self.letter_width();
         if longest <= width {
+            self.begin(longest);
             self.put_letter(0, input, width);
             self.step_and(turn, || output.copy_from_slice(own))?;
             let (letters, len) = (self.segment.letters(), output.len());
             let slot = |from| Self::place(from, self.rank, width);
-            return Ok(self.fold_all(op, dtype, |from| letters.of(from, slot(from)..slot(from) + len), output)?);
+            self.fold_all(op, dtype, |from| letters.of(from, slot(from)..slot(from) + len), output)?;
+            self.end();
+            return Ok(());
         }
         for range in self.rounds(longest, dtype, n - 1) {
+            self.begin(range.len());
             self.put_parts(input, &range);
             let mine = within(&range, output.len());
             // The fold finds it in the cache.
@@ -316,7 +395,7 @@ impl SameHost {
                 at..at + mine.len()
             };
             self.fold_others(op, dtype, slot, &mut output[mine.clone()])?;
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
@@ -331,7 +410,7 @@ impl SameHost {
         for rank in self.others() {
             let part = part(input, rank, self.world_size);
             let at = before + Self::place(self.rank, rank, width);
-            self.segment.letter(at + part.len())[at..].copy_from_slice(part);
+            self.write(at, part);
         }
     }
 
@@ -341,7 +420,7 @@ impl SameHost {
             let part = part(input, rank, self.world_size);
             let theirs = within(range, part.len());
             let at = Self::place(self.rank, rank, range.len());
-            self.segment.mine(at..at + theirs.len()).copy_from_slice(&part[theirs]);
+            self.put(at, &part[theirs]);
         }
     }
 }

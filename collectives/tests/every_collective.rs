@@ -230,6 +230,43 @@ fn all_to_all_exchanges_parts_of_any_length() {
     });
 }
 
+/// Now and then a rank stores what others will read in another way, to see which takes less time; here within 40 rounds of
+/// each length.
+#[test]
+fn however_it_is_stored_nothing_old_is_read() {
+    for size in [2, 3] {
+        group(size, Way::Segment, Settings::default(), |c| {
+            let (me, n) = (c.rank().0, size as usize);
+            for (len, turn) in
+                [300, 2048, 5001, 40_000].into_iter().flat_map(|len| (0..40).map(move |turn| (len, turn)))
+            {
+                let given = |rank, i| mark(rank, i) + (turn * 7) as f32;
+                let sum = |i| (0..size).map(|rank| given(rank, i)).sum::<f32>();
+                let own = |len| floats((0..len).map(|i| given(me, i)));
+                let buffer = own(len);
+                c.run(call(Collective::AllReduce { op: Reduction::Sum }, &[], &[&buffer])).unwrap();
+                assert!(values(&buffer) == (0..len).map(sum).collect::<Vec<_>>(), "all_reduce of {len}, turn {turn}");
+                let part = floats(vec![0.0; len]);
+                let scatter = Collective::ReduceScatter { op: Reduction::Sum };
+                c.run(call(scatter, &[&own(len * n)], &[&part])).unwrap();
+                let first = me as usize * len;
+                let expected: Vec<f32> = (first..first + len).map(sum).collect();
+                assert!(values(&part) == expected, "reduce_scatter of {len}, turn {turn}");
+                let all = floats(vec![0.0; len * n]);
+                c.run(call(Collective::AllGather, &[&own(len)], &[&all])).unwrap();
+                let expected: Vec<f32> = (0..size).flat_map(|rank| (0..len).map(move |i| given(rank, i))).collect();
+                assert!(values(&all) == expected, "all_gather of {len}, turn {turn}");
+                c.run(call(Collective::AllToAll, &[&own(len * n)], &[&all])).unwrap();
+                let theirs = |rank| (first..first + len).map(move |i| given(rank, i));
+                assert!(
+                    values(&all) == (0..size).flat_map(theirs).collect::<Vec<_>>(),
+                    "all_to_all of {len}, turn {turn}"
+                );
+            }
+        });
+    }
+}
+
 #[test]
 fn a_barrier_lets_nobody_pass_before_all_have_come() {
     use std::sync::atomic::{AtomicU32, Ordering};

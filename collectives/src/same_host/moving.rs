@@ -12,7 +12,8 @@ impl SameHost {
     pub(super) fn broadcast<E>(&mut self, root: Rank, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
         if buffer.len() <= SHORT_BYTES {
             if self.rank == root {
-                self.segment.letter(buffer.len()).copy_from_slice(buffer);
+                self.begin_one_sided(buffer.len());
+                self.write(0, buffer);
                 return self.step(turn);
             }
             self.step(turn)?;
@@ -23,13 +24,14 @@ impl SameHost {
         for range in self.rounds(buffer.len(), turn.dtype, 1) {
             let round = &mut buffer[range];
             if self.rank == root {
-                self.segment.mine(0..round.len()).copy_from_slice(round);
+                self.begin_one_sided(round.len());
+                self.put(0, round);
             }
             self.step(turn)?;
             if self.rank != root {
                 copy(round, self.segment.others().of(root, 0..round.len()), stream);
             }
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
@@ -54,8 +56,12 @@ impl SameHost {
             Some(_) => (LENGTH_BYTES, SHORT_BYTES),
         };
         if own <= most && gives {
-            let letter = &mut self.segment.letter(before + len)[before..];
-            letter.copy_from_slice(input.unwrap_or_else(|| part_mut(output, me, size)));
+            if root.is_none() {
+                self.begin(own)
+            } else {
+                self.begin_one_sided(len)
+            }
+            self.write(before, input.unwrap_or_else(|| part_mut(output, me, size)));
         }
         let kept = input.filter(|_| takes);
         let keep = |output: &mut [&mut [u8]]| {
@@ -74,6 +80,7 @@ impl SameHost {
             for rank in self.others().filter(|_| takes) {
                 copy_letter(&letters, rank, before, part_mut(output, rank, size));
             }
+            self.end();
             return Ok(());
         }
         self.gather_rounds((root, longest, len), input, output, turn)
@@ -93,9 +100,14 @@ impl SameHost {
         let (stream, stream_own) = (longest >= STREAM_BYTES, len >= STREAM_MOVED_BYTES);
         for range in self.rounds(longest, turn.dtype, 1) {
             let mine = within(&range, len);
+            if root.is_none() {
+                self.begin(range.len())
+            } else {
+                self.begin_one_sided(range.len())
+            }
             if gives {
                 let given = input.unwrap_or_else(|| part_mut(output, me, size));
-                self.segment.mine(0..mine.len()).copy_from_slice(&given[mine.clone()]);
+                self.put(0, &given[mine.clone()]);
             }
             self.step_and(turn, || {
                 kept.inspect(|input| copy(&mut part_mut(output, me, size)[mine.clone()], &input[mine], stream_own));
@@ -109,7 +121,7 @@ impl SameHost {
                     copy(&mut part[theirs], others.of(rank, 0..bytes), stream);
                 }
             }
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
@@ -126,6 +138,7 @@ impl SameHost {
         let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
         let width = self.letter_width();
         if longest <= width {
+            self.begin_one_sided(longest);
             self.put_letter(LENGTH_BYTES, input, width);
         }
         let longest = self.longest(longest, turn)?;
@@ -138,6 +151,7 @@ impl SameHost {
             return Ok(());
         }
         for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
+            self.begin(range.len());
             self.put_parts(input, &range);
             let mine = within(&range, own.len());
             self.step_and(turn, || copy(&mut part_mut(output, me, size)[mine.clone()], &own[mine], stream))?;
@@ -149,7 +163,7 @@ impl SameHost {
                 let slot = at..at + mine.len();
                 copy(&mut part[mine], others.of(rank, slot), stream);
             }
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
@@ -168,6 +182,7 @@ impl SameHost {
         };
         let width = self.letter_width();
         if self.rank == root && longest <= width {
+            self.begin_one_sided(longest);
             self.put_letter(LENGTH_BYTES, input, width);
         }
         let longest = self.longest(longest, turn)?;
@@ -184,6 +199,7 @@ impl SameHost {
         let stream = output.len() >= STREAM_MOVED_BYTES;
         for range in self.rounds(longest, turn.dtype, (n - 1).max(1)) {
             if self.rank == root {
+                self.begin_one_sided(range.len());
                 self.put_parts(input, &range);
             }
             let mine = within(&range, output.len());
@@ -198,7 +214,7 @@ impl SameHost {
                 let slot = at..at + mine.len();
                 copy(&mut output[mine], self.segment.others().of(root, slot), stream);
             }
-            self.segment.next_round();
+            self.end_round();
         }
         Ok(())
     }
