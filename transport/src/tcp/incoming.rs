@@ -25,6 +25,9 @@ impl Receive {
 enum Store {
     /// Not sent yet: it has been announced.
     Awaited,
+    /// In memory of ours, once the first byte is there: what many peers have under way at once takes none until then, and what
+    /// was just given back, still in the processor's cache, is used again for the next.
+    Due,
     /// In memory of ours.
     Buffer(Vec<u8>),
     /// Straight into the receive's slice.
@@ -138,7 +141,7 @@ impl Incoming {
         }
         landing.store = match receive {
             Receive::Slice(_) => Store::Direct,
-            Receive::Loan(_) => Store::Buffer(self.pool.take(landing.total)),
+            Receive::Loan(_) => Store::Due,
         };
         let (id, bytes, tag) = (landing.id, landing.total as u64, landing.from.tag);
         (!landing.eager).then_some(Reply::Grant { id, bytes, tag })
@@ -165,7 +168,7 @@ impl Incoming {
     pub(super) fn granted(&self, id: u32, offset: u64, length: u32) -> Option<u64> {
         let landing = self.landings.iter().find(|landing| !landing.eager && landing.id == id)?;
         let end = usize::try_from(offset).ok()?.checked_add(length as usize)?;
-        let wanted = matches!(landing.store, Store::Direct | Store::Buffer(_)) && end <= landing.total;
+        let wanted = matches!(landing.store, Store::Direct | Store::Due | Store::Buffer(_)) && end <= landing.total;
         wanted.then_some(landing.serial)
     }
 
@@ -173,6 +176,9 @@ impl Incoming {
     pub(super) fn space(&mut self, serial: u64, offset: usize, length: usize) -> Option<&mut [u8]> {
         let landing = self.landings.iter_mut().find(|landing| landing.serial == serial)?;
         let end = offset + length;
+        if matches!(landing.store, Store::Due) {
+            landing.store = Store::Buffer(self.pool.take(landing.total));
+        }
         match (&mut landing.store, &mut landing.receive) {
             (Store::Buffer(buffer), _) => buffer.get_mut(offset..end),
             (Store::Direct, Some(Receive::Slice(slice))) => slice.get_mut(offset..end),
@@ -251,11 +257,15 @@ impl Incoming {
                 Completion::Received { from, slice, bytes: total }
             }
             (Receive::Slice(slice), _) => Completion::Received { from, slice, bytes: total },
-            (Receive::Loan(_), Store::Buffer(buffer)) => {
+            (Receive::Loan(_), store) => {
+                let buffer = match store {
+                    Store::Buffer(buffer) => buffer,
+                    // It is empty.
+                    _ => self.pool.take(total),
+                };
                 let home: Arc<dyn BufferHome> = Arc::clone(&self.pool) as Arc<dyn BufferHome>;
                 Completion::Arrived(Arrival { from, loan: RecvLoan(Loan::of_buffer(buffer, total, home)) })
             }
-            (Receive::Loan(_), _) => unreachable!("a message received by loan lies in a buffer"),
         });
     }
 

@@ -51,6 +51,8 @@ pub struct TcpWire {
     watch: Watch,
     pending: Vec<Completion>,
     turns: u32,
+    /// Whose turn it is in the next poll, or the next one's after that.
+    turn: PeerId,
     credit: Option<Credit>,
     /// Scratch of `granting`.
     grants: Vec<Grant>,
@@ -84,6 +86,7 @@ impl TcpWire {
             watch: Watch::new()?,
             pending: Vec::new(),
             turns: 0,
+            turn: PeerId(0),
             credit: config.credit.map(Credit::new),
             grants: Vec::new(),
             config: config.clone(),
