@@ -5,8 +5,9 @@
 //! own figures of each kernel, to compare with earlier runs (`-- NAME` limits those to names that contain it).
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use gradwire_collectives::reduce::{copy_streaming, fold};
+use gradwire_collectives::reduce::fold;
 use gradwire_collectives::{DType, Reduction};
+use gradwire_transport::shm::copy_streaming;
 use std::hint::black_box;
 use std::time::Instant;
 

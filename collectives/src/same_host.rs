@@ -4,19 +4,17 @@
 //! every rank, for every cut of the data.
 
 mod moving;
-mod storing;
 
 use crate::call::Call;
 use crate::chunk::chunk;
 use crate::pieces::{part, within};
-use crate::reduce::{UnsupportedReduction, copy_streaming, finish, fold};
+use crate::reduce::{UnsupportedReduction, finish, fold};
 use crate::{Collective, DType, Reduction};
 use gradwire_transport::GroupSegment;
-use gradwire_transport::shm::{Deadline, WaitError};
+use gradwire_transport::shm::{Deadline, Storing, WaitError, Way, copy_streaming};
 use gradwire_transport::{Rank, WorldSize};
 use std::ops::Range;
 use std::time::{Duration, Instant};
-use storing::{Storing, Way};
 
 /// Up to here what a rank gives goes with its step as a letter, and everybody folds everything: one step in all.
 const SHORT_BYTES: usize = 8 << 10;
@@ -96,7 +94,7 @@ type Done<E> = Result<(), Stopped<E>>;
 
 impl SameHost {
     pub(crate) fn new(segment: GroupSegment, rank: Rank, world_size: WorldSize) -> Self {
-        Self { segment, rank, world_size, storing: Storing::default(), lap: Lap::IDLE }
+        Self { segment, rank, world_size, storing: Storing::both(), lap: Lap::IDLE }
     }
 
     /// Whether this rank gives what lies in its part of the output already.

@@ -1,15 +1,12 @@
 //! Pure: how elements are combined. Every kernel gives the same bits on every processor, for every cut of the data.
 
 mod bfloat16;
-mod copy;
 mod extreme;
 mod float16;
 mod float8;
 mod kernel;
 mod level;
 mod packed;
-
-pub use copy::copy_streaming;
 
 use crate::DType;
 use extreme::{Greatest, Least};

@@ -344,13 +344,3 @@ fn what_has_no_meaning_is_refused() {
         assert_eq!(check(dtype, op), Err(UnsupportedReduction { dtype, op }));
     }
 }
-
-#[test]
-fn a_streaming_copy_copies_whatever_the_alignment() {
-    let source: Vec<u8> = (0..1000u32).map(|i| i as u8).collect();
-    for (from, to, len) in [(0, 0, 1000), (1, 3, 900), (5, 0, 0), (7, 9, 17), (0, 15, 1)] {
-        let mut target = vec![0; 1100];
-        copy_streaming(&mut target[to..to + len], &source[from..from + len]);
-        assert_eq!(target[to..to + len], source[from..from + len]);
-    }
-}

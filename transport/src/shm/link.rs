@@ -399,7 +399,7 @@ impl Link {
             },
         };
         if lent.is_none() {
-            self.outlet.memory.fill_slot(slot, payload);
+            self.outlet.fill(slot, payload);
         }
         let written = self.outlet.write(&Record { slot: u64::from(slot), ..*record }, &[])?;
         if written {

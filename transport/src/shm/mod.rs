@@ -5,13 +5,17 @@ mod core;
 mod group_segment;
 mod link;
 mod offer;
+mod past_cache;
 mod patience;
 mod ring;
 mod segment;
+mod storing;
 mod wire;
 
 pub use group_segment::{GroupSegment, Letters, Others, WaitError};
 pub use offer::{OFFER_BYTES, ShmEnd, ShmOffer};
+pub use past_cache::copy_streaming;
 pub use patience::Deadline;
 pub use segment::{Segment, SegmentOffer};
+pub use storing::{Storing, Way};
 pub use wire::{ShmWire, pair};

@@ -10,13 +10,16 @@
 
 #![allow(unsafe_code)]
 
+use super::past_cache::copy_streaming;
 use super::segment::{Segment, SegmentOffer};
+use super::storing::Storing;
 use crate::region::{Loan, LoanHome};
 use crate::{RecvLoan, SendLoan, TransportError};
 use rustix::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
 
 /// Slots per direction; a message up to [`SLOT_BYTES`] fits one. Pages are taken as they are touched, lowest slot first.
 pub(super) const SLOTS: u32 = 16;
@@ -26,6 +29,8 @@ pub(super) const SLOT_BYTES: usize = 256 << 10;
 pub(super) const INLINE_BYTES: usize = 4 << 10;
 /// Longest reason told to a peer.
 pub(super) const TEXT_BYTES: usize = 1024;
+/// Less is always stored in the cache: its lines are on their way to the reader one after the other anyway.
+const LEAST_PAST: usize = 16 << 10;
 /// Slots kept for messages that are copied, so that lent ones cannot hold those up.
 const RESERVED: u32 = 4;
 const RING_BYTES: usize = 256 << 10;
@@ -207,12 +212,6 @@ impl PairMemory {
         (offset < SLOTS as usize * SLOT_BYTES).then_some((offset / SLOT_BYTES) as u32)
     }
 
-    /// Copies a message into one of our slots, which must be ours to write.
-    pub(super) fn fill_slot(&self, slot: u32, bytes: &[u8]) {
-        assert!(bytes.len() <= SLOT_BYTES, "what is copied fits its slot");
-        self.copy_in(slot_at(self.me, slot), bytes);
-    }
-
     /// Lends one of our slots, which must be ours to write, to be filled in place.
     pub(super) fn lend(self: &Arc<Self>, slot: u32, bytes: usize) -> SendLoan {
         assert!(bytes <= SLOT_BYTES, "what is lent fits its slot");
@@ -238,6 +237,13 @@ impl PairMemory {
         // SAFETY: within the mapping, which lives as long as `self`. It was published before it was found; the writer does not
         // write it again before it is consumed, and if it broke this rule, only bytes of its own message would change.
         unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }
+    }
+
+    /// As [`Self::copy_in`], past the cache.
+    fn stream_in(&self, offset: usize, bytes: &[u8]) {
+        let into = self.segment.pointer(offset, bytes.len());
+        // SAFETY: as in `copy_in`.
+        copy_streaming(unsafe { std::slice::from_raw_parts_mut(into.as_ptr(), bytes.len()) }, bytes);
     }
 
     fn copy_in(&self, offset: usize, bytes: &[u8]) {
@@ -284,11 +290,12 @@ pub(super) struct Outlet {
     head: u64,
     free: u64,
     away: u64,
+    storing: Storing,
 }
 
 impl Outlet {
     pub(super) fn new(memory: Arc<PairMemory>) -> Self {
-        Self { memory, tail: 0, head: 0, free: (1 << SLOTS) - 1, away: 0 }
+        Self { memory, tail: 0, head: 0, free: (1 << SLOTS) - 1, away: 0, storing: Storing::giving() }
     }
 
     /// Writes a record with its payload, where the ring has room.
@@ -348,6 +355,25 @@ impl Outlet {
         let slot = self.free.trailing_zeros();
         self.free &= self.free - 1;
         Ok(Some(slot))
+    }
+
+    /// Copies a message into one of our slots, which must be ours to write.
+    pub(super) fn fill(&mut self, slot: u32, bytes: &[u8]) {
+        assert!(bytes.len() <= SLOT_BYTES, "what is copied fits its slot");
+        let at = slot_at(self.memory.me, slot);
+        if bytes.len() < LEAST_PAST {
+            return self.memory.copy_in(at, bytes);
+        }
+        let way = self.storing.next(bytes.len());
+        let began = way.timed.then(Instant::now);
+        if way.past {
+            self.memory.stream_in(at, bytes)
+        } else {
+            self.memory.copy_in(at, bytes)
+        }
+        if let Some(began) = began {
+            self.storing.took(bytes.len(), way.past, began.elapsed());
+        }
     }
 
     /// A slot that was taken has gone out in a record.

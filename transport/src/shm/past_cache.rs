@@ -1,4 +1,4 @@
-//! Does: copies past the cache, for results that nobody reads soon.
+//! Does: copies past the cache, for results that nobody reads soon, and for what a core without a cache in common reads.
 
 #![allow(unsafe_code)]
 
@@ -31,4 +31,19 @@ pub fn copy_streaming(dst: &mut [u8], src: &[u8]) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     dst.copy_from_slice(src);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_streaming_copy_copies_whatever_the_alignment() {
+        let source: Vec<u8> = (0..1000u32).map(|i| i as u8).collect();
+        for (from, to, len) in [(0, 0, 1000), (1, 3, 900), (5, 0, 0), (7, 9, 17), (0, 15, 1)] {
+            let mut target = vec![0; 1100];
+            copy_streaming(&mut target[to..to + len], &source[from..from + len]);
+            assert_eq!(target[to..to + len], source[from..from + len]);
+        }
+    }
 }
