@@ -108,7 +108,7 @@ def servers(readme, quick):
     rounds = ["--rounds", "50"] if quick else []
     lines = {}
     for row in rows_of(BENCH, "ps", "--against", "echo", *rounds):
-        cell = f"{row['p50_us']:,.0f} µs, {row['goodput_gb_per_s']:.2f} GB/s, {row['of_echo']:.2f}"
+        cell = f"{row['p50_us']:,.0f} µs, {row['goodput_gb_per_s']:.2f} GB/s, {row['of_against']:.2f}"
         lines.setdefault(row["bytes"], {})[row["operation"]] = cell
     operations = ["push", "pull", "push_pull"]
     body = (

@@ -1,8 +1,9 @@
-//! Does: times push, pull and push_pull of a dense table, in turns with a plain TCP echo of messages as long.
+//! Does: times push, pull and push_pull of a dense table, in turns with a plain TCP echo of messages as long, or the same over TCP.
 
 mod snapshot;
 mod workers;
 
+use crate::collective::Way;
 use crate::echo::{self, Echo};
 use crate::family::Family;
 use crate::report::{Chart, Report, Section, Series};
@@ -10,7 +11,7 @@ use crate::statistics::{percentile, sorted};
 use crate::{machine, plural, sizes};
 use clap::{Args, ValueEnum};
 use gradwire_ps::{Checkpoints, Client, ClientSettings, DType, DenseTable, LocalServers, ServerSettings, TableOptions};
-use gradwire_transport::{FileStore, Region, Store};
+use gradwire_transport::{Config, FileStore, Region, Store};
 use serde::Serialize;
 use std::error::Error;
 use std::net::TcpListener;
@@ -35,6 +36,9 @@ pub(crate) struct Options {
     /// Servers, in one process of their own
     #[arg(long, default_value_t = 1)]
     shards: u32,
+    /// Which way bytes go
+    #[arg(long, value_enum, default_value = "tcp")]
+    wire: Way,
     /// Calls of each kind and size; fewer of large ones, never under 10
     #[arg(long, default_value_t = 500)]
     rounds: usize,
@@ -59,6 +63,17 @@ pub(crate) struct Options {
 enum Against {
     /// A plain TCP connection that carries messages as long, both ways, and does nothing with them
     Echo,
+    /// The same calls over TCP, to the same servers
+    Tcp,
+}
+
+impl Against {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Echo => "echo",
+            Self::Tcp => "tcp",
+        }
+    }
 }
 
 /// The process with the servers.
@@ -98,10 +113,11 @@ struct Row {
     p99_us: f64,
     /// Payload there and back.
     goodput_gb_per_s: f64,
-    echo_p50_us: Option<f64>,
-    echo_p99_us: Option<f64>,
-    /// The echo's median over ours: above 1 we are quicker than moving the bytes plainly.
-    of_echo: Option<f64>,
+    /// What was timed in turns with it, how long that took, and how many times as long as ours: above 1, ours is quicker.
+    against: Option<&'static str>,
+    against_p50_us: Option<f64>,
+    against_p99_us: Option<f64>,
+    of_against: Option<f64>,
 }
 
 /// Serves until its standard input ends: with whoever started it.
@@ -131,50 +147,86 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let read = |key| Ok::<_, Box<dyn Error>>(String::from_utf8(store.get(key, Instant::now() + PATIENCE)?)?);
     let addresses: Vec<String> = read("servers")?.split(' ').map(str::to_owned).collect();
     if !options.workers.is_empty() {
-        return workers::run(&addresses, &options.workers, &options.bytes, options.rounds, options.json);
+        return workers::run(&addresses, options);
     }
     if options.snapshot {
-        return snapshot::run(&addresses, &checkpoints, &options.bytes, options.json);
+        return snapshot::run(&addresses, &checkpoints, options);
     }
-    let client = Client::connect(&addresses, ClientSettings { timeout: PATIENCE, ..ClientSettings::default() })?;
+    let client = Client::connect(&addresses, settings(options.wire))?;
     let mut echo = match options.against {
         Some(Against::Echo) => Some(Echo::connect(read("echo")?.parse()?)?),
-        None => None,
+        _ => None,
     };
-    let title =
-        format!("parameter server: a dense float32 table on {}, TCP over loopback", plural(options.shards, "shard"));
+    let plain = match options.against {
+        Some(Against::Tcp) => Some(Client::connect(&addresses, settings(Way::Tcp))?),
+        _ => None,
+    };
+    let (shards, way) = (plural(options.shards, "shard"), way(options.wire));
+    let title = format!("parameter server: a dense float32 table on {shards}, {way}");
     if !options.json {
         println!("{title}; {}", machine::described());
-        println!(
-            "{:>10} {:>12} {:>7} {:>11} {:>11} {:>13} {:>12} {:>8}",
-            "operation", "bytes", "rounds", "p50 us", "p99 us", "goodput GB/s", "echo p50 us", "of echo"
-        );
+        print_head(options);
     }
     let mut rows = Vec::new();
     for &bytes in &options.bytes {
-        let mut table = Table::open(&client, bytes)?;
-        for (operation, name) in OPERATIONS {
-            let row = measure(options, &mut table, operation, echo.as_mut())?;
-            if options.json {
-                println!("{}", serde_json::to_string(&row)?);
-            } else {
-                let Row { rounds, p50_us, p99_us, goodput_gb_per_s, echo_p50_us, of_echo, .. } = &row;
-                let or_dash = |value: &Option<f64>, places| value.map_or("-".to_owned(), |v| format!("{v:.places$}"));
-                println!(
-                    "{name:>10} {bytes:>12} {rounds:>7} {p50_us:>11.1} {p99_us:>11.1} {goodput_gb_per_s:>13.3} {:>12} {:>8}",
-                    or_dash(echo_p50_us, 1),
-                    or_dash(of_echo, 3)
-                );
-            }
+        let mut table = Table::open(&client, &format!("bench-{bytes}"), bytes)?;
+        let over_tcp = |client| Table::open(client, &format!("bench-{bytes}-tcp"), bytes);
+        let mut plain = plain.as_ref().map(over_tcp).transpose()?;
+        for (operation, _) in OPERATIONS {
+            let other = match (echo.as_mut(), plain.as_mut()) {
+                (Some(echo), _) => Some(Other::Echo(Mirror::new(echo, operation, bytes)?)),
+                (None, Some(table)) => Some(Other::Tcp(table)),
+                (None, None) => None,
+            };
+            let row = measure(options, &mut table, operation, other)?;
+            print(&row, options.json)?;
             rows.push(row);
         }
         table.check()?;
+        plain.as_mut().map_or(Ok(()), Table::check)?;
     }
     client.close();
     match &options.report {
         Some(folder) => Report::open(folder)?.add(section(options, &title, &rows)?),
         None => Ok(()),
     }
+}
+
+fn print_head(options: &Options) {
+    let other = options.against.map_or("-", Against::name);
+    let (median, of) = (format!("{other} p50 us"), format!("of {other}"));
+    println!(
+        "{:>10} {:>12} {:>7} {:>11} {:>11} {:>13} {median:>12} {of:>8}",
+        "operation", "bytes", "rounds", "p50 us", "p99 us", "goodput GB/s"
+    );
+}
+
+fn print(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
+    if json {
+        println!("{}", serde_json::to_string(row)?);
+        return Ok(());
+    }
+    let Row { operation, bytes, rounds, p50_us, p99_us, goodput_gb_per_s, against_p50_us, of_against, .. } = row;
+    let name = OPERATIONS.iter().find(|(other, _)| other == operation).map_or("", |(_, name)| name);
+    let or_dash = |value: &Option<f64>, places| value.map_or("-".to_owned(), |v| format!("{v:.places$}"));
+    println!(
+        "{name:>10} {bytes:>12} {rounds:>7} {p50_us:>11.1} {p99_us:>11.1} {goodput_gb_per_s:>13.3} {:>12} {:>8}",
+        or_dash(against_p50_us, 1),
+        or_dash(of_against, 3)
+    );
+    Ok(())
+}
+
+/// What a client is made with.
+fn settings(wire: Way) -> ClientSettings {
+    let default = ClientSettings::default();
+    let transport = Config { wire: wire.choice(), ..default.transport };
+    ClientSettings { timeout: PATIENCE, transport, ..default }
+}
+
+/// How bytes go, for people.
+fn way(wire: Way) -> String {
+    if wire == Way::Tcp { "TCP over loopback".to_owned() } else { wire.title().to_owned() }
 }
 
 /// Starts the process with the servers, which ends with what is given back.
@@ -198,9 +250,9 @@ struct Table {
 }
 
 impl Table {
-    fn open(client: &Client, bytes: usize) -> Result<Self, Box<dyn Error>> {
+    fn open(client: &Client, name: &str, bytes: usize) -> Result<Self, Box<dyn Error>> {
         let gradient = (0..bytes / 4).flat_map(|i| element(i).to_le_bytes()).collect();
-        let table = client.dense(&format!("bench-{bytes}"), &[bytes / 4], DType::F32, TableOptions::default())?;
+        let table = client.dense(name, &[bytes / 4], DType::F32, TableOptions::default())?;
         Ok(Self { table, gradient: Region::from_vec(gradient), values: Region::zeroed(bytes), pushes: 0 })
     }
 
@@ -240,7 +292,7 @@ fn measure(
     options: &Options,
     table: &mut Table,
     operation: Operation,
-    echo: Option<&mut Echo>,
+    mut other: Option<Other<'_>>,
 ) -> Result<Row, Box<dyn Error>> {
     let bytes = table.gradient.len();
     let rounds = (options.rounds * (1 << 20) / bytes).clamp(10, options.rounds.max(10));
@@ -249,25 +301,24 @@ fn measure(
     }
     table.call(operation)?;
     table.check()?;
-    let mut echo = echo.map(|echo| Mirror::new(echo, operation, bytes)).transpose()?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 0..rounds + WARM_UP {
         let began = Instant::now();
         table.call(operation)?;
         let took = began.elapsed();
-        let echoed = echo.as_mut().map(Mirror::call).transpose()?;
+        let other = other.as_mut().map(|other| other.call(operation)).transpose()?;
         if round >= WARM_UP {
             ours.push(took.as_secs_f64() * 1e6);
-            theirs.extend(echoed.map(|took| took.as_secs_f64() * 1e6));
+            theirs.extend(other.map(|took| took.as_secs_f64() * 1e6));
         }
     }
     let (ours, theirs) = (sorted(ours), sorted(theirs));
     let p50 = percentile(&ours, 50);
     let payload = if operation == Operation::PushPull { 2 * bytes } else { bytes };
-    let of_echo = |percent| (!theirs.is_empty()).then(|| percentile(&theirs, percent));
+    let their = |percent| (!theirs.is_empty()).then(|| percentile(&theirs, percent));
     Ok(Row {
         host: machine::host(),
-        wire: "tcp",
+        wire: options.wire.name(),
         ranks: 1,
         shards: options.shards,
         operation,
@@ -277,10 +328,30 @@ fn measure(
         p50_us: p50,
         p99_us: percentile(&ours, 99),
         goodput_gb_per_s: payload as f64 / p50 / 1e3,
-        echo_p50_us: of_echo(50),
-        echo_p99_us: of_echo(99),
-        of_echo: of_echo(50).map(|echo| echo / p50),
+        against: options.against.map(Against::name),
+        against_p50_us: their(50),
+        against_p99_us: their(99),
+        of_against: their(50).map(|their| their / p50),
     })
+}
+
+/// What is timed in turns with a table.
+enum Other<'a> {
+    Echo(Mirror<'a>),
+    Tcp(&'a mut Table),
+}
+
+impl Other<'_> {
+    fn call(&mut self, operation: Operation) -> Result<Duration, Box<dyn Error>> {
+        match self {
+            Self::Echo(mirror) => Ok(mirror.call()?),
+            Self::Tcp(table) => {
+                let began = Instant::now();
+                table.call(operation)?;
+                Ok(began.elapsed())
+            }
+        }
+    }
 }
 
 /// The echo's side of an operation: messages of the same lengths.
@@ -322,13 +393,13 @@ fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<
             points: mine().filter_map(|row| Some((row.bytes as f64, value(row)?))).collect(),
         };
         series.push(line(name.to_owned(), |row| Some(row.p50_us)));
-        if options.against.is_some() {
-            series.push(line(format!("echo for {name}"), |row| row.echo_p50_us));
+        if let Some(against) = options.against {
+            series.push(line(format!("{} for {name}", against.name()), |row| row.against_p50_us));
         }
     }
     let chart = Chart::by_bytes("Median time of a call", "µs", series);
     Ok(Section {
-        id: format!("ps-{}-shards", options.shards),
+        id: format!("ps-{}-shards-{}", options.shards, options.wire.name()),
         title: title.to_owned(),
         measured_on: machine::described(),
         charts: vec![chart],

@@ -50,7 +50,16 @@ fn the_parameter_server_is_timed_in_turns_with_an_echo() {
     let rows = rows(&["ps", "--bytes", "4k,300k", "--shards", "2", "--rounds", "10", "--against", "echo"]);
     let names: Vec<&str> = rows.iter().map(|row| row["operation"].as_str().unwrap()).collect();
     assert_eq!(names, ["push", "pull", "push_pull", "push", "pull", "push_pull"]);
-    rows.iter().for_each(|row| positive(row, &["p50_us", "p99_us", "goodput_gb_per_s", "echo_p50_us", "of_echo"]));
+    rows.iter()
+        .for_each(|row| positive(row, &["p50_us", "p99_us", "goodput_gb_per_s", "against_p50_us", "of_against"]));
+}
+
+#[test]
+fn the_parameter_server_is_timed_over_shared_memory_beside_tcp() {
+    let flags = ["--bytes", "300k", "--rounds", "10", "--wire", "shm", "--against", "tcp"];
+    let rows = rows(&[&["ps"][..], &flags].concat());
+    rows.iter().for_each(|row| positive(row, &["p50_us", "against_p50_us", "of_against"]));
+    assert!(rows.len() == 3 && rows.iter().all(|row| row["wire"] == "shm" && row["against"] == "tcp"), "{rows:?}");
 }
 
 #[test]

@@ -2,8 +2,8 @@
 
 use crate::PsError;
 use gradwire_transport::{
-    Acceptance, Config, Identity, Mesh, PeerId, TcpWire, TransportError, Wire, WireChoice, home, open_verbs,
-    routed_address,
+    Acceptance, Beside, Config, Identity, Mesh, PeerId, ShmWire, TcpWire, TransportError, Wire, WireChoice, home,
+    open_verbs, routed_address,
 };
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::time::Instant;
@@ -40,22 +40,37 @@ fn look_up(address: &str) -> Result<Vec<SocketAddr>, TransportError> {
     found.map_err(|error| TransportError::io(format!("look up the server {address:?}"), error))
 }
 
-/// What a client calls `addresses` by: sockets, and RDMA beside them where this host has it and `config` allows it.
+type Better = Vec<Box<dyn Beside>>;
+
+/// What goes beside sockets: shared memory to processes of this host, and RDMA where this host has a device, as `config` allows
+/// it; with the device and why it.
+fn beside(config: &Config, local: &[IpAddr]) -> Result<(Better, Option<String>), PsError> {
+    let mut better = Better::new();
+    if matches!(config.wire, WireChoice::Auto | WireChoice::Shm) {
+        better.push(Box::new(ShmWire::new(config)?));
+    }
+    let mut device = None;
+    if let Some((verbs, reason)) = open_verbs(config, local)? {
+        better.push(Box::new(verbs));
+        device = Some(reason);
+    }
+    Ok((better, device))
+}
+
+/// What a client calls `addresses` by: sockets, and what [`beside`] finds.
 pub(crate) fn dialer(config: &Config, addresses: &[String]) -> Result<Box<dyn Dialer>, PsError> {
     let found = addresses.iter().filter_map(|address| look_up(address).ok()).flatten();
     let local: Vec<IpAddr> = found.filter_map(routed_address).collect();
-    let verbs = open_verbs(config, &local)?;
-    let tcp = TcpWire::new(config, identity(random()?, verbs.is_some()), Acceptance::Nobody)?;
-    Ok(match verbs {
-        Some((verbs, _)) => Box::new(Mesh::meeting(tcp, Box::new(verbs), config.wire)),
-        None => Box::new(tcp),
-    })
+    let (better, device) = beside(config, &local)?;
+    let tcp = TcpWire::new(config, identity(random()?, config, device.is_some()), Acceptance::Nobody)?;
+    Ok(if better.is_empty() { Box::new(tcp) } else { Box::new(Mesh::meeting(tcp, better, config.wire)) })
 }
 
 /// What asks one question, by sockets.
 pub(crate) fn plain_dialer(config: &Config) -> Result<Box<dyn Dialer>, TransportError> {
     let nonce = random().map_err(|error| TransportError::io("draw a random number", std::io::Error::other(error)))?;
-    Ok(Box::new(TcpWire::new(config, identity(nonce, false), Acceptance::Nobody)?))
+    let config = Config { wire: WireChoice::Tcp, ..config.clone() };
+    Ok(Box::new(TcpWire::new(&config, identity(nonce, &config, false), Acceptance::Nobody)?))
 }
 
 /// Refuses to listen off loopback where the port is `open` to everybody.
@@ -78,23 +93,22 @@ pub(crate) fn listener(
     (instance, max_peers): (u64, usize),
 ) -> Result<(Box<dyn Dialer>, SocketAddr), PsError> {
     let local: Vec<IpAddr> = Some(listen.ip()).filter(|ip| !ip.is_unspecified()).into_iter().collect();
-    let verbs = open_verbs(config, &local)?;
-    let mut tcp = TcpWire::new(config, identity(instance, verbs.is_some()), Acceptance::Anyone { max_peers })?;
+    let (better, device) = beside(config, &local)?;
+    let who = identity(instance, config, device.is_some());
+    let mut tcp = TcpWire::new(config, who, Acceptance::Anyone { max_peers })?;
     let address = tcp.listen(listen)?;
-    let wire: Box<dyn Dialer> = match verbs {
-        Some((verbs, reason)) => {
-            tracing::info!(%address, device = reason, "RDMA is offered to clients");
-            Box::new(Mesh::meeting(tcp, Box::new(verbs), WireChoice::Auto))
-        }
-        None => Box::new(tcp),
-    };
+    if let Some(device) = device {
+        tracing::info!(%address, device, "RDMA is offered to clients");
+    }
+    let wire: Box<dyn Dialer> =
+        if better.is_empty() { Box::new(tcp) } else { Box::new(Mesh::meeting(tcp, better, WireChoice::Auto)) };
     Ok((wire, address))
 }
 
 /// What this process tells of itself.
-fn identity(nonce: u64, rdma: bool) -> Identity {
-    let home = home();
-    Identity { rank: None, host: home.host, pid: std::process::id(), boot_id: home.boot_id, nonce, rdma }
+fn identity(nonce: u64, config: &Config, rdma: bool) -> Identity {
+    let (home, memory) = (home(), matches!(config.wire, WireChoice::Auto | WireChoice::Shm));
+    Identity { rank: None, host: home.host, pid: std::process::id(), boot_id: home.boot_id, nonce, rdma, memory }
 }
 
 /// A number that no other process draws.

@@ -5,7 +5,7 @@ use gradwire_ps::{
     Adam, Client, ClientSettings, Codec, Combine, Compression, DType, LocalServers, Mode, Recovery, ServerSettings,
     SparseOptions, SparseTable, TableOptions, UpdateRule,
 };
-use gradwire_transport::Region;
+use gradwire_transport::{Config, Region, WireChoice};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -25,7 +25,8 @@ impl Random {
     }
 }
 
-/// Passes bytes on to a server and back, and cuts every connection after a number of bytes that differs each time.
+/// Passes bytes on to a server and back, and cuts every connection after a number of bytes that differs each time; one beside
+/// shared memory, by which few bytes go, after a time.
 struct Cutter {
     address: String,
     cuts: Arc<AtomicU64>,
@@ -34,7 +35,7 @@ struct Cutter {
 }
 
 impl Cutter {
-    fn new(server: &str, seed: u64, about_bytes: u64, most_cuts: u64) -> Self {
+    fn new(server: &str, seed: u64, (about_bytes, most_cuts): (u64, u64), wire: WireChoice) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (cuts, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
@@ -50,6 +51,17 @@ impl Cutter {
                 let left =
                     if counter.load(Ordering::SeqCst) < most_cuts { 400 + random.below(about_bytes) } else { u64::MAX };
                 let left = Arc::new(AtomicU64::new(left));
+                if wire == WireChoice::Shm && left.load(Ordering::SeqCst) != u64::MAX {
+                    let (end, counter) = (near.try_clone().unwrap(), Arc::clone(&counter));
+                    let life = Duration::from_micros(2000 + random.below(15_000));
+                    left.store(u64::MAX, Ordering::SeqCst);
+                    std::thread::spawn(move || {
+                        std::thread::sleep(life);
+                        counter.fetch_add(1, Ordering::SeqCst);
+                        // Gone already: it is cut anyway.
+                        let _ = end.shutdown(Shutdown::Both);
+                    });
+                }
                 for (from, to) in [(near.try_clone().unwrap(), far.try_clone().unwrap()), (far, near)] {
                     let (left, counter) = (Arc::clone(&left), Arc::clone(&counter));
                     std::thread::spawn(move || pass_on(from, to, &left, &counter));
@@ -89,13 +101,18 @@ fn pass_on(mut from: TcpStream, mut to: TcpStream, left: &AtomicU64, cuts: &Atom
 struct Rig {
     cutters: Vec<Cutter>,
     servers: LocalServers,
+    wire: WireChoice,
 }
 
 impl Rig {
     fn new(shards: u32, seed: u64, about_bytes: u64, most_cuts: u64) -> Self {
+        Self::over(WireChoice::Tcp, shards, seed, (about_bytes, most_cuts))
+    }
+
+    fn over(wire: WireChoice, shards: u32, seed: u64, cuts: (u64, u64)) -> Self {
         let servers = LocalServers::start(shards, ServerSettings::default()).unwrap();
-        let cutter = |(n, address): (usize, &String)| Cutter::new(address, seed + n as u64, about_bytes, most_cuts);
-        Self { cutters: servers.addresses().iter().enumerate().map(cutter).collect(), servers }
+        let cutter = |(n, address): (usize, &String)| Cutter::new(address, seed + n as u64, cuts, wire);
+        Self { cutters: servers.addresses().iter().enumerate().map(cutter).collect(), servers, wire }
     }
 
     fn client(&self, worker: u32, through_cutters: bool) -> Client {
@@ -103,11 +120,13 @@ impl Rig {
             true => self.cutters.iter().map(|cutter| cutter.address.clone()).collect(),
             false => self.servers.addresses().to_vec(),
         };
+        let default = ClientSettings::default();
         let settings = ClientSettings {
             worker: Some(worker),
             timeout: Duration::from_secs(50),
             reconnect: Duration::from_secs(10),
-            ..ClientSettings::default()
+            transport: Config { wire: self.wire, ..default.transport },
+            ..default
         };
         Client::connect(&addresses, settings).unwrap()
     }
@@ -154,6 +173,25 @@ fn asynchronous_pushes_count_once_though_connections_are_cut() {
         assert!(floats(&out).iter().all(|&value| value == 120.0), "seed {seed}");
         assert!(rig.cuts() >= 5, "seed {seed}: only {} cuts", rig.cuts());
     }
+}
+
+#[test]
+fn pushes_by_shared_memory_count_once_though_the_sockets_beside_it_are_cut() {
+    let rig = Arc::new(Rig::over(WireChoice::Shm, 2, 5, (1, 40)));
+    each_worker(&rig, 3, true, |client| {
+        let table = client.dense("ones", &[200_000], DType::F32, TableOptions::default()).unwrap();
+        let ones = region((0..200_000).map(|_| 1.0));
+        for _ in 0..30 {
+            let calls: Vec<_> = (0..10).map(|_| table.push(ones.read(0..800_000).unwrap()).unwrap()).collect();
+            calls.iter().for_each(|call| assert!(call.wait(LONG).is_ok()));
+        }
+    });
+    let client = rig.client(9, false);
+    let table = client.dense("ones", &[200_000], DType::F32, TableOptions::default()).unwrap();
+    let out = Region::zeroed(800_000);
+    table.pull(out.write(0..800_000).unwrap()).unwrap().wait(LONG).unwrap();
+    assert!(floats(&out).iter().all(|&value| value == 900.0));
+    assert!(rig.cuts() >= 5, "only {} cuts", rig.cuts());
 }
 
 /// Ten steps of Adam with a learning rate that changes; the bits of the last value.

@@ -39,7 +39,15 @@ struct Liar(TcpWire);
 
 impl Liar {
     fn new(servers: &LocalServers) -> Self {
-        let me = Identity { rank: None, host: "liar".into(), pid: 1, boot_id: String::new(), nonce: 5, rdma: false };
+        let me = Identity {
+            rank: None,
+            host: "liar".into(),
+            pid: 1,
+            boot_id: String::new(),
+            nonce: 5,
+            rdma: false,
+            memory: false,
+        };
         let mut wire = TcpWire::new(&Config::default(), me, Acceptance::Nobody).unwrap();
         let address = servers.addresses()[0].parse().unwrap();
         wire.dial(PeerId(0), None, &[address], Instant::now() + Duration::from_secs(5)).unwrap();

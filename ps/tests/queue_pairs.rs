@@ -14,7 +14,7 @@ use std::time::Duration;
 const LONG: Option<Duration> = Some(Duration::from_secs(60));
 
 fn identity(nonce: u64, rdma: bool) -> Identity {
-    Identity { rank: None, host: "h".into(), pid: 1, boot_id: String::new(), nonce, rdma }
+    Identity { rank: None, host: "h".into(), pid: 1, boot_id: String::new(), nonce, rdma, memory: false }
 }
 
 struct Running {
@@ -35,7 +35,7 @@ fn serve(fabric: &Fabric) -> Running {
     let mut tcp = TcpWire::new(&config, identity(77, true), Acceptance::Anyone { max_peers: 8 }).unwrap();
     let address = tcp.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let verbs = VerbsWire::new(&config, Box::new(fabric.adapter()));
-    let mesh = Mesh::meeting(tcp, Box::new(verbs), WireChoice::Auto);
+    let mesh = Mesh::meeting(tcp, vec![Box::new(verbs)], WireChoice::Auto);
     let mut server = Server::on(Box::new(mesh), address, Shard::new(Limits::default(), 77), Duration::ZERO);
     let stopper = server.stopper();
     let thread = std::thread::spawn(move || server.run());
@@ -51,7 +51,7 @@ fn dialer(fabric: Option<&Fabric>, choice: WireChoice) -> Box<dyn Dialer> {
     let tcp = TcpWire::new(&config, identity(5, fabric.is_some()), Acceptance::Nobody).unwrap();
     match fabric {
         Some(fabric) => {
-            Box::new(Mesh::meeting(tcp, Box::new(VerbsWire::new(&config, Box::new(fabric.adapter()))), choice))
+            Box::new(Mesh::meeting(tcp, vec![Box::new(VerbsWire::new(&config, Box::new(fabric.adapter())))], choice))
         }
         None => Box::new(tcp),
     }

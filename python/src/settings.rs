@@ -110,15 +110,12 @@ impl Options {
         Ok((config, settings))
     }
 
-    /// `base`, with the wires that these say. A server shares no memory with its clients: `shm` means the best that is left.
+    /// `base`, with the wires that these say.
     ///
     /// # Errors
     /// As for [`Options::parse`].
     pub(crate) fn wires(self, base: Config) -> PyResult<Config> {
-        let wire = match wire_of(self.transport.as_deref().unwrap_or("auto"))? {
-            WireChoice::Shm => WireChoice::Auto,
-            wire => wire,
-        };
+        let wire = wire_of(self.transport.as_deref().unwrap_or("auto"))?;
         Ok(Config { wire, verbs: self.ib.parse()?, tls: self.tls.load()?, ..base })
     }
 }

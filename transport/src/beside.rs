@@ -11,6 +11,8 @@ pub enum Words {
     Proposal(Vec<u8>),
     /// A frame of a link that has no better way left.
     Frame(Vec<u8>),
+    /// Memory that is offered to a peer of this host; as the answer, why it is not taken, or nothing.
+    Memory(Vec<u8>),
 }
 
 impl Words {
@@ -24,6 +26,7 @@ impl Words {
         let (kind, bytes) = match self {
             Self::Proposal(bytes) => (1, bytes),
             Self::Frame(bytes) => (2, bytes),
+            Self::Memory(bytes) => (3, bytes),
         };
         [&[kind], &bytes[..]].concat()
     }
@@ -33,6 +36,7 @@ impl Words {
         match bytes.split_first()? {
             (1, rest) => Some(Self::Proposal(rest.to_vec())),
             (2, rest) => Some(Self::Frame(rest.to_vec())),
+            (3, rest) => Some(Self::Memory(rest.to_vec())),
             _ => None,
         }
     }
@@ -88,6 +92,35 @@ pub trait Beside: Wire {
         Some("this wire makes no links by itself".to_owned())
     }
 
+    /// Whether it is memory that peers of one host share.
+    fn shares(&self) -> bool {
+        false
+    }
+
+    /// Makes memory for `peer`, to be offered to it. It is attached by [`Beside::attach_offered`].
+    ///
+    /// # Errors
+    /// The reason, for people; so in both that follow.
+    fn offer_memory(&mut self) -> Result<Vec<u8>, String> {
+        Err("this wire shares no memory".to_owned())
+    }
+
+    /// Reaches `peer` by the memory that it offers.
+    ///
+    /// # Errors
+    /// As above.
+    fn take_memory(&mut self, _peer: PeerId, _name: PeerName, _offer: &[u8]) -> Result<(), String> {
+        Err("this wire shares no memory".to_owned())
+    }
+
+    /// Reaches `peer` by the memory that was offered last; it has taken it.
+    ///
+    /// # Errors
+    /// As above.
+    fn attach_offered(&mut self, _peer: PeerId, _name: PeerName) -> Result<(), String> {
+        Err("this wire shares no memory".to_owned())
+    }
+
     /// Forgets `peer`, as if there had never been a link.
     fn forget(&mut self, _peer: PeerId) {}
 
@@ -110,7 +143,7 @@ mod tests {
         fn bytes_are_words_that_come_back_or_none(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             match Words::decode(&bytes) {
                 Some(words) => prop_assert_eq!(words.encode(), bytes),
-                None => prop_assert!(!matches!(bytes.first(), Some(1 | 2))),
+                None => prop_assert!(!matches!(bytes.first(), Some(1..=3))),
             }
         }
     }

@@ -82,6 +82,7 @@ fn hellos() -> Vec<Vec<u8>> {
         boot_id: "b".repeat(36),
         nonce: 5,
         rdma: rank.is_some(),
+        memory: rank.is_none(),
     };
     let hello = |rank| Hello { identity: identity(rank), wants: 9, lane: 1, lanes: 2, challenge: [7; 16] };
     [None, Some(3)].map(|rank| hello(rank).encode()).to_vec()

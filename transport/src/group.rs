@@ -120,6 +120,7 @@ impl Forming {
             boot_id: home.boot_id.clone(),
             nonce,
             rdma: false,
+            memory: false,
         };
         let wire = TcpWire::new(&spec.config, identity, Acceptance::Ranks(spec.world_size))?;
         let here = vec![false; spec.world_size.get() as usize];

@@ -12,7 +12,7 @@ use sha2::Sha256;
 pub const MAX_RECORD_BYTES: usize = 1024;
 /// Bytes of a proof.
 pub const PROOF_BYTES: usize = 32;
-const MARK: [u8; 4] = *b"GWH2";
+const MARK: [u8; 4] = *b"GWH3";
 const MAX_NAME: usize = 255;
 
 /// Who a process is, as it tells its peers.
@@ -30,6 +30,8 @@ pub struct Identity {
     pub nonce: u64,
     /// Whether it proposes, or answers, queue pairs after the hello.
     pub rdma: bool,
+    /// Whether it offers shared memory to peers of its host after the hello, or takes what is offered.
+    pub memory: bool,
 }
 
 /// The first record of each side.
@@ -58,7 +60,7 @@ impl Hello {
         out.extend(self.identity.rank.map_or(u32::MAX, |rank| rank.0).to_le_bytes());
         out.extend(self.identity.pid.to_le_bytes());
         out.extend(self.identity.nonce.to_le_bytes());
-        out.push(self.identity.rdma.into());
+        out.push(u8::from(self.identity.rdma) | u8::from(self.identity.memory) << 1);
         for text in [&self.identity.host, &self.identity.boot_id] {
             let end = (0..=text.len().min(MAX_NAME)).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
             out.push(u8::try_from(end).unwrap_or(u8::MAX));
@@ -71,7 +73,7 @@ impl Hello {
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let mut rest = bytes;
         if take::<4>(&mut rest)? != MARK {
-            return Err("it does not begin with gradwire's hello, version 2".to_owned());
+            return Err("it does not begin with gradwire's hello, version 3".to_owned());
         }
         let wants = u64::from_le_bytes(take(&mut rest)?);
         let lane = u16::from_le_bytes(take(&mut rest)?);
@@ -80,12 +82,13 @@ impl Hello {
         let rank = Some(u32::from_le_bytes(take(&mut rest)?)).filter(|&rank| rank != u32::MAX).map(Rank);
         let pid = u32::from_le_bytes(take(&mut rest)?);
         let nonce = u64::from_le_bytes(take(&mut rest)?);
-        let rdma = take::<1>(&mut rest)? != [0];
+        let [ways] = take::<1>(&mut rest)?;
+        let (rdma, memory) = (ways & 1 != 0, ways & 2 != 0);
         let (host, boot_id) = (text(&mut rest)?, text(&mut rest)?);
         if lanes == 0 || lane >= lanes {
             return Err(format!("lane {lane} of {lanes} makes no sense"));
         }
-        Ok(Self { identity: Identity { rank, host, pid, boot_id, nonce, rdma }, wants, lane, lanes, challenge })
+        Ok(Self { identity: Identity { rank, host, pid, boot_id, nonce, rdma, memory }, wants, lane, lanes, challenge })
     }
 }
 
@@ -157,6 +160,7 @@ mod tests {
             boot_id: "b".repeat(36),
             nonce: 5,
             rdma: true,
+            memory: true,
         };
         Hello { identity, wants: 9, lane: 1, lanes: 2, challenge: [7; 16] }
     }

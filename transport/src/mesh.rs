@@ -245,6 +245,7 @@ impl Mesh {
             wire.poll(now, &mut came);
         }
         self.down.push(peer);
+        self.turn_away(peer);
         // Others may have gone at the same time, and their last words wait.
         self.posted = true;
         let mut told = false;

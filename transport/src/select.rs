@@ -105,6 +105,14 @@ pub fn check_verbs(choice: WireChoice, refusal: &str) -> Result<(), TransportErr
     Err(TransportError::Config { setting: "GRADWIRE_TRANSPORT=verbs".to_owned(), reason })
 }
 
+/// Nothing is downgraded in silence: the same of a peer that comes and goes.
+///
+/// # Errors
+/// `Config` with the reason.
+pub fn check_memory(choice: WireChoice, refusal: &str) -> Result<(), TransportError> {
+    check(choice, &Locality { shared: false, reason: refusal.to_owned() })
+}
+
 /// Nothing is downgraded in silence: shared memory that was asked for by name and cannot be had is an error.
 ///
 /// # Errors

@@ -91,6 +91,21 @@ impl<T> Recent<T> {
         self.entries.get_mut(self.last).map(|(_, value)| value)
     }
 
+    /// The same, without remembering it.
+    pub(crate) fn peek(&self, number: u32) -> Option<&T> {
+        self.find(number).ok().map(|at| &self.entries[at].1)
+    }
+
+    /// All entries, by number.
+    pub(crate) fn values(&self) -> impl Iterator<Item = &T> {
+        self.entries.iter().map(|(_, value)| value)
+    }
+
+    /// All entries, by number, to be changed.
+    pub(crate) fn values_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.entries.iter_mut().map(|(_, value)| value)
+    }
+
     /// Whether there is an entry of `number`.
     pub(crate) fn has(&self, number: u32) -> bool {
         self.find(number).is_ok()

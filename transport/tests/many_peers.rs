@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 const PEERS: usize = 12;
 
 fn wire(nonce: u64, accept: Acceptance) -> TcpWire {
-    let me = Identity { rank: None, host: "h".into(), pid: 1, boot_id: String::new(), nonce, rdma: false };
+    let me =
+        Identity { rank: None, host: "h".into(), pid: 1, boot_id: String::new(), nonce, rdma: false, memory: false };
     TcpWire::new(&Config::default(), me, accept).unwrap()
 }
 

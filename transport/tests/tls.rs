@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 fn wire(files: &TlsFiles, accept: Acceptance) -> TcpWire {
     let host = "localhost".to_owned();
-    let me = Identity { rank: None, host, pid: 1, boot_id: String::new(), nonce: 7, rdma: false };
+    let me = Identity { rank: None, host, pid: 1, boot_id: String::new(), nonce: 7, rdma: false, memory: false };
     TcpWire::new(&Config { tls: load(files), ..Config::default() }, me, accept).unwrap()
 }
 

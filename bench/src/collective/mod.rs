@@ -49,7 +49,8 @@ impl Way {
         }
     }
 
-    fn choice(self) -> WireChoice {
+    /// The same, as a setting of the transport.
+    pub(crate) fn choice(self) -> WireChoice {
         match self {
             Self::Shm => WireChoice::Shm,
             Self::Tcp => WireChoice::Tcp,

@@ -83,6 +83,7 @@ impl MemberOptions {
             boot_id: home.boot_id,
             nonce: u64::from(self.rank) + 1,
             rdma: false,
+            memory: false,
         };
         let size = WorldSize::new(self.senders + 1).ok_or("no senders")?;
         let accept = if self.rank == 0 { Acceptance::Ranks(size) } else { Acceptance::Nobody };

@@ -1,6 +1,7 @@
 //! Does: times pushes while a checkpoint is written and while none is, in turns.
 
-use super::{EXACT, PATIENCE, element};
+use super::{EXACT, Options, PATIENCE, element, settings, way};
+use crate::collective::Way;
 use crate::machine;
 use crate::statistics::{percentile, sorted};
 use gradwire_ps::{Checkpoints, Client, ClientSettings, DType, DenseTable, LocalServers, ServerSettings, TableOptions};
@@ -46,17 +47,19 @@ struct Tables {
     next: usize,
 }
 
-/// Measures a state of each of `sizes` on the servers at `addresses`, which keep checkpoints in `folder`.
-pub(super) fn run(addresses: &[String], folder: &Path, sizes: &[usize], json: bool) -> Result<(), Box<dyn Error>> {
+/// Measures a state of each size on the servers at `addresses`, which keep checkpoints in `folder`.
+pub(super) fn run(addresses: &[String], folder: &Path, options: &Options) -> Result<(), Box<dyn Error>> {
+    let Options { bytes: sizes, json, wire, .. } = options;
+    let (json, wire) = (*json, *wire);
     if !json {
-        println!("pushes while a checkpoint is written, and without, TCP over loopback; {}", machine::described());
+        println!("pushes while a checkpoint is written, and without, {}; {}", way(wire), machine::described());
         println!(
             "{:>12} {:>7} {:>11} {:>12} {:>12} {:>12} {:>12} {:>8}",
             "bytes", "tables", "snapshot s", "p50 us", "p99 us", "with p50 us", "with p99 us", "slower"
         );
     }
     for &bytes in sizes {
-        let row = measure(addresses, folder, bytes)?;
+        let row = measure((addresses, wire), folder, bytes)?;
         if json {
             println!("{}", serde_json::to_string(&row)?);
         } else {
@@ -69,9 +72,8 @@ pub(super) fn run(addresses: &[String], folder: &Path, sizes: &[usize], json: bo
     Ok(())
 }
 
-fn measure(addresses: &[String], folder: &Path, bytes: usize) -> Result<Row, Box<dyn Error>> {
-    let settings = || ClientSettings { timeout: PATIENCE, ..ClientSettings::default() };
-    let (client, asking) = (Client::connect(addresses, settings())?, Client::connect(addresses, settings())?);
+fn measure((addresses, wire): (&[String], Way), folder: &Path, bytes: usize) -> Result<Row, Box<dyn Error>> {
+    let (client, asking) = (Client::connect(addresses, settings(wire))?, Client::connect(addresses, settings(wire))?);
     let mut tables = Tables::open(&client, bytes)?;
     (0..tables.all.len()).try_for_each(|_| tables.push().map(drop))?;
     let mut length = SHORTEST;
@@ -104,7 +106,7 @@ fn measure(addresses: &[String], folder: &Path, bytes: usize) -> Result<Row, Box
     let took = sorted(written.iter().map(|checkpoint| checkpoint.took.as_secs_f64()).collect());
     Ok(Row {
         host: machine::host(),
-        wire: "tcp",
+        wire: wire.name(),
         shards,
         dtype: "float32",
         bytes,

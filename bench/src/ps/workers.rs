@@ -1,6 +1,7 @@
 //! Does: times push_pull of one synchronous table by several workers at once, each with a connection of its own.
 
-use super::{PATIENCE, WARM_UP, element};
+use super::{Options, WARM_UP, element, settings, way};
+use crate::collective::Way;
 use crate::machine;
 use crate::statistics::{percentile, sorted};
 use gradwire_ps::{Client, ClientSettings, DType, DenseTable, Mode, TableOptions};
@@ -40,19 +41,12 @@ struct Seen {
     calls: Vec<f64>,
 }
 
-/// Measures `counts` workers in turns, for each of `sizes`, and prints a line for each.
-pub(super) fn run(
-    addresses: &[String],
-    counts: &[u32],
-    sizes: &[usize],
-    rounds: usize,
-    json: bool,
-) -> Result<(), Box<dyn Error>> {
+/// Measures the numbers of workers in turns, for each size, and prints a line for each.
+pub(super) fn run(addresses: &[String], options: &Options) -> Result<(), Box<dyn Error>> {
+    let Options { workers: counts, bytes: sizes, rounds, json, wire, .. } = options;
+    let (rounds, json, wire) = (*rounds, *json, *wire);
     if !json {
-        println!(
-            "push_pull by several workers, synchronous float32 table, TCP over loopback; {}",
-            machine::described()
-        );
+        println!("push_pull by several workers, synchronous float32 table, {}; {}", way(wire), machine::described());
         println!(
             "{:>12} {:>7} {:>11} {:>11} {:>13} {:>8}",
             "bytes", "workers", "p50 us", "p99 us", "goodput GB/s", "of first"
@@ -65,7 +59,7 @@ pub(super) fn run(
             for (&workers, (goodputs, calls)) in counts.iter().zip(&mut turns) {
                 eprint!("\r{bytes} bytes, turn {} of {TURNS}, {workers} workers   ", turn + 1);
                 let name = format!("bench-{bytes}-{workers}-{turn}");
-                let seen = together(addresses, &name, workers, bytes, rounds)?;
+                let seen = together((addresses, wire), &name, workers, bytes, rounds)?;
                 goodputs.push(goodput(&seen, bytes, rounds).ok_or("no worker, no goodput")?);
                 calls.extend(seen.into_iter().flat_map(|seen| seen.calls));
             }
@@ -76,7 +70,7 @@ pub(super) fn run(
             let (goodputs, calls) = (sorted(goodputs), sorted(calls));
             let row = Row {
                 host: machine::host(),
-                wire: "tcp",
+                wire: wire.name(),
                 shards: addresses.len(),
                 operation: "push_pull",
                 dtype: "float32",
@@ -109,7 +103,7 @@ fn goodput(seen: &[Seen], bytes: usize, rounds: usize) -> Option<f64> {
 }
 
 fn together(
-    addresses: &[String],
+    servers: (&[String], Way),
     name: &str,
     workers: u32,
     bytes: usize,
@@ -121,7 +115,7 @@ fn together(
             .map(|worker| {
                 let start = &start;
                 scope.spawn(move || {
-                    let ready = Worker::open(addresses, name, worker, workers, bytes);
+                    let ready = Worker::open(servers, name, (worker, workers), bytes);
                     // Also of one that failed: the others would wait for ever.
                     start.wait();
                     ready?.measure(rounds)
@@ -143,8 +137,13 @@ struct Worker {
 }
 
 impl Worker {
-    fn open(addresses: &[String], name: &str, worker: u32, workers: u32, bytes: usize) -> Result<Self, Fault> {
-        let settings = ClientSettings { worker: Some(worker), timeout: PATIENCE, ..ClientSettings::default() };
+    fn open(
+        (addresses, wire): (&[String], Way),
+        name: &str,
+        (worker, workers): (u32, u32),
+        bytes: usize,
+    ) -> Result<Self, Fault> {
+        let settings = ClientSettings { worker: Some(worker), ..settings(wire) };
         let client = Client::connect(addresses, settings)?;
         let options = TableOptions { mode: Mode::Sync { workers }, ..TableOptions::default() };
         let table = client.dense(name, &[bytes / 4], DType::F32, options)?;

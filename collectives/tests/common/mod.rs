@@ -114,6 +114,7 @@ pub fn group_over_verbs<T: Send>(
         boot_id: String::new(),
         nonce: u64::from(rank) + 1,
         rdma: false,
+        memory: false,
     };
     let new = |rank| {
         let accept = Acceptance::Ranks(WorldSize::new(size).unwrap());

@@ -5,8 +5,10 @@ use gradwire_transport::{Config, VerbsConfig, WireChoice};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Transport {
-    /// RDMA to clients on other hosts that have it too, else TCP
+    /// Shared memory to clients on this host, RDMA to others that have it too, else TCP
     Auto,
+    /// Shared memory to clients on this host, TCP to all others
+    Shm,
     /// RDMA, also on one host: no start without a device
     Verbs,
     /// TCP only
@@ -58,6 +60,7 @@ impl Wires {
         verbs.check().map_err(|error| error.to_string())?;
         let wire = match self.transport {
             Transport::Auto => WireChoice::Auto,
+            Transport::Shm => WireChoice::Shm,
             Transport::Verbs => WireChoice::Verbs,
             Transport::Tcp => WireChoice::Tcp,
         };

@@ -1,12 +1,14 @@
 //! Does: peers that come and go: how a caller and who is called agree on a better wire than the sockets between them.
 //!
-//! Each tells in its hello whether it has queue pairs to offer. Where both do, the caller proposes at once, and is answered,
-//! before either side tells of the other.
+//! Each tells in its hello whether it shares memory with peers of its host, and whether it has queue pairs to offer. Where both
+//! do, the caller offers the one, or proposes the other, at once, and is answered, before either side tells of the other.
 
 use super::Mesh;
 use crate::verbs::device::Device;
 use crate::verbs::{VerbsWire, refusal};
-use crate::{Beside, Completion, Config, LossCause, PeerId, TcpWire, TransportError, Wire, WireChoice, Words, select};
+use crate::{
+    Beside, Completion, Config, Identity, LossCause, PeerId, TcpWire, TransportError, Wire, WireChoice, Words, select,
+};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -22,15 +24,15 @@ pub(super) struct Guest {
 impl Mesh {
     /// A wire whose peers are called by [`Mesh::call`], or call. With both ends' consent they are reached by `better`; whether
     /// who calls consents, `choice` says.
-    pub fn meeting(tcp: TcpWire, better: Box<dyn Beside>, choice: WireChoice) -> Self {
-        Self { mixed: true, public: true, choice, ..Self::new(tcp, vec![better], [], Vec::new()) }
+    pub fn meeting(tcp: TcpWire, better: Vec<Box<dyn Beside>>, choice: WireChoice) -> Self {
+        Self { mixed: true, public: true, choice, ..Self::new(tcp, better, [], Vec::new()) }
     }
 
     /// Connects to the process at one of `addresses`, on `host`, and makes it `peer`, by the best wire that both have.
     ///
     /// # Errors
-    /// As [`TcpWire::dial`]; `Timeout` where the other end does not answer a proposal; `Config` where verbs were asked for by
-    /// name and cannot be had.
+    /// As [`TcpWire::dial`]; `Timeout` where the other end does not answer a proposal; `Config` where shared memory or verbs were
+    /// asked for by name and cannot be had.
     pub fn call(
         &mut self,
         peer: PeerId,
@@ -38,16 +40,61 @@ impl Mesh {
         addresses: &[SocketAddr],
         deadline: Instant,
     ) -> Result<(), TransportError> {
-        let choice = self.choice;
         self.better.iter_mut().for_each(|wire| wire.forget(peer));
         self.down.retain(|gone| *gone != peer);
         self.ending.retain(|ending| ending.peer != peer);
         self.tcp.dial_host(peer, None, host, addresses, deadline)?;
-        let (own_boot, other) = (self.tcp.own_identity().boot_id.clone(), self.tcp.identity(peer).cloned());
-        let Some(other) = other.filter(|other| other.rdma) else {
-            return select::check_verbs(choice, "the other end has no RDMA device");
+        let shared = self.share(peer, deadline).and_then(|shared| match shared {
+            Ok(()) => Ok(true),
+            Err(why) => {
+                tracing::debug!(peer = %self.tcp.name(peer), why, "no shared memory");
+                select::check_memory(self.choice, &why).map(|()| false)
+            }
+        });
+        let joined = shared.and_then(|shared| if shared { Ok(()) } else { self.propose(peer, deadline) });
+        joined.inspect_err(|error| self.tcp.disconnect(peer, error.clone()))
+    }
+
+    /// Offers memory to who has been called; why there is none between us.
+    fn share(&mut self, peer: PeerId, deadline: Instant) -> Result<Result<(), String>, TransportError> {
+        let (own, other) = (self.tcp.own_identity(), self.tcp.identity(peer));
+        let unlike = match other {
+            _ if !own.memory => Some("this end shares none".to_owned()),
+            Some(other) if !other.memory => Some("the other end shares none".to_owned()),
+            Some(other) => select::pair_before_proof(self.choice, &own.boot_id, &other.boot_id),
+            None => Some("the other end is gone".to_owned()),
         };
-        let same_host = !own_boot.is_empty() && own_boot == other.boot_id;
+        let name = self.tcp.name(peer);
+        let Some(wire) = self.better.iter_mut().find(|wire| wire.shares()).filter(|_| unlike.is_none()) else {
+            return Ok(Err(unlike.unwrap_or_default()));
+        };
+        // Without an offer, the other end is told so.
+        let offer = wire.offer_memory();
+        self.say(peer, &Words::Memory(offer.clone().unwrap_or_default()));
+        let answer = self.answer_of(peer, deadline)?;
+        let attached = match (offer, answer) {
+            (Err(why), _) => Err(why),
+            (Ok(_), Words::Memory(why)) if !why.is_empty() => Err(String::from_utf8_lossy(&why).into_owned()),
+            (Ok(_), Words::Memory(_)) => {
+                let wire = self.better.iter_mut().find(|wire| wire.shares());
+                // It counts on the memory by now: without it, nothing would reach it.
+                let attached = wire.map_or(Ok(()), |wire| wire.attach_offered(peer, name));
+                attached.map_err(|why| TransportError::io("share memory with it", std::io::Error::other(why)))?;
+                Ok(())
+            }
+            _ => Err("the other end answers otherwise".to_owned()),
+        };
+        Ok(attached)
+    }
+
+    /// Proposes queue pairs to who has been called, where both have some.
+    fn propose(&mut self, peer: PeerId, deadline: Instant) -> Result<(), TransportError> {
+        let (choice, own, other) = (self.choice, self.tcp.own_identity(), self.tcp.identity(peer));
+        if !(own.rdma && other.is_some_and(|other| other.rdma)) {
+            let whose = if own.rdma { "the other end" } else { "this end" };
+            return select::check_verbs(choice, &format!("{whose} has no RDMA device"));
+        }
+        let same_host = !own.boot_id.is_empty() && other.is_some_and(|other| other.boot_id == own.boot_id);
         let name = self.tcp.name(peer);
         let Some(wire) = self.better.iter_mut().find(|wire| wire.speaks()) else { return Ok(()) };
         let ours = if select::tries_verbs(choice, same_host) {
@@ -67,10 +114,7 @@ impl Mesh {
             None => self.begin_listening(peer),
             Some(why) => {
                 tracing::debug!(peer = %self.tcp.name(peer), why, "reached over sockets");
-                if let Err(error) = select::check_verbs(choice, &why) {
-                    self.tcp.disconnect(peer, error.clone());
-                    return Err(error);
-                }
+                select::check_verbs(choice, &why)?;
             }
         }
         Ok(())
@@ -88,17 +132,18 @@ impl Mesh {
             for completion in came {
                 match completion {
                     Completion::Arrived(arrival) if arrival.from.peer == peer && arrival.from.tag == Words::TAG => {
-                        answer = Words::decode(&arrival.loan);
+                        answer = Words::decode(&arrival.loan).map(Ok);
                     }
-                    Completion::PeerDown { peer: gone, error } if gone == peer => return Err(error),
+                    // What came at the same time is not lost with it.
+                    Completion::PeerDown { peer: gone, error } if gone == peer => answer = Some(Err(error)),
                     other => self.early.push(other),
                 }
             }
             if let Some(answer) = answer {
-                return Ok(answer);
+                return answer;
             }
             if Instant::now() >= deadline {
-                let what = format!("{} to answer about RDMA", self.tcp.name(peer));
+                let what = format!("{} to answer how it is best reached", self.tcp.name(peer));
                 return Err(TransportError::Timeout { what, waited: began.elapsed() });
             }
             self.tcp.park(deadline);
@@ -107,7 +152,7 @@ impl Mesh {
 
     /// Somebody has called. Who will propose is told of once that is settled.
     pub(super) fn take_in(&mut self, peer: PeerId, now: Instant, done: &mut Vec<Completion>) {
-        if self.public && self.tcp.identity(peer).is_some_and(|identity| identity.rdma) {
+        if self.public && (self.may_share(peer) || self.may_propose(peer)) {
             self.guests.push(Guest { peer, until: now + PROPOSAL });
             self.listen(peer);
         } else {
@@ -115,9 +160,41 @@ impl Mesh {
         }
     }
 
-    /// A guest proposes: answers it, and tells of it.
+    /// Whether who has called will offer memory.
+    fn may_share(&self, peer: PeerId) -> bool {
+        let (own, other) = (self.tcp.own_identity(), self.tcp.identity(peer));
+        let alike = |other: &Identity| other.memory && !own.boot_id.is_empty() && other.boot_id == own.boot_id;
+        own.memory && other.is_some_and(alike)
+    }
+
+    /// Whether who has called will propose queue pairs, where it has not come to share memory.
+    fn may_propose(&self, peer: PeerId) -> bool {
+        self.tcp.own_identity().rdma && self.tcp.identity(peer).is_some_and(|identity| identity.rdma)
+    }
+
+    /// A guest offers memory: takes it, or says why not, and tells of the guest unless it will propose.
+    fn take_offer(&mut self, peer: PeerId, offer: &[u8], done: &mut Vec<Completion>) {
+        let name = self.tcp.name(peer);
+        let wire = self.better.iter_mut().find(|wire| wire.shares()).filter(|_| !offer.is_empty());
+        let taken =
+            wire.map_or_else(|| Err("nothing was offered".to_owned()), |wire| wire.take_memory(peer, name, offer));
+        let why = taken.as_ref().err().cloned().unwrap_or_default();
+        self.say(peer, &Words::Memory(why.into_bytes()));
+        if let Err(why) = &taken {
+            tracing::debug!(peer = %self.tcp.name(peer), why, "no shared memory");
+        }
+        if taken.is_ok() || !self.may_propose(peer) {
+            self.turn_away(peer);
+            done.push(Completion::PeerUp(peer));
+        }
+    }
+
+    /// A guest offers memory, or proposes: answers it, and tells of it.
     pub(super) fn settle(&mut self, peer: PeerId, theirs: Words, now: Instant, done: &mut Vec<Completion>) {
-        self.guests.retain(|guest| guest.peer != peer);
+        if let Words::Memory(offer) = theirs {
+            return self.take_offer(peer, &offer, done);
+        }
+        self.turn_away(peer);
         let name = self.tcp.name(peer);
         let Some(wire) = self.better.iter_mut().find(|wire| wire.speaks()) else { return };
         let (ours, refused) = match wire.greet(peer, name, now) {
@@ -132,6 +209,11 @@ impl Mesh {
         done.push(Completion::PeerUp(peer));
     }
 
+    /// Expects no proposal of `peer` any more.
+    pub(super) fn turn_away(&mut self, peer: PeerId) {
+        self.guests.retain(|guest| guest.peer != peer);
+    }
+
     pub(super) fn is_guest(&self, peer: PeerId) -> bool {
         self.guests.iter().any(|guest| guest.peer == peer)
     }
@@ -143,7 +225,7 @@ impl Mesh {
         }
         let late: Vec<PeerId> = self.guests.iter().filter(|guest| guest.until <= now).map(|guest| guest.peer).collect();
         for peer in late {
-            self.guests.retain(|guest| guest.peer != peer);
+            self.turn_away(peer);
             let cause = LossCause::Silent(PROPOSAL);
             let error = TransportError::PeerLost { peer: Box::new(self.tcp.name(peer)), cause };
             self.tcp.disconnect(peer, error);

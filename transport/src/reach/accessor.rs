@@ -83,12 +83,13 @@ impl Accessor {
             boot_id: home.boot_id,
             nonce: nonce(),
             rdma: verbs.is_some(),
+            memory: false,
         };
         let mut tcp = TcpWire::new(config, identity, Acceptance::Nobody)?;
         let device = verbs.as_ref().map(|(_, reason)| reason.clone());
         let mesh = match verbs {
             Some((verbs, _)) => {
-                let mut mesh = Mesh::meeting(tcp, Box::new(verbs), config.wire);
+                let mut mesh = Mesh::meeting(tcp, vec![Box::new(verbs)], config.wire);
                 mesh.call(PEER, None, &addresses, deadline)?;
                 mesh
             }

@@ -59,6 +59,7 @@ impl Exposer {
             boot_id: home.boot_id.clone(),
             nonce,
             rdma: verbs.is_some(),
+            memory: false,
         };
         let mut tcp = TcpWire::new(config, identity, Acceptance::Anyone { max_peers: MAX_PEERS })?;
         let (port, only_four) = match tcp.listen(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))) {
@@ -70,7 +71,7 @@ impl Exposer {
         let url = Record { home, pid: std::process::id(), nonce, addresses }.encode();
         let device = verbs.as_ref().map(|(_, reason)| reason.clone());
         let mesh = match verbs {
-            Some((verbs, _)) => Mesh::meeting(tcp, Box::new(verbs), WireChoice::Auto),
+            Some((verbs, _)) => Mesh::meeting(tcp, vec![Box::new(verbs)], WireChoice::Auto),
             None => Mesh::new(tcp, Vec::new(), [], Vec::new()),
         };
         let (inbox, waker) = (Arc::new(Mutex::new(Inbox::default())), mesh.waker());

@@ -185,8 +185,15 @@ fn who_breaks_the_rules_is_turned_away() {
     let (exposer, accessor) = ends(None);
     let config = Config { wire: WireChoice::Tcp, token: Some("t".into()), ..Config::default() };
     let record = crate::rendezvous::Record::decode(exposer.url()).unwrap();
-    let identity =
-        crate::Identity { rank: None, host: "h".into(), pid: 1, boot_id: String::new(), nonce: 3, rdma: false };
+    let identity = crate::Identity {
+        rank: None,
+        host: "h".into(),
+        pid: 1,
+        boot_id: String::new(),
+        nonce: 3,
+        rdma: false,
+        memory: false,
+    };
     for junk in [&[0xff; 26][..], &[][..]] {
         let mut stranger = TcpWire::new(&config, identity.clone(), crate::Acceptance::Nobody).unwrap();
         stranger.dial(PEER, None, &record.addresses_from(&crate::home()), Instant::now() + LONG).unwrap();

@@ -1,7 +1,7 @@
 //! Does: memory shared by processes, as a memfd: it has no name in the file system, so a killed process leaves nothing.
 //!
-//! A peer opens it through `/proc/<pid>/fd/<fd>`, which works only on the same host and under the same user, and compares a
-//! random nonce at its head: that is the proof of locality.
+//! A peer opens it through `/proc/<pid>/fd/<fd>`, which works only on the same host and under the same user (the superuser, who
+//! could open anybody's, keeps to it), and compares a random nonce at its head: that is the proof of locality.
 
 #![allow(unsafe_code)]
 
@@ -10,6 +10,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -73,7 +74,11 @@ impl Segment {
         let other = |what: &str| refused(std::io::Error::other(what.to_owned()));
         let file = File::options().read(true).write(true).open(&path).map_err(refused)?;
         let sealed = rustix::fs::fcntl_get_seals(&file).map_err(|error| refused(error.into()))?;
-        let size = file.metadata().map_err(refused)?.len();
+        let about = file.metadata().map_err(refused)?;
+        let size = about.len();
+        if about.uid() != rustix::process::geteuid().as_raw() {
+            return Err(other("another user made it"));
+        }
         if size != offer.bytes || size < HEAD_BYTES as u64 || !sealed.contains(SealFlags::SHRINK) {
             return Err(other("it is not the memory that was offered"));
         }

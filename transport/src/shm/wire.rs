@@ -6,6 +6,7 @@ use super::ring::{CLOSED, GOODBYE, PairMemory};
 use crate::flights::{self, Cargo};
 use crate::inbox::{self, Receive};
 use crate::pool::Pool;
+use crate::slab::Recent;
 use crate::{
     Beside, Completion, Config, Envelope, LossCause, PeerId, PeerName, PostError, Probe, Rank, Region, RegionSlice,
     RegionSliceMut, RegisterError, SendLoan, Tag, Traffic, TransportError, Wake, Wire, WireKind,
@@ -22,15 +23,19 @@ use std::time::{Duration, Instant};
 const LOAN_BYTES: usize = 4 << 20;
 /// How often the system is asked who has died while the wire is polled without a sleep.
 const LIFE_TURNS: u32 = 1024;
+/// Callers that one process shares memory with: each is looked at in every poll, and takes three descriptors.
+const MOST_GUESTS: usize = 32;
 /// What the bell is called among the descriptors to sleep on; the others are peers.
 const BELL: u64 = u64::MAX;
 
 /// The wire to other processes of this host.
 pub struct ShmWire {
     config: Config,
-    links: Vec<Option<Box<Link>>>,
+    links: Recent<Box<Link>>,
     /// The descriptors of the peers' processes, by peer, where the system has such.
-    lives: Vec<Option<OwnedFd>>,
+    lives: Recent<OwnedFd>,
+    /// Our end of what was offered last.
+    offered: Option<ShmEnd>,
     pool: Arc<Pool>,
     bell: Arc<Bell>,
     sleep_on: OwnedFd,
@@ -66,8 +71,9 @@ impl ShmWire {
         epoll::add(&sleep_on, &near, EventData::new_u64(BELL), EventFlags::IN).map_err(refused)?;
         Ok(Self {
             config: config.clone(),
-            links: Vec::new(),
-            lives: Vec::new(),
+            links: Recent::default(),
+            lives: Recent::default(),
+            offered: None,
             pool: Arc::new(Pool::default()),
             bell: Arc::new(Bell { near, far }),
             sleep_on,
@@ -102,16 +108,11 @@ impl ShmWire {
     pub fn attach(&mut self, peer: PeerId, name: PeerName, mut end: ShmEnd) -> Result<(), TransportError> {
         let (pid, bell) = offer::other(&mut end)?;
         let memory = PairMemory::new(end.segment, end.side, bell);
-        let at = peer.index();
-        if self.links.len() <= at {
-            self.links.resize_with(at + 1, || None);
-            self.lives.resize_with(at + 1, || None);
-        }
-        if pid != std::process::id() {
-            self.lives[at] = self.watch(peer, pid);
+        if let Some(life) = Some(pid).filter(|pid| *pid != std::process::id()).and_then(|pid| self.watch(peer, pid)) {
+            self.lives.insert(peer.0, life);
         }
         let link = Link::new(peer, name, memory, &self.config, Arc::clone(&self.pool));
-        self.links[at] = Some(Box::new(link));
+        self.links.insert(peer.0, Box::new(link));
         Ok(())
     }
 
@@ -138,21 +139,21 @@ impl ShmWire {
             if who == BELL {
                 let mut rings = [0; 64];
                 while matches!(rustix::io::read(&self.bell.near, &mut rings), Ok(64)) {}
-            } else if let Some(peer) = usize::try_from(who).ok().filter(|&peer| peer < self.links.len()) {
-                if let Some(link) = &mut self.links[peer] {
+            } else if let Ok(peer) = u32::try_from(who) {
+                if let Some(link) = self.links.get(peer) {
                     link.dead = true;
                 }
                 // Told once: closing the descriptor ends its watch.
-                self.lives[peer] = None;
+                self.lives.remove(peer);
             }
         }
     }
 
     fn link(&mut self, peer: PeerId) -> Result<&mut Link, TransportError> {
-        match self.links.get_mut(peer.index()) {
+        match self.links.get(peer.0) {
             _ if self.closed => Err(TransportError::Closed),
-            Some(Some(link)) => Ok(link),
-            _ => Err(TransportError::UnknownPeer(peer.0)),
+            Some(link) => Ok(link),
+            None => Err(TransportError::UnknownPeer(peer.0)),
         }
     }
 
@@ -166,7 +167,7 @@ impl ShmWire {
         if let Err(error) = ready {
             return Err((error, cargo));
         }
-        if let Some(Some(link)) = self.links.get_mut(to.peer.index())
+        if let Some(link) = self.links.get(to.peer.0)
             && let Err(broken) = link.post(to, cargo, &mut self.pending)
         {
             link.break_off(broken, &mut self.pending);
@@ -184,7 +185,7 @@ impl ShmWire {
         if let Err(error) = ready {
             return Err((error, receive));
         }
-        if let Some(Some(link)) = self.links.get_mut(peer.index())
+        if let Some(link) = self.links.get(peer.0)
             && let Err(broken) = link.receive(tag, receive, &mut self.pending)
         {
             link.break_off(broken, &mut self.pending);
@@ -196,23 +197,53 @@ impl ShmWire {
 impl Beside for ShmWire {
     fn leave(&mut self) -> bool {
         let busy = |link: &Link| link.lost.is_none() && (link.flights.len() > 0 || link.wants_to_write());
-        !self.links.iter().flatten().any(|link| busy(link))
+        !self.links.values().any(|link| busy(link))
     }
 
     fn detach(&mut self, peer: PeerId, error: TransportError) {
-        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+        if let Some(link) = self.links.get(peer.0) {
             link.end_after_reading(&error, &mut self.turn, &mut self.pending);
         }
     }
 
+    fn shares(&self) -> bool {
+        true
+    }
+
+    fn offer_memory(&mut self) -> Result<Vec<u8>, String> {
+        let (offer, end) = self.offer().map_err(|error| error.to_string())?;
+        self.offered = Some(end);
+        Ok(offer.encode().to_vec())
+    }
+
+    fn take_memory(&mut self, peer: PeerId, name: PeerName, offer: &[u8]) -> Result<(), String> {
+        if self.links.len() >= MOST_GUESTS {
+            return Err(format!("it shares memory with {MOST_GUESTS} others already"));
+        }
+        let end = ShmOffer::decode(offer).and_then(|offer| self.accept(&offer));
+        end.and_then(|end| self.attach(peer, name, end)).map_err(|error| error.to_string())
+    }
+
+    fn attach_offered(&mut self, peer: PeerId, name: PeerName) -> Result<(), String> {
+        let end = self.offered.take().ok_or("nothing was offered")?;
+        self.attach(peer, name, end).map_err(|error| error.to_string())
+    }
+
+    fn forget(&mut self, peer: PeerId) {
+        if let Some(link) = self.links.remove(peer.0) {
+            link.memory().leave(CLOSED, "");
+        }
+        self.lives.remove(peer.0);
+    }
+
     fn has(&self, peer: PeerId) -> bool {
-        self.links.get(peer.index()).is_some_and(Option::is_some)
+        self.links.has(peer.0)
     }
 
     fn fall_asleep(&mut self) -> bool {
-        let links = || self.links.iter().flatten().filter(|link| link.lost.is_none());
+        let links = || self.links.values().filter(|link| link.lost.is_none());
         links().for_each(|link| link.memory().set_asleep(true));
-        self.pending.is_empty() && !self.links.iter_mut().flatten().any(|link| link.has_news())
+        self.pending.is_empty() && !self.links.values_mut().any(|link| link.has_news())
     }
 
     fn sleep_on(&self) -> BorrowedFd<'_> {
@@ -220,7 +251,7 @@ impl Beside for ShmWire {
     }
 
     fn wake_up(&mut self) {
-        for link in self.links.iter().flatten().filter(|link| link.lost.is_none()) {
+        for link in self.links.values().filter(|link| link.lost.is_none()) {
             link.memory().set_asleep(false);
         }
         self.look_around();
@@ -229,7 +260,7 @@ impl Beside for ShmWire {
 
 impl Drop for ShmWire {
     fn drop(&mut self) {
-        for link in self.links.iter().flatten() {
+        for link in self.links.values() {
             link.memory().leave(CLOSED, "");
         }
     }
@@ -241,14 +272,14 @@ impl Wire for ShmWire {
     }
 
     fn name(&self, peer: PeerId) -> PeerName {
-        match self.links.get(peer.index()) {
-            Some(Some(link)) => link.name.clone(),
-            _ => PeerName { rank: None, host: "unknown".to_owned(), pid: 0, address: "unknown".to_owned() },
+        match self.links.peek(peer.0) {
+            Some(link) => link.name.clone(),
+            None => PeerName { rank: None, host: "unknown".to_owned(), pid: 0, address: "unknown".to_owned() },
         }
     }
 
     fn traffic(&self, peer: PeerId) -> Traffic {
-        self.links.get(peer.index()).and_then(Option::as_ref).map(|link| link.traffic()).unwrap_or_default()
+        self.links.peek(peer.0).map(|link| link.traffic()).unwrap_or_default()
     }
 
     fn register(&mut self, _region: &Arc<Region>) -> Result<(), RegisterError> {
@@ -282,18 +313,18 @@ impl Wire for ShmWire {
     }
 
     fn probe(&mut self, tag: Tag) -> Option<Probe> {
-        let found = self.links.iter().flatten().filter_map(|link| link.inbox.probe(tag));
+        let found = self.links.values().filter_map(|link| link.inbox.probe(tag));
         found.min_by_key(|(turn, ..)| *turn).map(|(_, from, bytes)| Probe { from, bytes })
     }
 
     fn cancel_recvs(&mut self, peer: PeerId, tag: Tag) {
-        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+        if let Some(link) = self.links.get(peer.0) {
             link.inbox.cancel(tag, &TransportError::Cancelled, &mut self.pending);
         }
     }
 
     fn disconnect(&mut self, peer: PeerId, error: TransportError) {
-        if let Some(Some(link)) = self.links.get_mut(peer.index()) {
+        if let Some(link) = self.links.get(peer.0) {
             link.end(&error, &mut self.pending);
         }
     }
@@ -304,7 +335,7 @@ impl Wire for ShmWire {
             self.look_around();
         }
         done.append(&mut self.pending);
-        for link in self.links.iter_mut().flatten() {
+        for link in self.links.values_mut() {
             link.progress(&mut self.turn, done);
         }
     }
@@ -330,7 +361,7 @@ impl Wire for ShmWire {
             done.clear();
             self.park(until.min(Instant::now() + Duration::from_millis(10)));
         }
-        for link in self.links.iter_mut().flatten() {
+        for link in self.links.values_mut() {
             link.memory().leave(GOODBYE, "");
             let peer = Box::new(link.name.clone());
             link.end(&TransportError::PeerLost { peer, cause: LossCause::Goodbye }, &mut done);

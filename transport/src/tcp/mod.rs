@@ -238,6 +238,7 @@ fn local_identity(rank: u32) -> Identity {
         boot_id: String::new(),
         nonce: u64::from(rank) + 1,
         rdma: false,
+        memory: false,
     }
 }
 

@@ -297,6 +297,9 @@ impl Beside for VerbsWire {
                 Some(theirs) => self.consider(at, theirs, now, &mut done),
                 None => self.end(at, LossCause::Protocol("a proposal that makes no sense".to_owned()), &mut done),
             },
+            Words::Memory(_) => {
+                self.end(at, LossCause::Protocol("an offer of memory to queue pairs".to_owned()), &mut done);
+            }
             Words::Frame(bytes) => {
                 let Some(Some(link)) =
                     self.links.get_mut(at).filter(|link| link.as_ref().is_some_and(|link| link.lost.is_none()))

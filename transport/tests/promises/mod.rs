@@ -129,6 +129,7 @@ fn tcp_wires(config: &Config, count: u32) -> Vec<TcpWire> {
             boot_id: String::new(),
             nonce: u64::from(rank) + 1,
             rdma: false,
+            memory: false,
         };
         let mut wire = TcpWire::new(config, identity, accept).unwrap();
         let address = wire.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
