@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use gradwire_ps::{Client, ClientSettings, DType, LocalServers, ServerSettings, TableOptions};
-use gradwire_transport::{Config, CreditSettings, Region};
+use gradwire_transport::{Config, CreditSettings, Region, WireChoice};
 use std::time::Duration;
 
 const LONG: Option<Duration> = Some(Duration::from_secs(30));
@@ -12,7 +12,7 @@ const ELEMENTS: usize = 700_001;
 fn granting() -> Config {
     // Loopback has no queue to protect, and is granted credit only where it is asked for.
     let credit = CreditSettings { loopback: true, ..CreditSettings::default() };
-    Config { credit: Some(credit), ..Config::default() }
+    Config { credit: Some(credit), wire: WireChoice::Tcp, ..Config::default() }
 }
 
 fn gradient() -> impl Iterator<Item = f32> {

@@ -6,7 +6,7 @@ use gradwire_ps::{
     Adam, Client, ClientSettings, Combine, DType, DenseTable, Limits, LocalServers, Mode, PsError, Reason,
     ServerSettings, Sgd, TableOptions, UpdateRule,
 };
-use gradwire_transport::Region;
+use gradwire_transport::{Config, Region, WireChoice};
 use half::{bf16, f16};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -22,12 +22,16 @@ fn client(servers: &LocalServers, worker: Option<u32>) -> Client {
     Client::connect(servers.addresses(), settings(worker)).unwrap()
 }
 
+/// Every other worker reaches the servers over TCP, the others share memory with them.
 fn settings(worker: Option<u32>) -> ClientSettings {
+    let default = ClientSettings::default();
+    let wire = if worker.is_some_and(|worker| worker % 2 == 1) { WireChoice::Tcp } else { WireChoice::Auto };
     ClientSettings {
+        transport: Config { wire, ..default.transport },
         worker,
         timeout: Duration::from_secs(20),
         reconnect: Duration::from_millis(400),
-        ..Default::default()
+        ..default
     }
 }
 

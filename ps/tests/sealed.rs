@@ -7,12 +7,12 @@ mod running;
 
 use authority::{Authority, load};
 use gradwire_ps::{Client, ClientSettings, DType, PsError, TableOptions};
-use gradwire_transport::{Config, Region, TlsFiles, TransportError};
+use gradwire_transport::{Config, Region, TlsFiles, TransportError, WireChoice};
 use running::{Running, command};
 
 fn settings(files: &TlsFiles) -> ClientSettings {
     let default = ClientSettings::default();
-    ClientSettings { transport: Config { tls: load(files), ..default.transport }, ..default }
+    ClientSettings { transport: Config { tls: load(files), wire: WireChoice::Tcp, ..default.transport }, ..default }
 }
 
 #[test]

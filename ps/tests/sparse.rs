@@ -6,7 +6,7 @@ use gradwire_ps::{
     Adagrad, Adam, Client, ClientSettings, Combine, DType, Eviction, Ftrl, Initializer, LocalServers, Mode, PsError,
     Reason, ServerSettings, Sgd, SparseOptions, SparseTable, TableOptions, UpdateRule, shard_of,
 };
-use gradwire_transport::{Region, RegionSlice};
+use gradwire_transport::{Config, Region, RegionSlice, WireChoice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,8 +17,12 @@ fn servers(shards: u32) -> LocalServers {
     LocalServers::start(shards, ServerSettings::default()).unwrap()
 }
 
+/// Every other worker reaches the servers over TCP, the others share memory with them.
 fn client(servers: &LocalServers, worker: Option<u32>) -> Client {
-    let settings = ClientSettings { worker, timeout: Duration::from_secs(20), ..Default::default() };
+    let default = ClientSettings::default();
+    let wire = if worker.is_some_and(|worker| worker % 2 == 1) { WireChoice::Tcp } else { WireChoice::Auto };
+    let transport = Config { wire, ..default.transport };
+    let settings = ClientSettings { worker, timeout: Duration::from_secs(20), transport, ..default };
     Client::connect(servers.addresses(), settings).unwrap()
 }
 
