@@ -43,6 +43,7 @@ impl Mesh {
         self.better.iter_mut().for_each(|wire| wire.forget(peer));
         self.down.retain(|gone| *gone != peer);
         self.ending.retain(|ending| ending.peer != peer);
+        self.hear_no_more_of(peer);
         self.tcp.dial_host(peer, None, host, addresses, deadline)?;
         let shared = self.share(peer, deadline).and_then(|shared| match shared {
             Ok(()) => Ok(true),
@@ -53,6 +54,14 @@ impl Mesh {
         });
         let joined = shared.and_then(|shared| if shared { Ok(()) } else { self.propose(peer, deadline) });
         joined.inspect_err(|error| self.tcp.disconnect(peer, error.clone()))
+    }
+
+    /// What the sockets still have to tell of a last connection to `peer` would be taken for the next one's end.
+    fn hear_no_more_of(&mut self, peer: PeerId) {
+        let mut came = std::mem::take(&mut self.early);
+        self.tcp.poll(Instant::now(), &mut came);
+        came.retain(|completion| !matches!(completion, Completion::PeerDown { peer: gone, .. } if *gone == peer));
+        self.early = came;
     }
 
     /// Offers memory to who has been called; why there is none between us.
@@ -74,16 +83,18 @@ impl Mesh {
         let answer = self.answer_of(peer, deadline)?;
         let attached = match (offer, answer) {
             (Err(why), _) => Err(why),
-            (Ok(_), Words::Memory(why)) if !why.is_empty() => Err(String::from_utf8_lossy(&why).into_owned()),
-            (Ok(_), Words::Memory(_)) => {
+            (Ok(_), Words::Memory(why)) if why.is_empty() => {
                 let wire = self.better.iter_mut().find(|wire| wire.shares());
                 // It counts on the memory by now: without it, nothing would reach it.
                 let attached = wire.map_or(Ok(()), |wire| wire.attach_offered(peer, name));
-                attached.map_err(|why| TransportError::io("share memory with it", std::io::Error::other(why)))?;
-                Ok(())
+                Ok(attached.map_err(|why| TransportError::io("share memory with it", std::io::Error::other(why)))?)
             }
-            _ => Err("the other end answers otherwise".to_owned()),
+            (Ok(_), Words::Memory(why)) => Err(String::from_utf8_lossy(&why).into_owned()),
+            (Ok(_), _) => Err("the other end answers otherwise".to_owned()),
         };
+        if attached.is_err() {
+            self.better.iter_mut().filter(|wire| wire.shares()).for_each(|wire| wire.forget(peer));
+        }
         Ok(attached)
     }
 

@@ -230,6 +230,7 @@ impl Beside for ShmWire {
     }
 
     fn forget(&mut self, peer: PeerId) {
+        self.offered = None;
         if let Some(link) = self.links.remove(peer.0) {
             link.memory().leave(CLOSED, "");
         }
