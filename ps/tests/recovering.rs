@@ -7,7 +7,7 @@ use gradwire_ps::{
     Client, ClientSettings, Course, DType, DenseTable, Mode, PsError, Reason, Recovery, Schedule, Sgd, SparseOptions,
     TableOptions, UpdateRule,
 };
-use gradwire_transport::{Region, RegionSlice};
+use gradwire_transport::{Config, Region, RegionSlice, WireChoice};
 use running::Running;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -24,12 +24,16 @@ fn server(address: &str) -> Running {
     Running::start(1, &["--listen", address, "--log", "warn"])
 }
 
+/// Worker 0, who is the one behind a gate, goes by sockets: what is in shared memory no gate stops.
 fn settings(worker: u32) -> ClientSettings {
+    let default = ClientSettings::default();
+    let wire = if worker == 0 { WireChoice::Tcp } else { WireChoice::Auto };
     ClientSettings {
         worker: Some(worker),
         reconnect: Duration::from_secs(2),
         timeout: Duration::from_secs(60),
-        ..ClientSettings::default()
+        transport: Config { wire, ..default.transport },
+        ..default
     }
 }
 
