@@ -26,12 +26,13 @@ fn many_to_one_counts_every_sender_over_both_wires_and_draws_it() {
     let folder = tempfile::tempdir().unwrap();
     for wire in ["tcp", "shm"] {
         let short = ["--senders", "1,3", "--bytes", "50000", "--seconds", "0.5", "--warm-up", "0.1", "--wire", wire];
+        let cc = ["--cc", if wire == "tcp" { "none,credit,plain" } else { "none" }];
         let report = ["--report", folder.path().to_str().unwrap()];
-        let rows = rows(&[&["many-to-one"][..], &short, &report].concat());
+        let rows = rows(&[&["many-to-one"][..], &short, &cc, &report].concat());
         let runs: Vec<_> =
             rows.iter().map(|row| (row["senders"].as_u64().unwrap(), row["cc"].as_str().unwrap())).collect();
-        let both = [(1, "none"), (1, "credit"), (3, "none"), (3, "credit")];
-        assert_eq!(runs, both.into_iter().filter(|run| wire == "tcp" || run.1 == "none").collect::<Vec<_>>());
+        let all = [1, 3].into_iter().flat_map(|n| ["none", "credit", "plain"].map(|cc| (n, cc)));
+        assert_eq!(runs, all.filter(|run| wire == "tcp" || run.1 == "none").collect::<Vec<_>>());
         for row in &rows {
             positive(row, &["goodput_gb_per_s", "jain", "p50_us", "p99_us", "pushes", "seconds"]);
             let each = row["per_sender"].as_array().unwrap();
@@ -133,9 +134,10 @@ fn a_comparison_is_measured_over_both_wires_and_put_into_a_readme() {
 
 #[test]
 fn what_cannot_be_measured_is_refused_with_what_to_do() {
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["many-to-one", "--senders", "99"], "give numbers from 1 to 64"),
         (&["many-to-one", "--wire", "shm", "--shape", "1gbit:64kb"], "use --wire tcp"),
+        (&["many-to-one", "--wire", "shm", "--cc", "plain"], "use --wire tcp"),
         (&["ps", "--bytes", "3"], "multiples of 4"),
         (&["compare", "--wires", "verbs"], "use --wires shm,tcp"),
         (&["memory", "--rounds", "0"], "at least one round"),

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long processes may take to find each other: 65 of them start at once.
-const MEETING: Duration = Duration::from_secs(60);
+pub(super) const MEETING: Duration = Duration::from_secs(60);
 /// The longest sleep of whoever waits.
 pub(super) const NAP: Duration = Duration::from_millis(100);
 

@@ -3,6 +3,8 @@
 mod count;
 mod device;
 mod member;
+mod phases;
+mod plain;
 mod receiver;
 mod row;
 mod sender;
@@ -44,7 +46,7 @@ pub(crate) struct Options {
     /// (scripts/softroce-vm of this project); for --wire verbs without RDMA hardware
     #[arg(long, value_name = "SCRIPT")]
     guests: Option<PathBuf>,
-    /// How the network is kept from being overrun; both in turns: none,credit
+    /// How the network is kept from being overrun, several in turns: none,credit; and plain, sockets without this library
     #[arg(long, value_enum, value_delimiter = ',', default_value = "none,credit")]
     cc: Vec<Cc>,
     /// Bytes of a push; 256 KiB is what the parameter server sends as one part
@@ -89,7 +91,29 @@ fn counts(text: &str) -> Result<Counts, String> {
 
 /// One member of a measurement.
 pub(crate) fn member(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
-    if options.rank == 0 { receiver::receive(options) } else { sender::send(options) }
+    match (options.rank, options.cc) {
+        (0, Cc::Plain) => plain::receive(options),
+        (_, Cc::Plain) => plain::send(options),
+        (0, _) => receiver::receive(options),
+        _ => sender::send(options),
+    }
+}
+
+/// Refuses what goes by no such wire.
+fn check_wire(options: &Options) -> Result<(), Box<dyn Error>> {
+    if options.shape.is_some() && options.wire != Way::Tcp {
+        return Err("--shape is about a network: use --wire tcp".into());
+    }
+    if options.wire == Way::Auto {
+        return Err("name a wire: --wire tcp, shm or verbs".into());
+    }
+    if options.wire != Way::Tcp && options.cc.contains(&Cc::Plain) {
+        return Err("--cc plain has sockets: use --wire tcp".into());
+    }
+    if options.guests.is_some() && options.wire != Way::Verbs {
+        return Err("--guests have soft-RoCE devices: use --wire verbs".into());
+    }
+    Ok(())
 }
 
 /// Measures every number of senders and prints a row for each.
@@ -102,15 +126,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         )
         .into());
     }
-    if options.shape.is_some() && options.wire != Way::Tcp {
-        return Err("--shape is about a network: use --wire tcp".into());
-    }
-    if options.wire == Way::Auto {
-        return Err("name a wire: --wire tcp, shm or verbs".into());
-    }
-    if options.guests.is_some() && options.wire != Way::Verbs {
-        return Err("--guests have soft-RoCE devices: use --wire verbs".into());
-    }
+    check_wire(options)?;
     let about = About {
         host: machine::host(),
         wire: options.wire,
@@ -223,10 +239,10 @@ fn add_member(command: &mut Command, options: &Options, (senders, cc): (u32, Cc)
 fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
     let line = |name: &str, value: fn(&Row) -> f64| {
         let each = move |cc: Cc| Series {
-            name: format!("{name}, {}", if cc == Cc::None { "no credit" } else { "credit" }),
+            name: format!("{name}, {}", if cc == Cc::None { "no credit" } else { cc.name() }),
             points: rows.iter().filter(|row| row.cc == cc).map(|row| (row.senders as f64, value(row))).collect(),
         };
-        [Cc::None, Cc::Credit].map(each).into_iter().filter(|series| !series.points.is_empty()).collect::<Vec<_>>()
+        row::ALL.map(each).into_iter().filter(|series| !series.points.is_empty()).collect::<Vec<_>>()
     };
     let by_senders = |title: &str, y: &str, y_log: bool, series: Vec<Vec<Series>>| Chart {
         title: title.to_owned(),

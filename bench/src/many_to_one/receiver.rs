@@ -2,7 +2,8 @@
 
 use super::count::Count;
 use super::device::{Refused, refused};
-use super::member::{MEASURE, MemberOptions, NAP, PHASE, PUSH, START, STOP, TAKEN, WHOLE};
+use super::member::{MEASURE, MemberOptions, NAP, PHASE, PUSH, STOP, TAKEN, WHOLE};
+use super::phases::Phases;
 use super::stamp;
 use gradwire_transport::{Arrival, Completion, Envelope, LossCause, PeerId, Tag, TransportError, Wire};
 use serde::{Deserialize, Serialize};
@@ -22,26 +23,13 @@ pub(super) struct Taken {
     pub(super) refused: Option<Refused>,
 }
 
-#[derive(Clone, Copy, PartialEq)]
-enum Phase {
-    /// Waiting for a first push of everybody, of which every byte is checked.
-    Meeting,
-    Warming,
-    Measuring,
-    /// Waiting for a last push of everybody, and for their goodbye.
-    Ending,
-}
-
 struct Receiver<'a> {
     options: &'a MemberOptions,
     wire: Box<dyn Wire>,
-    phase: Phase,
+    phases: Phases,
     /// The next push of each sender.
     next: Vec<u64>,
     counts: Vec<Count>,
-    began: Instant,
-    /// Seconds that were measured.
-    window: Option<f64>,
     refused: Option<Refused>,
     left: u32,
     /// Words that the wire had no room for.
@@ -56,11 +44,9 @@ pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
     let mut receiver = Receiver {
         options,
         wire,
-        phase: Phase::Meeting,
+        phases: Phases::new(Instant::now(), options.warm_up, options.seconds),
         next: vec![0; senders + 1],
         counts: vec![Count::new(Instant::now()); senders + 1],
-        began: Instant::now(),
-        window: None,
         refused: None,
         left: options.senders,
         words: VecDeque::new(),
@@ -89,7 +75,7 @@ pub(super) fn receive(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
             receiver.wire.park(due.min(Instant::now() + NAP));
         }
     }
-    let seconds = receiver.window.ok_or("everybody left before it was measured")?;
+    let seconds = receiver.phases.window.ok_or("everybody left before it was measured")?;
     let pushes = receiver.counts[1..].iter().map(|count| count.pushes).collect();
     options.leave(&Taken { seconds, pushes, refused: receiver.refused })?;
     receiver.wire.shutdown(Instant::now() + Duration::from_secs(1));
@@ -105,13 +91,13 @@ impl Receiver<'_> {
         match completion {
             Completion::Arrived(arrival) => self.take(arrival),
             Completion::PeerDown { error: TransportError::PeerLost { cause: LossCause::Goodbye, .. }, .. }
-                if self.phase == Phase::Ending =>
+                if self.phases.is_ending() =>
             {
                 self.left -= 1;
                 Ok(())
             }
             Completion::PeerDown { error, .. } => Err(error.into()),
-            Completion::RecvFailed { error, .. } if self.phase != Phase::Ending => Err(error.into()),
+            Completion::RecvFailed { error, .. } if !self.phases.is_ending() => Err(error.into()),
             _ => Ok(()),
         }
     }
@@ -153,32 +139,17 @@ impl Receiver<'_> {
 
     /// Goes on to the next phase where it is time; when to look again.
     fn turn(&mut self, now: Instant) -> Result<Instant, Box<dyn Error>> {
-        let (warm_up, seconds) =
-            (Duration::from_secs_f64(self.options.warm_up), Duration::from_secs_f64(self.options.seconds));
-        match self.phase {
-            Phase::Meeting if self.next[1..].iter().all(|next| *next > 0) => {
-                (self.phase, self.began) = (Phase::Warming, now);
-                self.say_to_all(PHASE, START)?;
-            }
-            Phase::Warming if now >= self.began + warm_up => {
-                (self.phase, self.began) = (Phase::Measuring, now);
+        let all_have_come = self.next[1..].iter().all(|next| *next > 0);
+        if let Some(note) = self.phases.turn(now, all_have_come) {
+            if note == MEASURE {
                 self.counts.iter_mut().for_each(|count| count.begin(now));
                 self.refused = refused();
-                self.say_to_all(PHASE, MEASURE)?;
-            }
-            Phase::Measuring if now >= self.began + seconds => {
-                self.phase = Phase::Ending;
-                self.window = Some((now - self.began).as_secs_f64());
+            } else if note == STOP {
                 self.counts.iter_mut().for_each(|count| count.end(now));
                 self.refused = refused().zip(self.refused).map(|(now, before)| now - before);
-                self.say_to_all(PHASE, STOP)?;
             }
-            _ => {}
+            self.say_to_all(PHASE, note)?;
         }
-        Ok(match self.phase {
-            Phase::Warming => self.began + warm_up,
-            Phase::Measuring => self.began + seconds,
-            Phase::Meeting | Phase::Ending => now + NAP,
-        })
+        Ok(self.phases.due(now))
     }
 }

@@ -49,7 +49,12 @@ pub(crate) enum Cc {
     None,
     /// The receiver grants portions, for as many bytes as the path holds
     Credit,
+    /// Without this library: one thread reads plain sockets, to which senders write; what the machine itself can do
+    Plain,
 }
+
+/// All, in the order of plots.
+pub(super) const ALL: [Cc; 3] = [Cc::None, Cc::Credit, Cc::Plain];
 
 impl Cc {
     /// Its name, as it is given.
@@ -57,6 +62,7 @@ impl Cc {
         match self {
             Self::None => "none",
             Self::Credit => "credit",
+            Self::Plain => "plain",
         }
     }
 }
@@ -130,7 +136,7 @@ const LEAST_OF_SHARE: f64 = 0.5;
 /// with two senders or more, and only where there are several numbers of them.
 pub(super) fn judge(rows: &[Row]) -> Vec<String> {
     let mut verdicts = Vec::new();
-    for cc in [Cc::None, Cc::Credit] {
+    for cc in ALL {
         let many: Vec<&Row> = rows.iter().filter(|row| row.cc == cc && row.senders >= 2).collect();
         if many.len() < 2 {
             continue;
@@ -156,7 +162,18 @@ pub(super) fn judge(rows: &[Row]) -> Vec<String> {
             many.len()
         ));
     }
+    verdicts.extend([Cc::None, Cc::Credit].into_iter().filter_map(|cc| beside_plain(rows, cc)));
     verdicts
+}
+
+/// Goodput beside that of plain sockets, for each number of senders.
+fn beside_plain(rows: &[Row], cc: Cc) -> Option<String> {
+    let of = |row: &Row| {
+        let plain = rows.iter().find(|other| other.cc == Cc::Plain && other.senders == row.senders)?;
+        Some(format!("{}: {:.2}", row.senders, row.goodput_gb_per_s / plain.goodput_gb_per_s))
+    };
+    let all: Vec<String> = rows.iter().filter(|row| row.cc == cc).filter_map(of).collect();
+    (!all.is_empty()).then(|| format!("{} beside plain sockets, by senders: {}", cc.name(), all.join(", ")))
 }
 
 /// What is the same for all rows of a run.
@@ -318,6 +335,9 @@ mod tests {
         starved[0] = 5.0;
         assert!(verdict(&starved).contains("missed at 64: 0.95 of the best, Jain 0.9931, slowest 0.34"));
         assert!(judge(&[row(&[1000.0]), row(&[1.0, 1.0])]).is_empty(), "one number of senders has nothing beside it");
+        let plain = |pushes: &[f64]| Row { cc: Cc::Plain, ..row(pushes) };
+        let verdicts = judge(&[row(&[500.0, 500.0]), plain(&[400.0, 400.0]), row(&[1000.0])]);
+        assert_eq!(verdicts, ["none beside plain sockets, by senders: 2: 1.25"]);
     }
 
     #[test]
