@@ -1,4 +1,5 @@
-//! Does: clients and servers of one process over TCP: every type and size, every failure that a user meets.
+//! Does: clients and servers of one process over TCP and shared memory: every type and size, every failure that a
+//! user meets.
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 

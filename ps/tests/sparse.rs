@@ -1,4 +1,5 @@
-//! Does: sparse tables over TCP: the same bits over every number of shards, staleness that is bounded, rows that come and go.
+//! Does: sparse tables over TCP and shared memory: the same bits over every number of shards, staleness that is bounded, rows
+//! that come and go.
 
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 

@@ -56,11 +56,7 @@ impl SameHost {
             Some(_) => (LENGTH_BYTES, SHORT_BYTES),
         };
         if own <= most && gives {
-            if root.is_none() {
-                self.begin(own)
-            } else {
-                self.begin_one_sided(len)
-            }
+            self.begin_gather(root, own);
             self.write(before, input.unwrap_or_else(|| part_mut(output, me, size)));
         }
         let kept = input.filter(|_| takes);
@@ -86,6 +82,14 @@ impl SameHost {
         self.gather_rounds((root, longest, len), input, output, turn)
     }
 
+    /// Without a root, every rank both gives and takes.
+    fn begin_gather(&mut self, root: Option<Rank>, bytes: usize) {
+        match root {
+            None => self.begin(bytes),
+            Some(_) => self.begin_one_sided(bytes),
+        }
+    }
+
     /// What is too long for letters, in so many rounds as the longest part takes; this rank's has `len` bytes.
     fn gather_rounds<E>(
         &mut self,
@@ -100,11 +104,7 @@ impl SameHost {
         let (stream, stream_own) = (longest >= STREAM_BYTES, len >= STREAM_MOVED_BYTES);
         for range in self.rounds(longest, turn.dtype, 1) {
             let mine = within(&range, len);
-            if root.is_none() {
-                self.begin(range.len())
-            } else {
-                self.begin_one_sided(range.len())
-            }
+            self.begin_gather(root, range.len());
             if gives {
                 let given = input.unwrap_or_else(|| part_mut(output, me, size));
                 self.put(0, &given[mine.clone()]);
