@@ -104,60 +104,59 @@ impl Call {
             crate::reduce::check(self.dtype, op).map_err(|error| self.invalid(error.to_string()))?;
         }
         let root = self.collective.root().is_none_or(|root| root.index() == rank);
-        let input = self.elements("input", &self.input)?;
-        let output = self.elements("output", &self.output)?;
-        let parts = |lens: Vec<usize>, what: &str| self.parts(lens, what, size);
+        let only = |what: &str, pieces: &[Piece]| self.only(what, pieces);
+        let parts = |what: &str, pieces: &[Piece]| self.parts(self.elements(what, pieces)?, what, size);
         Ok(match self.collective {
             Collective::Barrier => Shape { len: 0, input: vec![], output: vec![], packed: false },
             Collective::AllReduce { .. } | Collective::Reduce { .. } | Collective::Broadcast { .. } => {
-                Shape { len: self.only(&output, "output")?, input: vec![], output: vec![], packed: false }
+                Shape { len: only("output", &self.output)?, input: vec![], output: vec![], packed: false }
             }
             Collective::AllGather | Collective::Gather { .. } => {
-                let len = self.only(&input, "input")?;
-                let output = if root { parts(output, "output")? } else { vec![] };
+                let len = only("input", &self.input)?;
+                let output = if root { parts("output", &self.output)? } else { vec![] };
                 self.same(len, output.get(rank), "input", "its own part of the output")?;
                 Shape { len, input: vec![], output, packed: false }
             }
             Collective::ReduceScatter { .. } | Collective::Scatter { .. } => {
-                let len = self.only(&output, "output")?;
-                let input = if root { parts(input, "input")? } else { vec![] };
+                let len = only("output", &self.output)?;
+                let input = if root { parts("input", &self.input)? } else { vec![] };
                 self.same(len, input.get(rank), "output", "its own part of the input")?;
                 Shape { len, input, output: vec![], packed: false }
             }
-            Collective::AllToAll if size > 1 && input.len() == 1 && output.len() == 1 => {
-                let (input, output) = (parts(input, "input")?, parts(output, "output")?);
-                self.same(input[rank], output.get(rank), "input from itself", "output to itself")?;
-                Shape { len: input[rank], input, output, packed: true }
-            }
             Collective::AllToAll => {
-                let (input, output) = (self.each(input, "input", size)?, self.each(output, "output", size)?);
+                let packed = size > 1 && self.input.len() == 1 && self.output.len() == 1;
+                let lens = |what: &str, pieces: &[Piece]| match packed {
+                    true => parts(what, pieces),
+                    false => self.each(self.elements(what, pieces)?, what, size),
+                };
+                let (input, output) = (lens("input", &self.input)?, lens("output", &self.output)?);
                 self.same(input[rank], output.get(rank), "input from itself", "output to itself")?;
-                Shape { len: 0, input, output, packed: false }
+                Shape { len: if packed { input[rank] } else { 0 }, input, output, packed }
             }
         })
     }
 
+    /// The elements of each piece.
     fn elements(&self, what: &str, pieces: &[Piece]) -> Result<Vec<usize>, CollectiveError> {
-        let bytes = self.dtype.bytes();
-        pieces
-            .iter()
-            .map(|piece| {
-                let len = piece.range.len();
-                if piece.range.end > piece.region.len() || len % bytes != 0 {
-                    return Err(self.invalid(format!(
-                        "{what} of {len} bytes is not a whole number of {bytes}-byte elements within its {} bytes of memory",
-                        piece.region.len()
-                    )));
-                }
-                Ok(len / bytes)
-            })
-            .collect()
+        pieces.iter().map(|piece| self.elements_of(what, piece)).collect()
     }
 
-    fn only(&self, lens: &[usize], what: &str) -> Result<usize, CollectiveError> {
-        match lens {
-            [len] => Ok(*len),
-            _ => Err(self.invalid(format!("takes one {what}, got {}", lens.len()))),
+    fn elements_of(&self, what: &str, piece: &Piece) -> Result<usize, CollectiveError> {
+        let (bytes, len) = (self.dtype.bytes(), piece.range.len());
+        if piece.range.end > piece.region.len() || len % bytes != 0 {
+            return Err(self.invalid(format!(
+                "{what} of {len} bytes is not a whole number of {bytes}-byte elements within its {} bytes of memory",
+                piece.region.len()
+            )));
+        }
+        Ok(len / bytes)
+    }
+
+    /// The elements of the one piece that there is to be.
+    fn only(&self, what: &str, pieces: &[Piece]) -> Result<usize, CollectiveError> {
+        match pieces {
+            [piece] => self.elements_of(what, piece),
+            _ => Err(self.invalid(format!("takes one {what}, got {}", pieces.len()))),
         }
     }
 

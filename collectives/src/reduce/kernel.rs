@@ -289,7 +289,8 @@ impl<K: Kind, O: Op<K::Value>> Loop for Fold<'_, K, O> {
     #[inline(always)]
     fn run<I: Instructions>(self) {
         let Job { own, at, others, mut copy, divisor } = self.0;
-        let mut values = [K::Value::default(); BLOCK];
+        // Of several inputs; zeroing it would take two short ones longer than adding them up.
+        let mut values = None;
         // One pass will do for two inputs, however long they are.
         let block = if others.len() < 2 && copy.is_none() { own.len() } else { BLOCK * K::BYTES };
         let mut start = 0;
@@ -300,21 +301,22 @@ impl<K: Kind, O: Op<K::Value>> Loop for Fold<'_, K, O> {
                 [] => K::alone::<I, O>(own, divisor),
                 [other] => K::pair::<I, O>(own, &other[start..end], divisor),
                 [one, other, ..] => {
+                    let values = values.get_or_insert_with(|| [K::Value::default(); BLOCK]);
                     // The first two commute.
                     let second = if at < 2 { &*own } else { &other[start..end] };
-                    K::first::<I, O>(&mut values, &one[start..end], second);
+                    K::first::<I, O>(values, &one[start..end], second);
                     for rank in 2..others.len() {
                         let input = match rank.cmp(&at) {
                             Ordering::Less => &others[rank][start..end],
                             Ordering::Equal => &*own,
                             Ordering::Greater => &others[rank - 1][start..end],
                         };
-                        K::next::<I, O>(&mut values, input);
+                        K::next::<I, O>(values, input);
                     }
                     if at == others.len() {
-                        K::last_own::<I, O>(&values, own, divisor);
+                        K::last_own::<I, O>(values, own, divisor);
                     } else {
-                        K::last::<I, O>(&values, &others[others.len() - 1][start..end], own, divisor);
+                        K::last::<I, O>(values, &others[others.len() - 1][start..end], own, divisor);
                     }
                 }
             }
