@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// Turns of spinning with a core for each rank: some 30 us.
 const SPINS: u32 = 2000;
 /// Turns of spinning where ranks share cores: more would keep the others from their work.
-const FEW_SPINS: u32 = 20;
+const FEW_SPINS: u32 = 1;
 /// Meetings at the first yield, one after the other, that are no chance any more.
 const MEETINGS: u32 = 4;
 /// How many more until another core is tried again: where none is free, that only costs.
