@@ -42,7 +42,8 @@ pub struct Config {
     pub max_message_bytes: usize,
     /// Longest message sent before the receiver has asked for it. Default 64 KiB: it stays in cache.
     pub eager_bytes: usize,
-    /// Bytes one peer may have sent us that no receive has met. Default 1 MiB, about what a loopback RTT carries.
+    /// Bytes one peer may have sent us that no receive has met. Default 2 MiB: what collectives have under way, 8 segments of
+    /// 128 KiB, and as much again that was taken and of which the sender has not heard.
     pub window_bytes: usize,
     /// Lets large messages come as the receiver grants them, so that many senders do not overrun the network: in portions over
     /// TCP, whole over queue pairs. Shared memory has none: each pair's ring holds its sender back, and nothing can be lost.
@@ -66,7 +67,7 @@ impl Default for Config {
             timeout: Duration::from_secs(300),
             max_message_bytes: 1 << 30,
             eager_bytes: 64 << 10,
-            window_bytes: 1 << 20,
+            window_bytes: 2 << 20,
             credit: None,
             queue_depth: 1 << 16,
             verbs: VerbsConfig::default(),
