@@ -112,14 +112,14 @@ impl Communicator {
         let Group { wire, rank, world_size, members, links, segment, hosts, costs, news } = group;
         let local = segment.filter(|_| settings.same_host);
         let local = local.map(|segment| Box::new(Local::new(segment, rank, world_size)));
-        let spin_turns = settings.spin_turns(&members, rank);
+        let patience = settings.patience(&members, rank);
         let chooser = settings.chooser()?.on(Hosts::new(settings.hosts.as_ref().unwrap_or(&hosts)), costs);
         let plans = Plans::new(chooser.clone());
         let waker = wire.waker();
         let trace = Arc::new(Trace::new(name.to_owned(), rank, members.clone(), settings.trace.clone()));
         let who = (name.to_owned(), members.clone());
         let engine = Engine::new((wire, news), (rank, world_size), who, plans, local, Arc::clone(&trace));
-        let shared = Arc::new(Shared::new(engine, waker, spin_turns, settings.timeout));
+        let shared = Arc::new(Shared::new(engine, waker, patience, settings.timeout));
         let (thread, group, memory) = (Mutex::new(None), name.to_owned(), MemoryPool::default());
         let host = members.get(rank.index()).map_or("unknown", |name| name.host.as_str());
         let who = format!("{rank} (host {host})");

@@ -4,6 +4,7 @@
 use crate::CollectiveError;
 use crate::engine::{Engine, Job, Queued};
 use crate::messages::Message;
+use crate::patience::Patience;
 use crate::pending::Ticket;
 use crate::wishes::Wishes;
 use gradwire_transport::Wake;
@@ -38,7 +39,7 @@ pub(crate) struct Shared {
     wishes: Arc<Wishes>,
     timeout_ms: AtomicU64,
     waker: Arc<dyn Wake>,
-    spin_turns: u32,
+    patience: Patience,
 }
 
 #[derive(Default)]
@@ -58,7 +59,7 @@ pub(crate) enum Ran {
 }
 
 impl Shared {
-    pub(crate) fn new(engine: Engine, waker: Arc<dyn Wake>, spin_turns: u32, timeout: Duration) -> Self {
+    pub(crate) fn new(engine: Engine, waker: Arc<dyn Wake>, patience: Patience, timeout: Duration) -> Self {
         let shared = Self {
             unfinished: Arc::clone(&engine.unfinished),
             wishes: Arc::clone(&engine.wishes),
@@ -72,7 +73,7 @@ impl Shared {
             driven: AtomicBool::new(false),
             timeout_ms: AtomicU64::new(0),
             waker,
-            spin_turns,
+            patience,
         };
         shared.set_timeout(timeout);
         shared
@@ -313,9 +314,9 @@ impl Shared {
             }
             if taken || moved {
                 idle = 0;
-            } else if idle < self.spin_turns {
+            } else if idle < self.patience.looks {
                 idle += 1;
-                std::hint::spin_loop();
+                self.patience.pause();
             } else {
                 self.park(engine, over, until);
             }

@@ -2,6 +2,7 @@
 
 use crate::CollectiveError;
 use crate::choose::Chooser;
+use crate::patience::Patience;
 use gradwire_transport::{PeerName, Rank};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -53,12 +54,11 @@ impl Settings {
     /// How many of its last operations a rank remembers: some steps of training a large model, in some 100 KiB.
     pub const REMEMBERED: usize = 1024;
 
-    /// Turns without any movement before a driver sleeps: some 20 µs where each rank has a core, next to none where ranks
-    /// outnumber cores and spinning keeps the others from their work.
-    pub(crate) fn spin_turns(&self, members: &[PeerName], rank: Rank) -> u32 {
+    /// How a driver waits, who is `rank` of `members`.
+    pub(crate) fn patience(&self, members: &[PeerName], rank: Rank) -> Patience {
         let host = members.get(rank.index()).map(|name| &name.host);
         let here = members.iter().filter(|name| Some(&name.host) == host).count();
-        if here <= self.cores { 2000 } else { 20 }
+        Patience::new(here, self.cores)
     }
 
     pub(crate) fn chooser(&self) -> Result<Chooser, CollectiveError> {
