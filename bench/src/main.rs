@@ -1,5 +1,6 @@
 //! Does: `gradwire-bench`, for people who look after networks.
 
+mod chance;
 mod collective;
 mod compare;
 mod echo;
@@ -25,6 +26,7 @@ const EXAMPLES: &str = "Examples:
   gradwire-bench many-to-one --senders 1..64                       (loopback)
   sudo gradwire-bench many-to-one --senders 16 --shape 1gbit:64kb  (a switch with a small buffer)
   gradwire-bench ps --against echo
+  gradwire-bench ps --sparse 1000000                               (rows of an embedding, by random ids)
   gradwire-bench recovery                                          (what a copy costs a push)
   gradwire-bench recovery --kills 50 --bytes 256k                  (servers killed while workers push ones)
   gradwire-bench all-reduce --wire verbs --rank 0 --world-size 2 --store tcp://first.example:18610

@@ -1,6 +1,8 @@
-//! Does: times push, pull and push_pull of a dense table, in turns with a plain TCP echo of messages as long, or the same over TCP.
+//! Does: times push, pull and push_pull of a dense table, in turns with a plain TCP echo of messages as long, or the same over TCP;
+//! or, by the files below, workers at once, pushes beside a checkpoint, a sparse table.
 
 mod snapshot;
+mod sparse;
 mod workers;
 
 use crate::collective::Way;
@@ -48,6 +50,15 @@ pub(crate) struct Options {
     /// Time pushes to a state of --bytes in all instead, while a checkpoint of it is written and while none is, in turns
     #[arg(long, conflicts_with_all = ["against", "report", "workers"])]
     snapshot: bool,
+    /// Time pushes and pulls of a sparse table of so many rows instead, by random ids
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..=1 << 32), conflicts_with_all = ["bytes", "against", "report", "workers", "snapshot"])]
+    sparse: Option<u64>,
+    /// Ids of a call, with --sparse
+    #[arg(long, default_value_t = 4096, requires = "sparse", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    ids: u32,
+    /// Elements of a row, float32, with --sparse
+    #[arg(long, default_value_t = 64, requires = "sparse", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    dim: u32,
     /// What is timed in turns with it
     #[arg(long, value_enum)]
     against: Option<Against>,
@@ -148,6 +159,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let addresses: Vec<String> = read("servers")?.split(' ').map(str::to_owned).collect();
     if !options.workers.is_empty() {
         return workers::run(&addresses, options);
+    }
+    if let Some(rows) = options.sparse {
+        return sparse::run(&addresses, rows, options);
     }
     if options.snapshot {
         return snapshot::run(&addresses, &checkpoints, options);

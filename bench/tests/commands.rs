@@ -56,6 +56,21 @@ fn the_parameter_server_is_timed_in_turns_with_an_echo() {
 }
 
 #[test]
+fn a_sparse_table_is_pulled_and_pushed_by_random_ids() {
+    let flags = ["--sparse", "5000", "--ids", "300", "--dim", "6", "--shards", "2", "--rounds", "10"];
+    let rows = rows(&[&["ps"][..], &flags].concat());
+    let names: Vec<&str> = rows.iter().map(|row| row["operation"].as_str().unwrap()).collect();
+    assert_eq!(names, ["sparse_pull", "sparse_push"]);
+    for row in &rows {
+        positive(row, &["p50_us", "p99_us", "rows_per_s", "goodput_gb_per_s"]);
+        assert_eq!(
+            (&row["rows"], &row["ids"], &row["dim"], &row["shards"]),
+            (&5000.into(), &300.into(), &6.into(), &2.into())
+        );
+    }
+}
+
+#[test]
 fn the_parameter_server_is_timed_over_shared_memory_beside_tcp() {
     let flags = ["--bytes", "300k", "--rounds", "10", "--wire", "shm", "--against", "tcp"];
     let rows = rows(&[&["ps"][..], &flags].concat());
@@ -134,11 +149,12 @@ fn a_comparison_is_measured_over_both_wires_and_put_into_a_readme() {
 
 #[test]
 fn what_cannot_be_measured_is_refused_with_what_to_do() {
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 7] = [
         (&["many-to-one", "--senders", "99"], "give numbers from 1 to 64"),
         (&["many-to-one", "--wire", "shm", "--shape", "1gbit:64kb"], "use --wire tcp"),
         (&["many-to-one", "--wire", "shm", "--cc", "plain"], "use --wire tcp"),
         (&["ps", "--bytes", "3"], "multiples of 4"),
+        (&["ps", "--sparse", "1", "--rounds", "100"], "fewer rounds"),
         (&["compare", "--wires", "verbs"], "use --wires shm,tcp"),
         (&["memory", "--rounds", "0"], "at least one round"),
     ];

@@ -2,6 +2,7 @@
 
 use super::house::{House, PATIENCE};
 use super::{Options, copies_of, wrong};
+use crate::chance::mixed;
 use crate::machine;
 use crate::statistics::{percentile, sorted};
 use gradwire_ps::{DType, Mode, Recovery, TableOptions};
@@ -140,12 +141,4 @@ fn once(options: &Options, kill: u32, bytes: usize) -> Result<Row, Box<dyn Error
         longest_push_ms: percentile(&took, 100),
         median_push_ms: percentile(&took, 50),
     })
-}
-
-/// The next number of a generator (splitmix64: Steele, Lea, Flood, OOPSLA 2014).
-fn mixed(seed: u64) -> u64 {
-    let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
 }
