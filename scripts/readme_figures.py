@@ -137,14 +137,14 @@ def kernels(readme, quick):
 def many_to_one(readme, quick):
     senders = ["--senders", "2,16" if quick else "2,4,8,16,32,64", "--seconds", "1" if quick else "3"]
     lines = {}
-    for wire in ["tcp", "shm"]:
-        for row in rows_of(BENCH, "many-to-one", "--wire", wire, *senders):
+    for wire, ways in [("tcp", "none,credit,plain"), ("shm", "none")]:
+        for row in rows_of(BENCH, "many-to-one", "--wire", wire, "--cc", ways, *senders):
             cell = f"{row['goodput_gb_per_s']:.2f} GB/s, {row['jain']:.3f}, {row['p99_us'] / 1e3:,.1f} ms"
             lines.setdefault(row["senders"], {})[f"{wire} {row['cc']}"] = cell
-    wanted = [("TCP", "tcp none"), ("TCP, credit", "tcp credit"), ("shared memory", "shm none")]
+    wanted = [("TCP", "tcp none"), ("TCP, credit", "tcp credit"), ("plain sockets", "tcp plain"), ("shared memory", "shm none")]
     body = (
         "Many to one over loopback, pushes of 256 KiB, four under way a sender: goodput of all, Jain's index, 99th percentile of "
-        f"a push. {machine()}.\n\n"
+        f"a push. Plain sockets are one reading thread without this library. {machine()}.\n\n"
     )
     cells = [[str(count), *(line.get(key, "–") for _, key in wanted)] for count, line in sorted(lines.items())]
     write(readme, "many-to-one", body + table(["senders", *(name for name, _ in wanted)], cells))
