@@ -6,7 +6,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
+
+/// The longest that a device's thread may take to do what is left.
+const SETTLING: Duration = Duration::from_secs(5);
 
 /// A setting of a double, by its place.
 #[derive(Clone, Copy)]
@@ -102,10 +106,19 @@ impl Double {
         i64::from_le_bytes(bytes)
     }
 
-    /// Device memory, pinned memory, streams, events, contexts, others' memory and programs that are held.
+    /// Device memory, pinned memory, streams, events, contexts, others' memory and programs that are held. As with a real driver,
+    /// what is given back goes when the device has done what it was given before, on a thread of its own: that is waited for.
     pub fn held(&self) -> [i64; 7] {
         use Counter::{Contexts, DeviceBytes, Events, Modules, Opened, PinnedBytes, Streams};
-        [DeviceBytes, PinnedBytes, Streams, Events, Contexts, Opened, Modules].map(|counter| self.count(counter))
+        let until = Instant::now() + SETTLING;
+        loop {
+            let held = [DeviceBytes, PinnedBytes, Streams, Events, Contexts, Opened, Modules]
+                .map(|counter| self.count(counter));
+            if held == [0; 7] || Instant::now() > until {
+                return held;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
