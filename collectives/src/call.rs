@@ -104,8 +104,11 @@ impl Call {
             crate::reduce::check(self.dtype, op).map_err(|error| self.invalid(error.to_string()))?;
         }
         let root = self.collective.root().is_none_or(|root| root.index() == rank);
+        // Also those that this collective does not look at.
+        self.input.iter().try_for_each(|piece| self.check_piece("input", piece))?;
+        self.output.iter().try_for_each(|piece| self.check_piece("output", piece))?;
         let only = |what: &str, pieces: &[Piece]| self.only(what, pieces);
-        let parts = |what: &str, pieces: &[Piece]| self.parts(self.elements(what, pieces)?, what, size);
+        let parts = |what: &str, pieces: &[Piece]| self.parts(self.elements(pieces), what, size);
         Ok(match self.collective {
             Collective::Barrier => Shape { len: 0, input: vec![], output: vec![], packed: false },
             Collective::AllReduce { .. } | Collective::Reduce { .. } | Collective::Broadcast { .. } => {
@@ -127,7 +130,7 @@ impl Call {
                 let packed = size > 1 && self.input.len() == 1 && self.output.len() == 1;
                 let lens = |what: &str, pieces: &[Piece]| match packed {
                     true => parts(what, pieces),
-                    false => self.each(self.elements(what, pieces)?, what, size),
+                    false => self.each(self.elements(pieces), what, size),
                 };
                 let (input, output) = (lens("input", &self.input)?, lens("output", &self.output)?);
                 self.same(input[rank], output.get(rank), "input from itself", "output to itself")?;
@@ -136,12 +139,7 @@ impl Call {
         })
     }
 
-    /// The elements of each piece.
-    fn elements(&self, what: &str, pieces: &[Piece]) -> Result<Vec<usize>, CollectiveError> {
-        pieces.iter().map(|piece| self.elements_of(what, piece)).collect()
-    }
-
-    fn elements_of(&self, what: &str, piece: &Piece) -> Result<usize, CollectiveError> {
+    fn check_piece(&self, what: &str, piece: &Piece) -> Result<(), CollectiveError> {
         let (bytes, len) = (self.dtype.bytes(), piece.range.len());
         if piece.range.end > piece.region.len() || len % bytes != 0 {
             return Err(self.invalid(format!(
@@ -149,13 +147,18 @@ impl Call {
                 piece.region.len()
             )));
         }
-        Ok(len / bytes)
+        Ok(())
+    }
+
+    /// The elements of each piece, which have been checked.
+    fn elements(&self, pieces: &[Piece]) -> Vec<usize> {
+        pieces.iter().map(|piece| piece.range.len() / self.dtype.bytes()).collect()
     }
 
     /// The elements of the one piece that there is to be.
     fn only(&self, what: &str, pieces: &[Piece]) -> Result<usize, CollectiveError> {
         match pieces {
-            [piece] => self.elements_of(what, piece),
+            [piece] => Ok(piece.range.len() / self.dtype.bytes()),
             _ => Err(self.invalid(format!("takes one {what}, got {}", pieces.len()))),
         }
     }
@@ -228,5 +231,30 @@ impl Buffers {
     /// Gives the scratch back for the next call.
     pub(crate) fn take_scratch(&mut self) -> Option<Arc<Region>> {
         self.scratch.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gradwire_transport::Rank;
+
+    #[test]
+    fn pieces_are_checked_where_nobody_looks_at_them_too() {
+        let piece = |bytes| Piece::whole(Region::zeroed(bytes));
+        let beyond = Piece { range: 0..16, ..piece(8) };
+        let (reduce, gather) =
+            (Collective::AllReduce { op: crate::Reduction::Sum }, Collective::Gather { root: Rank(0) });
+        for (collective, input, output) in [
+            (reduce, piece(7), piece(8)),
+            (reduce, beyond.clone(), piece(8)),
+            (reduce, piece(8), piece(7)),
+            (gather, piece(8), beyond),
+            (gather, piece(8), piece(7)),
+        ] {
+            let call = Call { collective, dtype: DType::F32, input: vec![input], output: vec![output], timeout: None };
+            let error = call.shape(1, WorldSize::new(2).unwrap()).unwrap_err().to_string();
+            assert!(error.contains("is not a whole number of 4-byte elements within its"), "{error}");
+        }
     }
 }
