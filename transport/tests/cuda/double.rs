@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// The longest that a device's thread may take to do what is left.
+/// The longest that a stream may take to pass its last events.
 const SETTLING: Duration = Duration::from_secs(5);
 
 /// A setting of a double, by its place.
@@ -106,19 +106,18 @@ impl Double {
         i64::from_le_bytes(bytes)
     }
 
-    /// Device memory, pinned memory, streams, events, contexts, others' memory and programs that are held. As with a real driver,
-    /// what is given back goes when the device has done what it was given before, on a thread of its own: that is waited for.
+    /// Device memory, pinned memory, streams, events, contexts, others' memory and programs that are held: all as it is now, but for
+    /// events. As with a real driver, one that is given back goes when its stream has passed it, which is waited for.
     pub fn held(&self) -> [i64; 7] {
         use Counter::{Contexts, DeviceBytes, Events, Modules, Opened, PinnedBytes, Streams};
+        let mut held =
+            [DeviceBytes, PinnedBytes, Streams, Events, Contexts, Opened, Modules].map(|counter| self.count(counter));
         let until = Instant::now() + SETTLING;
-        loop {
-            let held = [DeviceBytes, PinnedBytes, Streams, Events, Contexts, Opened, Modules]
-                .map(|counter| self.count(counter));
-            if held == [0; 7] || Instant::now() > until {
-                return held;
-            }
+        while held[3] != 0 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
+            held[3] = self.count(Events);
         }
+        held
     }
 }
 
