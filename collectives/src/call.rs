@@ -65,6 +65,8 @@ pub(crate) struct Shape {
     pub(crate) output: Vec<usize>,
     /// Whether an all-to-all is packed: all parts of all ranks have `len` elements, by the callers' word.
     pub(crate) packed: bool,
+    /// Whether only the ranks in this one's place on their hosts take part, one of each host.
+    pub(crate) across: bool,
 }
 
 impl Shape {
@@ -110,21 +112,25 @@ impl Call {
         let only = |what: &str, pieces: &[Piece]| self.only(what, pieces);
         let parts = |what: &str, pieces: &[Piece]| self.parts(self.elements(pieces), what, size);
         Ok(match self.collective {
-            Collective::Barrier => Shape { len: 0, input: vec![], output: vec![], packed: false },
-            Collective::AllReduce { .. } | Collective::Reduce { .. } | Collective::Broadcast { .. } => {
-                Shape { len: only("output", &self.output)?, input: vec![], output: vec![], packed: false }
-            }
+            Collective::Barrier => Shape { len: 0, input: vec![], output: vec![], packed: false, across: false },
+            Collective::AllReduce { .. } | Collective::Reduce { .. } | Collective::Broadcast { .. } => Shape {
+                len: only("output", &self.output)?,
+                input: vec![],
+                output: vec![],
+                packed: false,
+                across: false,
+            },
             Collective::AllGather | Collective::Gather { .. } => {
                 let len = only("input", &self.input)?;
                 let output = if root { parts("output", &self.output)? } else { vec![] };
                 self.same(len, output.get(rank), "input", "its own part of the output")?;
-                Shape { len, input: vec![], output, packed: false }
+                Shape { len, input: vec![], output, packed: false, across: false }
             }
             Collective::ReduceScatter { .. } | Collective::Scatter { .. } => {
                 let len = only("output", &self.output)?;
                 let input = if root { parts("input", &self.input)? } else { vec![] };
                 self.same(len, input.get(rank), "output", "its own part of the input")?;
-                Shape { len, input, output: vec![], packed: false }
+                Shape { len, input, output: vec![], packed: false, across: false }
             }
             Collective::AllToAll => {
                 let packed = size > 1 && self.input.len() == 1 && self.output.len() == 1;
@@ -134,7 +140,7 @@ impl Call {
                 };
                 let (input, output) = (lens("input", &self.input)?, lens("output", &self.output)?);
                 self.same(input[rank], output.get(rank), "input from itself", "output to itself")?;
-                Shape { len: if packed { input[rank] } else { 0 }, input, output, packed }
+                Shape { len: if packed { input[rank] } else { 0 }, input, output, packed, across: false }
             }
         })
     }

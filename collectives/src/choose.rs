@@ -5,6 +5,7 @@ use crate::call::Shape;
 use crate::chunk::parts;
 use crate::cost::World;
 use crate::hosts::Hosts;
+use crate::plan::Plan;
 use crate::{Action, Collective, DType, Place, Reduction, Schedule, Span};
 use crate::{bruck, direct, halving_doubling, hierarchical, recursive_doubling, ring, tree};
 use gradwire_transport::{LinkCost, LinkCosts, Rank, WorldSize};
@@ -114,8 +115,34 @@ impl Chooser {
         self.algorithm(collective, dtype, shape.longest() * dtype.bytes(), world_size) == Algorithm::Bruck
     }
 
+    /// This rank's part of a call, ready to run.
+    pub(crate) fn plan(
+        &self,
+        collective: &Collective,
+        dtype: DType,
+        shape: &Shape,
+        rank: Rank,
+        world_size: WorldSize,
+    ) -> Plan {
+        let across = || self.hosts.as_ref().and_then(|hosts| hosts.across(rank));
+        match across().filter(|_| shape.across) {
+            None => {
+                let members: Vec<Rank> = world_size.ranks().collect();
+                Plan::new(self.schedule(collective, dtype, shape, rank, world_size), rank.index(), &members)
+            }
+            // To each other they are a group of which each is on a host of its own.
+            Some((members, me)) => {
+                let numbers: Vec<u32> = (0..).take(members.len()).collect();
+                let apart = self.clone().on(Hosts::new(&numbers), self.costs);
+                let size = WorldSize::new(numbers.len() as u32).expect("a rank is on a host");
+                let schedule = apart.schedule(collective, dtype, shape, Rank(numbers[me]), size);
+                Plan::new(schedule, me, &members)
+            }
+        }
+    }
+
     /// This rank's part of a call.
-    pub(crate) fn schedule(
+    fn schedule(
         &self,
         collective: &Collective,
         dtype: DType,

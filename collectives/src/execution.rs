@@ -40,7 +40,6 @@ pub(crate) struct Execution {
     fingerprint: u64,
     dtype: DType,
     op: Reduction,
-    rank: Rank,
     world_size: WorldSize,
     waits_for: Vec<u8>,
     remaining: usize,
@@ -75,7 +74,7 @@ pub(crate) struct Order {
 
 impl Execution {
     /// Gets ready; nothing is posted before the first [`Execution::advance`].
-    pub(crate) fn new(order: Order, rank: Rank, world_size: WorldSize) -> Self {
+    pub(crate) fn new(order: Order, world_size: WorldSize) -> Self {
         let Order { plan, buffers, tag, fingerprint, dtype, op } = order;
         let local = (0u32..)
             .zip(&plan.schedule.steps)
@@ -94,7 +93,6 @@ impl Execution {
             fingerprint,
             dtype,
             op,
-            rank,
             world_size,
         }
     }
@@ -135,8 +133,7 @@ impl Execution {
 
     /// Takes what the wire reports of the link to `peer`.
     pub(crate) fn on_message(&mut self, peer: PeerId, came: Came) -> Result<(), Halt> {
-        let from = Rank(peer.0);
-        let Some(at) = self.plan.link(from) else { return Err(Halt::Differs) };
+        let Some(at) = self.plan.link(Rank(peer.0)) else { return Err(Halt::Differs) };
         match came {
             Came::Sent => {
                 let step = self.plan.links[at].sends[self.links[at].sends_ended];
@@ -156,7 +153,7 @@ impl Execution {
                     return Err(Halt::Differs);
                 }
                 let step = self.next_recv(at);
-                self.combine(step, from, loan)?;
+                self.combine(step, self.plan.links[at].number, loan)?;
             }
         }
         Ok(())
@@ -168,7 +165,7 @@ impl Execution {
         step
     }
 
-    fn combine(&mut self, step: StepId, from: Rank, loan: RecvLoan) -> Result<(), Halt> {
+    fn combine(&mut self, step: StepId, from: usize, loan: RecvLoan) -> Result<(), Halt> {
         match self.plan.schedule.steps[step as usize].action {
             Action::RecvReduce { span, .. } => {
                 let mut own = self.write(span)?;
@@ -185,17 +182,17 @@ impl Execution {
         }
     }
 
-    fn collect(&mut self, step: StepId, span: Span, from: Rank, loan: RecvLoan) -> Result<(), Halt> {
+    fn collect(&mut self, step: StepId, span: Span, from: usize, loan: RecvLoan) -> Result<(), Halt> {
         if loan.len() != span.len * self.dtype.bytes() {
             return Err(Halt::Differs);
         }
-        let size = self.world_size.get() as usize;
+        let size = self.plan.members;
         let at = self.folds.iter().position(|fold| fold.step == step).unwrap_or_else(|| {
             self.folds.push(Fold { step, loans: (0..size).map(|_| None).collect(), missing: size - 1 });
             self.folds.len() - 1
         });
         let begun = &mut self.folds[at];
-        begun.loans[from.index()] = Some(loan);
+        begun.loans[from] = Some(loan);
         begun.missing -= 1;
         self.fold_complete()
     }
@@ -229,7 +226,7 @@ impl Execution {
         let size = self.world_size.get() as usize;
         let others: Vec<&[u8]> = whole.loans.iter().flatten().map(|loan| &**loan).collect();
         let mut result = self.write(span)?;
-        fold(self.dtype, self.op, &mut result, self.rank.index(), &others, None, size)
+        fold(self.dtype, self.op, &mut result, self.plan.me, &others, None, size)
             .map_err(|error| self.unsupported(&error))
     }
 

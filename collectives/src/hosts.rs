@@ -42,6 +42,13 @@ impl Hosts {
         at.expect("every rank of the group is on a host")
     }
 
+    /// The ranks in the place of `rank` on every host, in the order of the hosts, and which of them it is. `None` where not all
+    /// hosts have as many.
+    pub fn across(&self, rank: Rank) -> Option<(Vec<Rank>, usize)> {
+        let (host, place) = self.place(rank);
+        (self.fewest() == self.most()).then(|| (self.iter().map(|ranks| ranks[place]).collect(), host))
+    }
+
     /// The ranks of the host with the fewest: that many can each work between hosts with a partner on every other one.
     pub fn fewest(&self) -> usize {
         self.0.iter().map(Vec::len).min().unwrap_or(1)
@@ -75,5 +82,8 @@ mod tests {
         assert_eq!(hosts.ranks(0), [Rank(0), Rank(2), Rank(3)]);
         assert_eq!((hosts.place(Rank(3)), hosts.place(Rank(1))), ((0, 2), (1, 0)));
         assert_eq!(hosts.to_string(), "2 hosts of 1 to 3 ranks");
+        assert_eq!(hosts.across(Rank(0)), None);
+        let even = Hosts::new(&[7, 3, 7, 3, 5, 5]);
+        assert_eq!(even.across(Rank(3)), Some((vec![Rank(2), Rank(3), Rank(5)], 1)));
     }
 }

@@ -14,19 +14,24 @@ pub(crate) struct Plan {
     followers: Vec<StepId>,
     /// One per rank that this rank exchanges messages with.
     pub(crate) links: Vec<PlanLink>,
+    /// How many ranks take part, and this rank's number among them.
+    pub(crate) members: usize,
+    pub(crate) me: usize,
 }
 
 /// The messages between this rank and another, in the order that both keep.
 #[derive(Debug)]
 pub(crate) struct PlanLink {
     pub(crate) rank: Rank,
+    /// Its number among those that take part, by which the schedule knows it.
+    pub(crate) number: usize,
     pub(crate) sends: Vec<StepId>,
     pub(crate) recvs: Vec<StepId>,
 }
 
 impl Plan {
-    /// Makes `schedule` of `rank` in a group of `world_size` ready.
-    pub(crate) fn new(schedule: Schedule, rank: Rank, world_size: u32) -> Self {
+    /// Makes `schedule` of number `me` among `members` ready, who are ranks by their numbers to it.
+    pub(crate) fn new(schedule: Schedule, me: usize, members: &[Rank]) -> Self {
         let count = schedule.steps.len();
         let mut waits_for = vec![0u8; count];
         let mut first_follower = vec![0u32; count + 1];
@@ -48,8 +53,8 @@ impl Plan {
             followers[next[earlier as usize] as usize] = later;
             next[earlier as usize] += 1;
         }
-        let links = links(&schedule, rank, world_size);
-        Self { schedule, waits_for, first_follower, followers, links }
+        let links = links(&schedule, me, members);
+        Self { schedule, waits_for, first_follower, followers, links, members: members.len(), me }
     }
 
     /// The steps that wait for `step`.
@@ -64,9 +69,9 @@ impl Plan {
     }
 }
 
-fn links(schedule: &Schedule, me: Rank, world_size: u32) -> Vec<PlanLink> {
-    let mut links: Vec<PlanLink> =
-        (0..world_size).map(|rank| PlanLink { rank: Rank(rank), sends: vec![], recvs: vec![] }).collect();
+fn links(schedule: &Schedule, me: usize, members: &[Rank]) -> Vec<PlanLink> {
+    let link = |(number, &rank)| PlanLink { rank, number, sends: vec![], recvs: vec![] };
+    let mut links: Vec<PlanLink> = members.iter().enumerate().map(link).collect();
     for (id, step) in (0u32..).zip(&schedule.steps) {
         match step.action {
             Action::Send { to, .. } | Action::SendToken { to } => links[to.index()].sends.push(id),
@@ -74,7 +79,7 @@ fn links(schedule: &Schedule, me: Rank, world_size: u32) -> Vec<PlanLink> {
                 links[from.index()].recvs.push(id);
             }
             Action::FoldAll { .. } => {
-                links.iter_mut().filter(|link| link.rank != me).for_each(|link| link.recvs.push(id));
+                links.iter_mut().filter(|link| link.number != me).for_each(|link| link.recvs.push(id));
             }
             Action::Copy { .. } | Action::Finish { .. } | Action::Join => {}
         }

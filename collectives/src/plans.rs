@@ -35,8 +35,7 @@ impl Plans {
             }
             return Arc::clone(&self.kept[at / 2].1);
         }
-        let schedule = self.chooser.schedule(&call.collective, call.dtype, shape, rank, world_size);
-        let plan = Arc::new(Plan::new(schedule, rank, world_size.get()));
+        let plan = Arc::new(self.chooser.plan(&call.collective, call.dtype, shape, rank, world_size));
         if self.kept.len() == KEPT {
             self.kept.pop_back();
         }

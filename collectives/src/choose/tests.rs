@@ -31,7 +31,7 @@ struct Runner {
 
 impl Runner {
     fn new(schedule: Schedule, rank: Rank, world_size: WorldSize, input: Vec<u64>, output: Vec<u64>) -> Self {
-        let plan = Plan::new(schedule, rank, world_size.get());
+        let plan = Plan::new(schedule, rank.index(), &world_size.ranks().collect::<Vec<_>>());
         let (steps, links) = (plan.schedule.steps.len(), plan.links.len());
         let scratch = vec![0; plan.schedule.scratch_len];
         let folded = vec![vec![None; world_size.get() as usize]; steps];

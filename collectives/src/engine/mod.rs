@@ -282,7 +282,7 @@ impl Engine {
             dtype: job.call.dtype,
             op: job.call.collective.reduction().unwrap_or(Reduction::Sum),
         };
-        let execution = Execution::new(order, self.rank, self.world_size);
+        let execution = Execution::new(order, self.world_size);
         if job.call.collective.is_many_to_one() {
             self.wire.mark(execution.tag(), true);
         }
