@@ -141,6 +141,11 @@ impl Chooser {
         }
     }
 
+    /// The ranks' hosts, where they are known.
+    pub(crate) fn hosts(&self) -> Option<&Hosts> {
+        self.hosts.as_ref()
+    }
+
     /// This rank's part of a call.
     fn schedule(
         &self,

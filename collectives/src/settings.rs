@@ -26,8 +26,8 @@ pub struct Settings {
     /// Folder that the record of the last operations goes to when the group fails (`GRADWIRE_TRACE`). Default: none; it can
     /// be asked for at any time.
     pub trace: Option<PathBuf>,
-    /// Whether ranks lend each other memory of their CUDA devices (`GRADWIRE_CUDA_DIRECT`), where all reach each other's: on one host
-    /// by CUDA IPC, by RDMA where the network card reads it. Default: yes.
+    /// Whether ranks lend each other memory of their CUDA devices (`GRADWIRE_CUDA_DIRECT`): on one host by CUDA IPC, between hosts by
+    /// RDMA where the network card reads it. Default: yes.
     pub cuda_direct: bool,
     /// File that stands for NVRTC, which compiles for CUDA devices (`GRADWIRE_NVRTC_LIBRARY`). Default: as the system finds it.
     pub nvrtc: Option<PathBuf>,

@@ -1,6 +1,6 @@
 //! Does: checks calls, numbers them and hands them to the engine; waits for their end.
 
-use crate::call::Call;
+use crate::call::{Call, Shape};
 use crate::choose::Chooser;
 use crate::driver::{Ran, Shared};
 use crate::engine::Job;
@@ -26,6 +26,19 @@ impl Submitter {
     pub(crate) fn submit(&self, call: Call) -> Result<Arc<Ticket>, CollectiveError> {
         let make = self.prepare(call)?;
         Ok(self.shared.submit_job(make))
+    }
+
+    /// Hands `call` to the engine, among the ranks in this one's place on their hosts, in the name of a call of all.
+    ///
+    /// The call is one of a group of as many ranks as there are hosts; averages divide by all ranks.
+    pub(crate) fn submit_across(&self, call: Call, fingerprint: Fingerprint) -> Result<Arc<Ticket>, CollectiveError> {
+        let across = self.chooser.hosts().and_then(|hosts| hosts.across(self.rank));
+        let (members, me) = across.expect("called where all hosts have as many ranks");
+        let size = WorldSize::new(members.len() as u32).expect("a rank is on a host");
+        let shape = Shape { across: true, ..call.shape(me, size)? };
+        let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
+        let called = Instant::now();
+        Ok(self.shared.submit_job(move |sequence| Job { call, shape, fingerprint, sequence, called, timeout }))
     }
 
     /// Carries out `call` from this thread.

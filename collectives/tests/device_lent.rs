@@ -2,95 +2,23 @@
 //! those of fold.cu: the bits that the host's processors make, nothing by way of the host, and what is done where one rank cannot.
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
+#[path = "common/beside_host.rs"]
+mod beside_host;
 mod common;
 #[path = "../../transport/tests/cuda/double.rs"]
 mod double;
 #[path = "common/on_device.rs"]
 mod on_device;
 
+use beside_host::{LONG, ROUNDS, SUM, bits, compare, on_device, on_host, settings};
 use common::{Way, group, group_of, group_over_verbs};
 use double::{Counter, Double, Failing, Setting};
-use gradwire_collectives::{
-    Call, Collective, CollectiveError, Communicator, DType, DeviceCall, Piece, Reduction, Settings,
-};
-use gradwire_transport::cuda::{DeviceMemory, Stream};
+use gradwire_collectives::{Call, Collective, Communicator, DType, DeviceCall, Reduction, Settings};
+use gradwire_transport::Rank;
+use gradwire_transport::cuda::Stream;
 use gradwire_transport::verbs::Fabric;
-use gradwire_transport::{Rank, Region};
 use on_device::{all, device, get, overwrite, put, soon};
-use std::sync::Arc;
 use std::time::Duration;
-
-/// 4 MiB and a half, and some bytes: more than one round by way of the host.
-const LONG: usize = (9 << 19) + 24;
-const SUM: Collective = Collective::AllReduce { op: Reduction::Sum };
-/// Bits that are special in one type of floats or another: zeros, ends, infinities, denormals, NaN that tell more or signal.
-const ODD: [u64; 12] = [
-    0,
-    0x8000_0000_8000_8000,
-    0x7f80_0000_7c00_7f80,
-    0xff80_0000_fc00_ff80,
-    0x7fc0_1234_7e01_7fc1,
-    0x7fa0_0000_7d00_7fa0,
-    0x0000_0001_0001_0001,
-    0x807f_ffff_83ff_807f,
-    0x7f7f_ffff_7bff_7f7f,
-    0x7ff0_0000_0000_0000,
-    0x7ff4_0000_0000_0001,
-    0x8000_0000_0000_0000,
-];
-
-/// Bytes of any kind, with what is special among them.
-fn bits(seed: u64, bytes: usize) -> Vec<u8> {
-    let mut state = seed * 2 + 0x9e37_79b9_7f4a_7c15;
-    let mut next = |i: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        if (i + seed as usize).is_multiple_of(3) { ODD[state as usize % ODD.len()] } else { state }
-    };
-    (0..bytes.div_ceil(8)).flat_map(|i| next(i).to_le_bytes()).take(bytes).collect()
-}
-
-fn on_device(
-    c: &Communicator,
-    stream: &Stream,
-    (collective, dtype): (Collective, DType),
-    input: &[Arc<DeviceMemory>],
-    output: &[Arc<DeviceMemory>],
-) -> Result<(), CollectiveError> {
-    let slices = |memory: &[Arc<DeviceMemory>]| memory.iter().map(all).collect();
-    let call = DeviceCall { collective, dtype, input: slices(input), output: slices(output), timeout: None };
-    c.start_on_device(call, stream).unwrap().wait(None).unwrap().map(drop)
-}
-
-fn on_host(
-    c: &Communicator,
-    (collective, dtype): (Collective, DType),
-    input: &[Vec<u8>],
-    output: &[Vec<u8>],
-) -> Vec<Vec<u8>> {
-    let regions = |all: &[Vec<u8>]| all.iter().map(|bytes| Region::from_vec(bytes.clone())).collect::<Vec<_>>();
-    let (input, output) = (regions(input), regions(output));
-    let pieces = |all: &[Arc<Region>]| all.iter().map(|region| Piece::whole(Arc::clone(region))).collect();
-    c.run(Call { collective, dtype, input: pieces(&input), output: pieces(&output), timeout: None }).unwrap();
-    output.iter().map(|region| region.read(0..region.len()).unwrap().to_vec()).collect()
-}
-
-/// One call on the device and on the host: the same bits.
-fn compare(c: &Communicator, stream: &Stream, call: (Collective, DType), input: &[Vec<u8>], output: &[Vec<u8>]) {
-    let place = |all: &[Vec<u8>]| all.iter().map(|bytes| put(stream, bytes)).unzip::<_, _, Vec<_>, Vec<_>>();
-    let ((ins, _coming), (outs, _going)) = (place(input), place(output));
-    on_device(c, stream, call, &ins, &outs).unwrap();
-    for (memory, expected) in outs.iter().zip(on_host(c, call, input, output)) {
-        let got = get(stream, memory);
-        let at = got.iter().zip(&expected).position(|(got, expected)| got != expected);
-        assert_eq!((got.len(), at), (expected.len(), None), "{call:?}: the first byte that differs");
-    }
-}
-
-fn settings(double: &Double) -> Settings {
-    Settings { deterministic: true, nvrtc: Some(double.path()), ..Settings::default() }
-}
 
 #[test]
 fn every_kernel_makes_the_bits_that_the_host_makes() {
@@ -138,9 +66,6 @@ fn memory_off_the_border_of_16_bytes_is_folded_one_by_one_to_the_same_bits() {
     });
     assert!(double.count(Counter::Launches) >= 3 * 30);
 }
-
-/// Two rounds and a part: the sets change hands.
-const ROUNDS: usize = (36 << 20) + 8;
 
 /// Every collective of several rounds, against the same over the host's memory.
 fn every_collective(double: &Double, c: &Communicator) {

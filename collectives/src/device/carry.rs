@@ -36,6 +36,16 @@ pub(crate) struct Carry {
 /// How often a wait for the device looks whether the group is over.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// What goes by way of the host: a call, or what a part of one has between hosts.
+struct Staging<'a> {
+    call: &'a DeviceCall,
+    rounds: &'a [Round],
+    /// Where only the ranks in this one's place on their hosts take part: in the name of which call.
+    across: Option<Fingerprint>,
+    reads_output: bool,
+    writes_output: bool,
+}
+
 /// A buffer of the ring, as its round stands.
 #[derive(Default)]
 struct Slot {
@@ -48,16 +58,19 @@ impl Carry {
     /// Carries it out. However it ends, the device is done with the call's memory then, and later calls may go to the group. What
     /// it holds of the device's memory is given back: freeing that may wait for streams which wait for this call.
     pub(crate) fn run(mut self) -> (Outcome, DeviceCall) {
-        let mut slots: [Slot; SLOTS] = Default::default();
+        let mut entry = self.entry.take();
         let outcome = match self.between_devices() {
             Ok(true) => Ok(()),
-            Ok(false) => self.rounds(&mut slots),
+            Ok(false) => {
+                let (reads_output, writes_output) =
+                    cut::uses_of_output(&self.call.collective, self.submitter.rank.index());
+                let (call, rounds) = (&self.call, self.rounds.as_slice());
+                let staging = Staging { call, rounds, across: None, reads_output, writes_output };
+                self.stage(&staging, &mut entry)
+            }
             Err(error) => Err(error),
         };
-        self.entry = None;
-        let (fetching, storing): (Vec<_>, Vec<_>) = slots.into_iter().map(|slot| (slot.fetching, slot.storing)).unzip();
-        Copying::let_go(fetching.into_iter().flatten());
-        Copying::let_go(storing.into_iter().flatten());
+        drop(entry);
         if let Err(error) = &outcome
             && matches!(
                 error,
@@ -76,32 +89,64 @@ impl Carry {
         if self.rounds.len() > 1 { lending.carry(self) } else { Ok(false) }
     }
 
-    fn rounds(&mut self, slots: &mut [Slot; SLOTS]) -> Result<(), CollectiveError> {
+    /// What `call`, a part of this one, has between hosts, among the ranks in this one's place there: a collective for each of as many
+    /// rounds as all ranks have. However it ends, the device is done with the memory then.
+    pub(super) fn across(
+        &self,
+        call: &DeviceCall,
+        rounds: usize,
+        fingerprint: Fingerprint,
+    ) -> Result<(), CollectiveError> {
+        let (input, output) = call.lens();
+        let rounds = cut::in_turn(&input, &output, rounds);
+        let (reads_output, writes_output) = cut::uses_of_output(&call.collective, self.submitter.rank.index());
+        let staging = Staging { call, rounds: &rounds, across: Some(fingerprint), reads_output, writes_output };
+        self.stage(&staging, &mut None)
+    }
+
+    /// Leaves `entry` once all is with the group. However it ends, the device is done with the memory then.
+    fn stage(&self, staging: &Staging<'_>, entry: &mut Option<Entry>) -> Result<(), CollectiveError> {
+        let mut slots: [Slot; SLOTS] = Default::default();
+        let outcome = self.in_rounds(staging, &mut slots, entry);
+        let (fetching, storing): (Vec<_>, Vec<_>) = slots.into_iter().map(|slot| (slot.fetching, slot.storing)).unzip();
+        Copying::let_go(fetching.into_iter().flatten());
+        Copying::let_go(storing.into_iter().flatten());
+        outcome
+    }
+
+    fn in_rounds(
+        &self,
+        staging: &Staging<'_>,
+        slots: &mut [Slot; SLOTS],
+        entry: &mut Option<Entry>,
+    ) -> Result<(), CollectiveError> {
         self.lane.out.wait_for(&self.ready)?;
         self.lane.into.wait_for(&self.ready)?;
-        let (reads, writes) = cut::uses_of_output(&self.call.collective, self.submitter.rank.index());
-        for act in cut::order(self.rounds.len()) {
+        for act in cut::order(staging.rounds.len()) {
             match act {
                 Act::Fetch(round) => {
                     let slot = &mut slots[round % SLOTS];
                     self.settle(&mut slot.storing)?;
-                    slot.fetching = self.fetch(round, reads)?;
+                    slot.fetching = self.fetch(staging, round)?;
                 }
                 Act::Exchange(round) => {
                     let slot = &mut slots[round % SLOTS];
                     self.settle(&mut slot.fetching)?;
                     let left = self.deadline.saturating_duration_since(Instant::now());
-                    let call = self.call.staged(&self.rounds[round], self.buffer(round), Some(left));
-                    slot.with_group = Some(self.submitter.submit(call)?);
-                    if round + 1 == self.rounds.len() {
-                        self.entry = None;
+                    let call = staging.call.staged(&staging.rounds[round], self.buffer(round), Some(left));
+                    slot.with_group = Some(match staging.across {
+                        Some(fingerprint) => self.submitter.submit_across(call, fingerprint)?,
+                        None => self.submitter.submit(call)?,
+                    });
+                    if round + 1 == staging.rounds.len() {
+                        *entry = None;
                     }
                 }
                 Act::Store(round) => {
                     let slot = &mut slots[round % SLOTS];
                     let ticket = slot.with_group.take().expect("a round is handed to the group before it is stored");
                     self.submitter.finish(&ticket)?;
-                    slot.storing = if writes { self.store(round)? } else { Vec::new() };
+                    slot.storing = if staging.writes_output { self.store(staging, round)? } else { Vec::new() };
                 }
             }
         }
@@ -132,24 +177,24 @@ impl Carry {
         self.large.as_ref().unwrap_or(&self.lane.slots[round % SLOTS])
     }
 
-    fn fetch(&self, round: usize, reads_output: bool) -> Result<Vec<Copying<RegionSliceMut>>, CollectiveError> {
-        let buffer = self.buffer(round);
-        let parts = self.rounds[round].parts.iter().filter(|part| part.side == Side::Input || reads_output);
+    fn fetch(&self, staging: &Staging<'_>, round: usize) -> Result<Vec<Copying<RegionSliceMut>>, CollectiveError> {
+        let (buffer, reads_output) = (self.buffer(round), staging.reads_output);
+        let parts = staging.rounds[round].parts.iter().filter(|part| part.side == Side::Input || reads_output);
         parts
             .map(|part| {
                 let host = buffer.write(part.at..part.at + part.range.len()).map_err(|error| self.busy(&error))?;
-                Ok(self.lane.out.copy_out(self.call.part(part), host)?)
+                Ok(self.lane.out.copy_out(staging.call.part(part), host)?)
             })
             .collect()
     }
 
-    fn store(&self, round: usize) -> Result<Vec<Copying<RegionSlice>>, CollectiveError> {
+    fn store(&self, staging: &Staging<'_>, round: usize) -> Result<Vec<Copying<RegionSlice>>, CollectiveError> {
         let buffer = self.buffer(round);
-        let parts = self.rounds[round].parts.iter().filter(|part| part.side == Side::Output);
+        let parts = staging.rounds[round].parts.iter().filter(|part| part.side == Side::Output);
         parts
             .map(|part| {
                 let host = buffer.read(part.at..part.at + part.range.len()).map_err(|error| self.busy(&error))?;
-                Ok(self.lane.into.copy_in(host, self.call.part(part))?)
+                Ok(self.lane.into.copy_in(host, staging.call.part(part))?)
             })
             .collect()
     }

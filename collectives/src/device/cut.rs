@@ -11,6 +11,8 @@ use std::ops::Range;
 pub(crate) const SLOTS: usize = 4;
 /// Bytes of each. All ranks must have the same; 4 MiB is what UCX stages CUDA memory by.
 pub(crate) const SLOT_BYTES: usize = 4 << 20;
+/// The least that is worth a round of its own.
+const LEAST_BYTES: usize = 512 << 10;
 /// Parts begin on cache lines, but for those that are one piece.
 const LINE: usize = 64;
 
@@ -48,6 +50,30 @@ pub(crate) enum Act {
     Store(usize),
 }
 
+/// In how many rounds what has `parts` parts of `bytes` bytes fits the ring, and keeps all of it at work where it is long enough. A
+/// round's share of a part may be `slack` longer than that of another. `None`: in none.
+pub(crate) fn ring_rounds(parts: usize, bytes: usize, slack: usize) -> Option<usize> {
+    let room = (SLOT_BYTES / parts).checked_sub(slack + LINE).filter(|room| *room > 0)?;
+    Some((parts * bytes / LEAST_BYTES).clamp(1, SLOTS).max(bytes.div_ceil(room)))
+}
+
+/// `count` rounds, each of as many pieces of these lengths, in their order.
+pub(crate) fn in_turn(input: &[usize], output: &[usize], count: usize) -> Vec<Round> {
+    let round = |number: usize| {
+        let mut round = Round { parts: Vec::new(), bytes: 0 };
+        for (side, pieces) in [(Side::Input, input), (Side::Output, output)] {
+            let each = pieces.len() / count;
+            for (piece, len) in pieces.iter().enumerate().skip(number * each).take(each) {
+                let (range, at) = (0..*len, round.bytes.next_multiple_of(LINE));
+                round.bytes = at + range.len();
+                round.parts.push(Part { side, piece, range, at });
+            }
+        }
+        round
+    };
+    (0..count).map(round).collect()
+}
+
 /// The rounds of a call whose pieces have these lengths in bytes, for buffers of `slot_bytes`.
 pub(crate) fn rounds(
     collective: &Collective,
@@ -57,11 +83,11 @@ pub(crate) fn rounds(
     slot_bytes: usize,
 ) -> Vec<Round> {
     let Some((input_parts, output_parts, len)) = even(collective, (input, output), world_size) else {
-        return vec![whole(input, output)];
+        return in_turn(input, output, 1);
     };
     let most = slot_bytes.saturating_sub(2 * LINE) / (input_parts + output_parts) / element_bytes * element_bytes;
     if most == 0 || len % element_bytes != 0 {
-        return vec![whole(input, output)];
+        return in_turn(input, output, 1);
     }
     let round = |start: usize| {
         let bytes = most.min(len - start);
@@ -104,18 +130,6 @@ pub(crate) fn even(
         (Collective::AllToAll, [all], [other]) if all == other && all % n == 0 => Some((n, n, all / n)),
         _ => None,
     }
-}
-
-fn whole(input: &[usize], output: &[usize]) -> Round {
-    let mut round = Round { parts: Vec::new(), bytes: 0 };
-    for (side, pieces) in [(Side::Input, input), (Side::Output, output)] {
-        for (piece, &len) in pieces.iter().enumerate() {
-            round.bytes = round.bytes.next_multiple_of(LINE);
-            round.parts.push(Part { side, piece, range: 0..len, at: round.bytes });
-            round.bytes += len;
-        }
-    }
-    round
 }
 
 /// Whether a rank's outputs are read first, and whether they are written.

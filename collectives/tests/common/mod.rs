@@ -37,13 +37,39 @@ pub fn group_of<T: Send>(
     settings: impl Fn(Rank) -> Settings,
     body: impl Fn(&Communicator) -> T + Sync,
 ) -> Vec<T> {
+    group_changed(size, way, settings, |group| group, body)
+}
+
+/// The same by memory between each two ranks, where those with different numbers in `hosts` take each other for ranks of other hosts,
+/// which they reach by TCP.
+pub fn group_on_hosts<T: Send>(
+    hosts: &[u32],
+    settings: impl Fn(Rank) -> Settings,
+    body: impl Fn(&Communicator) -> T + Sync,
+) -> Vec<T> {
+    let change = |group: Group| {
+        let here = hosts[group.rank.index()];
+        let far = |link: &Link| link.peer.rank.is_some_and(|rank| hosts[rank.index()] != here);
+        let told = |link: Link| Link { kind: if far(&link) { WireKind::Tcp } else { link.kind }, ..link };
+        Group { links: group.links.into_iter().map(told).collect(), hosts: hosts.to_vec(), ..group }
+    };
+    group_changed(hosts.len() as u32, Way::Shm, settings, change, body)
+}
+
+fn group_changed<T: Send>(
+    size: u32,
+    way: Way,
+    settings: impl Fn(Rank) -> Settings,
+    change: impl Fn(Group) -> Group + Sync,
+    body: impl Fn(&Communicator) -> T + Sync,
+) -> Vec<T> {
     let store = Arc::new(MemoryStore::default());
     let world_size = WorldSize::new(size).unwrap();
     std::thread::scope(|scope| {
         let threads: Vec<_> = world_size
             .ranks()
             .map(|rank| {
-                let (store, settings, body) = (Arc::clone(&store), settings(rank), &body);
+                let (store, settings, change, body) = (Arc::clone(&store), settings(rank), &change, &body);
                 scope.spawn(move || {
                     let tcp = matches!(way, Way::Tcp | Way::Credit | Way::Lanes);
                     let wire = if tcp { WireChoice::Tcp } else { WireChoice::Auto };
@@ -54,7 +80,7 @@ pub fn group_of<T: Send>(
                     let spec = GroupSpec { name: "test".into(), rank, world_size, store, config };
                     let group = form_group(spec, Instant::now() + Duration::from_secs(20)).unwrap();
                     let settings = Settings { same_host: way == Way::Segment, ..settings };
-                    let communicator = Communicator::new(group, "test", settings).unwrap();
+                    let communicator = Communicator::new(change(group), "test", settings).unwrap();
                     let result = body(&communicator);
                     communicator.close(Duration::from_secs(5));
                     result
@@ -96,7 +122,7 @@ pub fn blamed(error: &CollectiveError) -> Vec<Rank> {
 pub fn over_verbs(tcp: TcpWire, own: u32, fabric: &Fabric, settings: Settings) -> Communicator {
     let (peer, mut verbs) = (PeerId(1 - own), VerbsWire::new(&Config::default(), Box::new(fabric.adapter())));
     verbs.attach(peer, tcp.name(peer), Instant::now()).unwrap();
-    one_of(tcp, verbs, (own, 2), settings)
+    one_of(tcp, verbs, (own, &[0, 1]), settings)
 }
 
 /// Runs `body` on every rank of a group of `size` threads, each on a host of its own, over queue pairs of this process.
@@ -106,6 +132,18 @@ pub fn group_over_verbs<T: Send>(
     settings: impl Fn(Rank) -> Settings + Sync,
     body: impl Fn(&Communicator) -> T + Sync,
 ) -> Vec<T> {
+    let hosts: Vec<u32> = (0..size).collect();
+    group_over_verbs_on(&hosts, fabric, settings, body)
+}
+
+/// The same, where ranks with the same number in `hosts` take each other for ranks of one host, with which they share memory.
+pub fn group_over_verbs_on<T: Send>(
+    hosts: &[u32],
+    fabric: &Fabric,
+    settings: impl Fn(Rank) -> Settings + Sync,
+    body: impl Fn(&Communicator) -> T + Sync,
+) -> Vec<T> {
+    let size = hosts.len() as u32;
     let until = Instant::now() + Duration::from_secs(20);
     let identity = |rank| Identity {
         rank: Some(Rank(rank)),
@@ -135,7 +173,7 @@ pub fn group_over_verbs<T: Send>(
             wire.park(until);
             wire.poll(Instant::now(), &mut done);
         }
-        let communicator = one_of(wire, verbs, (rank, size), settings(Rank(rank)));
+        let communicator = one_of(wire, verbs, (rank, hosts), settings(Rank(rank)));
         let result = body(&communicator);
         communicator.close(Duration::from_secs(5));
         result
@@ -170,18 +208,21 @@ fn connected(size: u32, fabric: &Fabric) -> Vec<VerbsWire> {
     wires
 }
 
-fn one_of(tcp: TcpWire, verbs: VerbsWire, (own, size): (u32, u32), settings: Settings) -> Communicator {
+fn one_of(tcp: TcpWire, verbs: VerbsWire, (own, hosts): (u32, &[u32]), settings: Settings) -> Communicator {
+    let size = hosts.len() as u32;
     let peers: Vec<PeerId> = (0..size).filter(|rank| *rank != own).map(PeerId).collect();
     let link = |&peer: &PeerId| {
         let name = PeerName { rank: Some(Rank(peer.0)), ..tcp.name(peer) };
-        Link { peer: name, kind: WireKind::Verbs, reason: "a test".into() }
+        let is_near = hosts[peer.index()] == hosts[own as usize];
+        let kind = if is_near { WireKind::Shm } else { WireKind::Verbs };
+        Link { peer: name, kind, reason: "a test".into() }
     };
     let links = peers.iter().map(link).collect();
     let member = |rank| PeerName { rank: Some(Rank(rank)), ..tcp.name(peers[0]) };
     let members = (0..size).map(member).collect();
     let wire = Box::new(Mesh::new(tcp, vec![Box::new(verbs)], peers, Vec::new()));
     let world_size = WorldSize::new(size).unwrap();
-    let (hosts, costs) = ((0..size).collect(), LinkCosts::default());
+    let (hosts, costs) = (hosts.to_vec(), LinkCosts::default());
     let group =
         Group { wire, rank: Rank(own), world_size, members, links, segment: None, hosts, costs, news: Vec::new() };
     Communicator::new(group, "test", settings).unwrap()

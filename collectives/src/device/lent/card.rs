@@ -24,6 +24,8 @@ pub(crate) struct Card {
     pub(crate) words: String,
     /// Whether it takes part.
     pub(crate) willing: bool,
+    /// Whether it takes part where ranks reach the devices of their own host only.
+    pub(crate) near: bool,
 }
 
 impl Card {
@@ -31,7 +33,7 @@ impl Card {
         let mut bytes = [0; BYTES];
         bytes[..8].copy_from_slice(&self.process.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.address.to_le_bytes());
-        (bytes[16], bytes[17]) = (u8::from(self.willing), u8::from(self.folds));
+        (bytes[16], bytes[17], bytes[18]) = (u8::from(self.willing), u8::from(self.folds), u8::from(self.near));
         bytes[24..32].copy_from_slice(&self.remote.key.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.remote.bytes.to_le_bytes());
         bytes[40..WORDS].copy_from_slice(&self.handle);
@@ -54,6 +56,7 @@ impl Card {
             folds: bytes[17] == 1,
             words: String::from_utf8_lossy(words).into_owned(),
             willing: bytes[16] == 1,
+            near: bytes[18] == 1,
         }
     }
 }
@@ -67,7 +70,7 @@ mod tests {
         let handle = std::array::from_fn(|i| i as u8 + 1);
         let remote = RemoteSlice { key: 5 << 60, offset: 0, bytes: 1 << 40 };
         let (process, words) = (u64::MAX, String::new());
-        let card = Card { process, address: 7 << 60, handle, remote, folds: true, words, willing: false };
+        let card = Card { process, address: 7 << 60, handle, remote, folds: true, words, willing: false, near: true };
         assert_eq!(Card::decode(&card.encode()), card);
         let long = Card { words: "ü".repeat(300), ..card.clone() };
         assert_eq!(Card::decode(&long.encode()), Card { words: "ü".repeat(BYTES / 2 - WORDS / 2), ..card });

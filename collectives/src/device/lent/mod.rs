@@ -1,6 +1,6 @@
-//! Does: collectives by memory of their devices that ranks lend each other: nothing of it comes to the host. Those of one host reach it
-//! by CUDA IPC, those of others by the network card (GPU-direct RDMA). What is to be done is `plan`'s; here it is given to the device
-//! and to the card, and all take the steps between.
+//! Does: collectives by memory of their devices that ranks lend each other. Those of one host reach it by CUDA IPC, those of others by
+//! the network card (GPU-direct RDMA), or else by way of the host, each its own share of what its host sends. What is to be done is
+//! `plan`'s; here it is given to the device and to the card, and all take the steps between.
 
 mod card;
 mod kernels;
@@ -15,11 +15,12 @@ use crate::call::Piece;
 use crate::messages::{Fetch, Kind, Message};
 use crate::pending::Ticket;
 use crate::submitter::Submitter;
-use crate::{CollectiveError, Fingerprint};
+use crate::{CollectiveError, Fingerprint, Reduction};
 use gradwire_transport::cuda::{Act, Copying, DeviceSlice, MOST_SOURCES};
 use gradwire_transport::{Link, Rank, Region, RemoteSlice, WireKind};
 pub use kernels::DeviceKernels;
 use meeting::Met;
+use plan::hierarchy::Between;
 use plan::{LINE, Place, Round, SET_BYTES, SETS, Seen, Task};
 use reach::{Own, Slot};
 use std::path::PathBuf;
@@ -56,6 +57,8 @@ struct Reached {
     ordinal: u32,
     /// Whether a rank is of another process.
     abroad: bool,
+    /// How ranks of different hosts reach each other, where there are several hosts of several ranks.
+    between: Option<Between>,
 }
 
 /// What a phase reads of other hosts, and where it lands.
@@ -111,7 +114,11 @@ impl Reached {
             rank: submitter.rank.index(),
             ranks: submitter.world_size.get() as usize,
         };
-        seen.rounds(SET_BYTES)
+        // What is to be in the order of the ranks cannot be in that of the hosts first.
+        let ordered = submitter.chooser.orders(&call.collective, call.dtype);
+        let by_hosts = self.between.zip(submitter.chooser.hosts()).filter(|_| !ordered);
+        let rounds = by_hosts.and_then(|(between, hosts)| seen.rounds_by_hosts(hosts, between, SET_BYTES));
+        rounds.or_else(|| seen.rounds(SET_BYTES).filter(|_| self.between != Some(Between::Staged)))
     }
 
     fn carry(&mut self, carry: &mut Carry) -> Result<bool, CollectiveError> {
@@ -151,12 +158,34 @@ impl Reached {
                     step(carry, fingerprint)?;
                 }
                 working.extend(self.begin(tasks, carry)?);
+                for task in tasks {
+                    if let Task::Across { input, output, rounds } = task {
+                        carry.settle(working)?;
+                        self.across((input, output), *rounds, carry, fingerprint)?;
+                    }
+                }
             }
             self.round += 1;
         }
         // Nobody leaves, and takes its slot along, while another still reads it.
         carry.settle(working)?;
         step(carry, fingerprint)
+    }
+
+    /// What these places have between hosts.
+    fn across(
+        &self,
+        (input, output): (&[Place], &[Place]),
+        rounds: usize,
+        carry: &Carry,
+        fingerprint: Fingerprint,
+    ) -> Result<(), CollectiveError> {
+        let here = |places: &[Place]| -> Result<Vec<_>, _> {
+            places.iter().map(|place| self.place(place, &carry.call, &mut Landing::default())).collect()
+        };
+        let (input, output) = (here(input)?, here(output)?);
+        let DeviceCall { collective, dtype, timeout, .. } = carry.call;
+        carry.across(&DeviceCall { collective, dtype, input, output, timeout }, rounds, fingerprint)
     }
 
     /// Has the card read what lies on other hosts, then begins `tasks` on the device.
@@ -168,15 +197,20 @@ impl Reached {
                 Task::Copy { from, to } => {
                     (vec![self.place(from, call, &mut landing)?], self.place(to, call, &mut landing)?, false)
                 }
-                Task::Fold { from, into } => {
+                Task::Fold { from, into, .. } => {
                     let from =
                         from.iter().map(|place| self.place(place, call, &mut landing)).collect::<Result<_, _>>()?;
                     (from, self.place(into, call, &mut landing)?, true)
                 }
+                Task::Across { .. } => continue,
             });
         }
         fetch(landing, carry)?;
         let kernel = match (call.collective.reduction(), &mut self.kernels) {
+            // Of a part of the ranks an average is a sum.
+            (Some(Reduction::Avg), Ok(kernels)) if !tasks.iter().all(Task::is_whole) => {
+                Some(kernels.get(call.dtype, Reduction::Sum)?)
+            }
             (Some(op), Ok(kernels)) => Some(kernels.get(call.dtype, op)?),
             _ => None,
         };
@@ -201,6 +235,7 @@ impl Reached {
         let in_use = |error| super::in_use(&call.words(), &error);
         match &self.slots[rank] {
             Slot::Near(memory) => memory.slice(range).map_err(in_use),
+            Slot::Away => unreachable!("plans speak of slots that are reached"),
             Slot::Far(remote) => {
                 let (start, bytes) = (SLOT_BYTES + landing.end, range.len() as u64);
                 landing.end += range.len().next_multiple_of(LINE);

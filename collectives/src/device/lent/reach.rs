@@ -23,6 +23,8 @@ pub(super) enum Slot {
     Near(Arc<DeviceMemory>),
     /// The network card does.
     Far(RemoteSlice),
+    /// Nothing does, and nobody has to.
+    Away,
 }
 
 /// What this rank lends.
@@ -33,6 +35,10 @@ pub(super) struct Own {
     pub(super) exposed: RemoteSlice,
     /// By which ways the others reach it, in words.
     pub(super) ways: String,
+    /// Why only those of this host do, where it is so.
+    pub(super) apart: Option<String>,
+    /// Whether it would do if only those of this host did.
+    pub(super) near: bool,
 }
 
 /// Lends a slot of `device`, by the ways that lead to the other ranks.
@@ -40,6 +46,7 @@ pub(super) struct Own {
 /// # Errors
 /// Why not, for people.
 pub(super) fn lend(device: &Arc<Device>, links: &[(Rank, WireKind)], submitter: &Submitter) -> Result<Own, String> {
+    let together = hosts_of_several(links, submitter);
     let by = |kind| links.iter().any(|(_, link)| *link == kind);
     let (near, far) = (by(WireKind::Shm), by(WireKind::Verbs));
     // A link that began by RDMA may have none left.
@@ -47,9 +54,12 @@ pub(super) fn lend(device: &Arc<Device>, links: &[(Rank, WireKind)], submitter: 
         WireKind::Verbs => submitter.shared.engine().wire.kind((*rank).into()),
         other => *other,
     };
-    if let Some(other) = links.iter().map(now).find(|kind| !matches!(kind, WireKind::Shm | WireKind::Verbs)) {
-        return Err(format!("a rank is reached by {other}, which reads no device"));
+    let blind = links.iter().map(now).find(|kind| !matches!(kind, WireKind::Shm | WireKind::Verbs));
+    let mut apart = blind.map(|other| format!("a rank is reached by {other}, which reads no device"));
+    if let Some(reason) = apart.as_ref().filter(|_| !together) {
+        return Err(reason.clone());
     }
+    let far = far && apart.is_none();
     let refused = |error: CudaError| error.to_string();
     let bytes = SLOT_BYTES + if far { LANDING_BYTES } else { 0 };
     let memory = DeviceMemory::allocate(device, bytes).map_err(refused)?;
@@ -59,8 +69,14 @@ pub(super) fn lend(device: &Arc<Device>, links: &[(Rank, WireKind)], submitter: 
         let mut engine = submitter.shared.engine();
         let wire = engine.wire.device_sided().ok_or("no wire of the group reads devices")?;
         let (way, remote) = wire.expose_device(whole);
-        exposed = remote.ok_or_else(|| way.to_string())?;
-        ways.push(way.to_string());
+        match remote {
+            Some(remote) => {
+                exposed = remote;
+                ways.push(way.to_string());
+            }
+            None if together => apart = Some(way.to_string()),
+            None => return Err(way.to_string()),
+        }
     }
     let handle = if near { memory.share().map_err(refused)? } else { [0; HANDLE_BYTES] };
     if near {
@@ -69,7 +85,17 @@ pub(super) fn lend(device: &Arc<Device>, links: &[(Rank, WireKind)], submitter: 
     let mut lent = lent();
     lent.retain(|_, memory| memory.strong_count() > 0);
     lent.insert(memory.address(), Arc::downgrade(&memory));
-    Ok(Own { memory, handle, exposed, ways: ways.join(" and ") })
+    Ok(Own { memory, handle, exposed, ways: ways.join(" and "), apart, near: together })
+}
+
+/// Whether there are several hosts, as many ranks on each, and this one shares memory with those of its own.
+fn hosts_of_several(links: &[(Rank, WireKind)], submitter: &Submitter) -> bool {
+    let Some(hosts) = submitter.chooser.hosts().filter(|hosts| hosts.count() > 1 && hosts.most() > 1) else {
+        return false;
+    };
+    let here = hosts.ranks(hosts.place(submitter.rank).0);
+    let near = |(rank, kind): &(Rank, WireKind)| !here.contains(rank) || *kind == WireKind::Shm;
+    hosts.across(submitter.rank).is_some() && links.iter().all(near)
 }
 
 /// Has the network card forget what was lent to no avail, so that it is freed.
