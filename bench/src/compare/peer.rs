@@ -27,6 +27,8 @@ pub(crate) enum Peer {
     Openmpi,
     /// Intel MPI, from its wheels
     Impi,
+    /// oneCCL, from its wheels (2 GB)
+    Oneccl,
     /// This one, through torch
     #[value(skip)]
     GradwireTorch,
@@ -38,7 +40,7 @@ impl Peer {
     /// All that are measured at `layer`, ours first.
     pub(crate) fn at(layer: Layer) -> &'static [Peer] {
         match layer {
-            Layer::Native => &[Peer::Gradwire, Peer::Mpich, Peer::Openmpi, Peer::Impi],
+            Layer::Native => &[Peer::Gradwire, Peer::Mpich, Peer::Openmpi, Peer::Impi, Peer::Oneccl],
             Layer::Torch => &[Peer::GradwireTorch, Peer::Gloo],
         }
     }
@@ -50,6 +52,7 @@ impl Peer {
             Self::Mpich => "MPICH",
             Self::Openmpi => "Open MPI",
             Self::Impi => "Intel MPI",
+            Self::Oneccl => "oneCCL",
             Self::Gloo => "Gloo",
         }
     }
@@ -59,14 +62,20 @@ impl Peer {
         matches!(self, Self::Gradwire | Self::GradwireTorch)
     }
 
-    /// The wheels that an MPI library comes in; empty for what is no MPI library.
+    /// The wheels that a library comes in whose ranks MPI starts; empty for others.
     pub(crate) fn wheels(self) -> &'static [&'static str] {
         match self {
             Self::Mpich => &["mpich"],
             Self::Openmpi => &["openmpi"],
             Self::Impi => &["impi-rt", "impi-devel"],
+            Self::Oneccl => &["oneccl-devel", "oneccl", "impi-rt", "impi-devel"],
             _ => &[],
         }
+    }
+
+    /// The file by which one sees that it is there.
+    pub(crate) fn library(self) -> &'static str {
+        if self == Self::Oneccl { "libccl.so" } else { "libmpi.so" }
     }
 }
 
@@ -117,8 +126,18 @@ pub(crate) fn mpi(peer: Peer, prefix: &Path, program: &Path, place: Place<'_>) -
             environment.push(("MPIR_CVAR_CH4_NETMOD", "ofi".to_owned()));
             environment.push(("FI_PROVIDER", "tcp".to_owned()));
         }
-        Peer::Impi => {
+        Peer::Impi | Peer::Oneccl => {
             let libraries = prefix.join("lib").display().to_string();
+            if peer == Peer::Oneccl {
+                environment.push(("LD_LIBRARY_PATH", libraries.clone()));
+                environment.push(("CCL_ROOT", prefix.display().to_string()));
+                environment.push(("CCL_ATL_TRANSPORT", "mpi".to_owned()));
+                environment.push(("CCL_LOG_LEVEL", "error".to_owned()));
+                if place.ranks as usize >= place.cores {
+                    // Its worker threads have no core of their own: calls take a thousand times as long with them.
+                    environment.push(("CCL_WORKER_OFFLOAD", "0".to_owned()));
+                }
+            }
             environment.push(("FI_PROVIDER_PATH", libraries));
             environment.push(("I_MPI_PIN", "0".to_owned()));
             if place.wire == Way::Tcp {
@@ -182,7 +201,7 @@ mod tests {
 
     #[test]
     fn tcp_leaves_no_library_a_way_through_memory() {
-        for peer in [Peer::Mpich, Peer::Openmpi, Peer::Impi] {
+        for peer in [Peer::Mpich, Peer::Openmpi, Peer::Impi, Peer::Oneccl] {
             let (tcp, shm) = (started(peer, Way::Tcp, 2), started(peer, Way::Shm, 2));
             assert_ne!((tcp.arguments, tcp.environment), (shm.arguments, shm.environment), "{peer:?}");
         }

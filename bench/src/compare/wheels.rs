@@ -1,11 +1,12 @@
 //! Does: gets the peers: wheels from the package index, each library in an environment of its own, and our C program
-//! compiled against each one's `mpi.h`.
+//! compiled against each one's `mpi.h`; oneCCL's calls beside it.
 
 use super::peer::Peer;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const MPI_RANK: &str = include_str!("../../peers/mpi_rank.c");
+const ONECCL_CALLS: &str = include_str!("../../peers/oneccl_calls.cpp");
 const TORCH_RANK: &str = include_str!("../../peers/torch_rank.py");
 
 /// Where the peers live, and who installs them.
@@ -28,7 +29,7 @@ impl Wheels {
     /// Why there is none, in words for the table.
     pub(crate) fn mpi(&self, peer: Peer) -> Result<(PathBuf, PathBuf), String> {
         let prefix = self.folder.join(peer.wheels()[0]);
-        let library = prefix.join("lib/libmpi.so");
+        let library = prefix.join("lib").join(peer.library());
         if !library.exists() {
             eprintln!("installing {} into {}", peer.wheels().join(" and "), prefix.display());
             run(Command::new(&self.python).args(["-m", "venv", "--without-pip"]).arg(&prefix))?;
@@ -37,17 +38,14 @@ impl Wheels {
             pip.args(["install", "--quiet", "--disable-pip-version-check", "--no-input"]);
             run(pip.args(peer.wheels()))?;
         }
-        let (source, program) = (prefix.join("mpi_rank.c"), prefix.join("mpi_rank"));
-        let is_current = program.exists() && std::fs::read_to_string(&source).is_ok_and(|text| text == MPI_RANK);
+        let program = prefix.join("mpi_rank");
+        // What it was made from, so that it is made again when that changes.
+        let made_from = prefix.join("mpi_rank.sources");
+        let sources = if peer == Peer::Oneccl { format!("{MPI_RANK}{ONECCL_CALLS}") } else { MPI_RANK.to_owned() };
+        let is_current = program.exists() && std::fs::read_to_string(&made_from).is_ok_and(|text| text == sources);
         if !is_current {
-            let libraries = prefix.join("lib");
-            let draft = prefix.join("draft.c");
-            write(&draft, MPI_RANK)?;
-            let mut cc = Command::new("cc");
-            cc.args(["-O2", "-I"]).arg(prefix.join("include")).arg(&draft).arg("-o").arg(&program);
-            cc.arg("-L").arg(&libraries).arg("-lmpi").arg(format!("-Wl,-rpath,{}", libraries.display()));
-            run(&mut cc)?;
-            std::fs::rename(&draft, &source).map_err(|error| format!("{}: {error}", source.display()))?;
+            compile(peer, &prefix, &program)?;
+            write(&made_from, &sources)?;
         }
         Ok((prefix, program))
     }
@@ -70,6 +68,29 @@ impl Wheels {
         write(&script, TORCH_RANK)?;
         Ok((self.python.clone(), script))
     }
+}
+
+/// Our program against the library in `prefix`.
+fn compile(peer: Peer, prefix: &Path, program: &Path) -> Result<(), String> {
+    let (libraries, draft, object) = (prefix.join("lib"), prefix.join("mpi_rank.c"), prefix.join("mpi_rank.o"));
+    write(&draft, MPI_RANK)?;
+    let mut cc = Command::new("cc");
+    cc.args(["-O2", "-c", "-I"]).arg(prefix.join("include")).arg(&draft).arg("-o").arg(&object);
+    let mut link = Command::new("cc");
+    if peer == Peer::Oneccl {
+        let calls = prefix.join("oneccl_calls.cpp");
+        write(&calls, ONECCL_CALLS)?;
+        cc.arg("-DONECCL");
+        link = Command::new("c++");
+        link.args(["-O2", "-std=c++17", "-I"]).arg(prefix.join("include")).arg(&calls);
+    }
+    run(&mut cc)?;
+    link.arg(&object).arg("-o").arg(program).arg("-L").arg(&libraries);
+    if peer == Peer::Oneccl {
+        // What it needs in turn lies beside it.
+        link.arg("-lccl").arg(format!("-Wl,-rpath-link,{}", libraries.display()));
+    }
+    run(link.arg("-lmpi").arg(format!("-Wl,-rpath,{}", libraries.display())))
 }
 
 /// `.venv` of the place where the command runs, or else any Python.
