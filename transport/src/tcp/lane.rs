@@ -1,17 +1,35 @@
 //! Does: one TCP connection: the frame that is being written, and what has been read but not yet taken.
 
 use super::stream::Stream;
-use crate::frame::HEADER_BYTES;
+use crate::frame::{HEADER_BYTES, Header};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::ops::Deref;
 
 /// Bytes read ahead: headers and small messages come in one system call, and little of a large one is copied.
 const STAGING_BYTES: usize = 16 << 10;
 
+/// Frames that go in one system call. What is written in one goes to and fro between processors less than what is written in several:
+/// on loopback 1 MiB takes 130 us in one call and 215 in calls of 128 KiB.
+pub(super) const MOST_FRAMES: usize = 16;
+
 /// What a lane is writing: a header and where its payload lies.
 pub(super) struct Writing<P> {
-    pub(super) header: [u8; HEADER_BYTES],
+    pub(super) frame: Header,
+    header: [u8; HEADER_BYTES],
     pub(super) payload: P,
     pub(super) written: usize,
+}
+
+impl<P: Deref<Target = [u8]>> Writing<P> {
+    pub(super) fn new(frame: Header, payload: P) -> Self {
+        Self { frame, header: frame.encode(), payload, written: 0 }
+    }
+
+    /// Bytes still to be written.
+    pub(super) fn left(&self) -> usize {
+        HEADER_BYTES + self.payload.len() - self.written
+    }
 }
 
 /// The payload that a lane is reading.
@@ -39,28 +57,23 @@ pub(super) struct Lane<P> {
     tail: usize,
 }
 
-impl<P> Lane<P> {
+impl<P: Deref<Target = [u8]>> Lane<P> {
     pub(super) fn new(stream: Stream) -> Self {
         let staging = vec![0; STAGING_BYTES].into_boxed_slice();
         Self { stream, writing: None, reading: None, ended: false, drained: false, staging, head: 0, tail: 0 }
     }
 
-    /// Writes what the socket takes of a header and `payload`; how much of both has now been written, `None` where the
-    /// socket is full.
-    pub(super) fn write(
-        &mut self,
-        header: &[u8; HEADER_BYTES],
-        payload: &[u8],
-        written: usize,
-    ) -> io::Result<Option<usize>> {
-        let result = if written < HEADER_BYTES {
-            self.stream.write_vectored(&[IoSlice::new(&header[written..]), IoSlice::new(payload)])
-        } else {
-            self.stream.write(&payload[written - HEADER_BYTES..])
-        };
-        match result {
+    /// Writes what the socket takes of `frames`, at most [`MOST_FRAMES`]; how many bytes, `None` where the socket is full.
+    pub(super) fn write(&mut self, frames: &VecDeque<Writing<P>>) -> io::Result<Option<usize>> {
+        let mut slices = [IoSlice::new(&[]); 2 * MOST_FRAMES];
+        for (Writing { header, payload, written, .. }, two) in frames.iter().zip(slices.as_chunks_mut::<2>().0) {
+            let (header, payload) =
+                (&header[*written.min(&HEADER_BYTES)..], &payload[written.saturating_sub(HEADER_BYTES)..]);
+            *two = [IoSlice::new(header), IoSlice::new(payload)];
+        }
+        match self.stream.write_vectored(&slices[..2 * frames.len().min(MOST_FRAMES)]) {
             Ok(0) => Err(ErrorKind::WriteZero.into()),
-            Ok(more) => Ok(Some(written + more)),
+            Ok(written) => Ok(Some(written)),
             Err(error) if error.kind() == ErrorKind::WouldBlock || error.kind() == ErrorKind::Interrupted => Ok(None),
             Err(error) => Err(error),
         }

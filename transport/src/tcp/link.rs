@@ -1,13 +1,14 @@
 //! Does: one peer: its lanes, and the frames between us.
 
 use super::incoming::{Incoming, Reply};
-use super::lane::{Lane, Reading, Writing};
+use super::lane::{Lane, MOST_FRAMES, Reading, Writing};
 use super::outgoing::{Cargo, Outgoing, Payload};
 use super::stream::Stream;
 use crate::credit::{Grant, UNASKED_BYTES, UNASKED_WINDOW, Want};
 use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
 use crate::pool::Pool;
 use crate::{Completion, Config, Envelope, LossCause, PeerId, PeerName, Tag, Traffic, TransportError};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 
@@ -20,6 +21,8 @@ pub(super) struct Link {
     pub(super) outgoing: Outgoing,
     pub(super) incoming: Incoming,
     pub(super) lanes: Vec<Lane<Payload>>,
+    /// Frames that are being written in one call; empty but then.
+    batch: VecDeque<Writing<Payload>>,
     pub(super) lost: Option<TransportError>,
     /// Whether the system has told that a socket has something, and nobody has looked.
     pub(super) ready: bool,
@@ -58,6 +61,7 @@ impl Link {
             outgoing: Outgoing::new(config.window_bytes),
             incoming: Incoming::new(peer, pool),
             lanes: streams.into_iter().map(Lane::new).collect(),
+            batch: VecDeque::with_capacity(MOST_FRAMES),
             lost: None,
             ready: false,
             told: false,
@@ -209,40 +213,54 @@ impl Link {
         for at in 0..self.lanes.len() {
             let mut budget = TURN_BYTES;
             self.lanes[at].stream.send().map_err(broken)?;
-            while budget > 0 {
-                let lane = &mut self.lanes[at];
-                let mut writing = match lane.writing.take() {
-                    Some(writing) => writing,
-                    None => match self.outgoing.next(at) {
-                        Some((header, payload)) => Writing { header: header.encode(), payload, written: 0 },
-                        None => break,
-                    },
-                };
-                let result = lane.write(&writing.header, &writing.payload, writing.written);
+            while budget > 0 && self.gather(at, budget) {
+                let result = self.lanes[at].write(&self.batch);
+                self.take_written(at, result.as_ref().map_or(0, |written| written.unwrap_or(0)));
                 match result {
                     Ok(Some(written)) => {
                         moved = true;
-                        budget = budget.saturating_sub(written - writing.written);
-                        writing.written = written;
-                        if written < HEADER_BYTES + writing.payload.len() {
-                            lane.writing = Some(writing);
-                        } else if let Some(bytes) = self.outgoing.written(writing.payload) {
-                            self.sent.0 += bytes as u64;
-                            self.sent.1 += 1;
-                        }
+                        budget = budget.saturating_sub(written);
                     }
-                    Ok(None) => {
-                        lane.writing = Some(writing);
-                        break;
-                    }
-                    Err(error) => {
-                        lane.writing = Some(writing);
-                        return Err(broken(error));
-                    }
+                    Ok(None) => break,
+                    Err(error) => return Err(broken(error)),
                 }
             }
         }
         Ok(moved)
+    }
+
+    /// Takes the frame that lane `at` has begun and those that are to follow it, about as many bytes as `most`; whether there are any.
+    fn gather(&mut self, at: usize, most: usize) -> bool {
+        let mut bytes = 0;
+        let mut begun = self.lanes[at].writing.take();
+        while bytes < most && self.batch.len() < MOST_FRAMES {
+            let next = || self.outgoing.next(at).map(|(header, payload)| Writing::new(header, payload));
+            let Some(writing) = begun.take().or_else(next) else { break };
+            bytes += writing.left();
+            self.batch.push_back(writing);
+        }
+        !self.batch.is_empty()
+    }
+
+    /// `bytes` of the frames that were taken have been written: the first that is not whole stays with lane `at`, and others may go
+    /// before those behind it.
+    fn take_written(&mut self, at: usize, mut bytes: usize) {
+        while let Some(mut writing) = self.batch.pop_front() {
+            let taken = writing.left().min(bytes);
+            bytes -= taken;
+            writing.written += taken;
+            if writing.left() > 0 {
+                self.lanes[at].writing = Some(writing);
+                break;
+            }
+            if let Some(bytes) = self.outgoing.written(writing.payload) {
+                self.sent.0 += bytes as u64;
+                self.sent.1 += 1;
+            }
+        }
+        while let Some(Writing { frame, payload, .. }) = self.batch.pop_back() {
+            self.outgoing.put_back(frame, payload);
+        }
     }
 
     /// Takes what is left to read of a connection that can no more be written to: why it ended, which is `cause` where the peer has

@@ -205,6 +205,17 @@ impl Outgoing {
         Some((header, Payload::Piece { serial: large.serial, cargo: Arc::clone(&large.cargo), start, end }))
     }
 
+    /// Takes back a frame that [`next`](Self::next) gave, of which nothing has been written; of several, the last one first.
+    pub(super) fn put_back(&mut self, header: Header, payload: Payload) {
+        let Payload::Piece { serial, start, .. } = payload else {
+            self.urgent.push_front((header, payload));
+            return;
+        };
+        if let Some(large) = self.large.iter_mut().find(|large| large.serial == serial) {
+            large.next = start;
+        }
+    }
+
     /// A frame has been written whole. Tells the payload bytes of a message that has now gone.
     pub(super) fn written(&mut self, payload: Payload) -> Option<usize> {
         match payload {
@@ -285,5 +296,40 @@ impl Outgoing {
                 done.push(Completion::SendFailed { to, slice, error: error.clone() });
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{PeerId, Region};
+
+    #[test]
+    fn frames_that_are_put_back_come_again_in_their_order_and_what_is_urgent_before_pieces() {
+        let mut outgoing = Outgoing::new(1 << 10);
+        let post = |outgoing: &mut Outgoing, bytes: usize| {
+            let slice = Region::zeroed(bytes).read(0..bytes).unwrap();
+            outgoing.push(
+                Envelope { peer: PeerId(1), tag: Tag(7), note: bytes as u64 },
+                Cargo::Slice(slice),
+                usize::MAX,
+            );
+        };
+        [3, 5, 2 * PIECE_BYTES + 1].into_iter().for_each(|bytes| post(&mut outgoing, bytes));
+        let all = |outgoing: &mut Outgoing| std::iter::from_fn(|| outgoing.next(0)).collect::<Vec<_>>();
+        let words = |frames: &[(Header, Payload)]| frames.iter().map(|(header, _)| *header).collect::<Vec<_>>();
+        assert_eq!(outgoing.next(0).unwrap().0.length, 3);
+        outgoing.on_grant(0, 2 * PIECE_BYTES as u64 + 1).unwrap();
+        let frames = all(&mut outgoing);
+        let expected = words(&frames);
+        assert_eq!(
+            expected.iter().map(|header| header.kind).collect::<Vec<_>>(),
+            [Kind::Eager, Kind::Announce, Kind::Data, Kind::Data, Kind::Data]
+        );
+        // The first has gone; all others come back, and what is said meanwhile goes before the pieces.
+        frames.into_iter().skip(1).rev().for_each(|(header, payload)| outgoing.put_back(header, payload));
+        outgoing.control(Header::control(Kind::Credit, 0, 1), Vec::new());
+        let again = words(&all(&mut outgoing));
+        assert_eq!((again[0], again[1].kind, &again[2..]), (expected[1], Kind::Credit, &expected[2..]));
     }
 }

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 /// Bytes that one poll hands over: whoever takes them gives their memory back while it lies in the processor's cache, and what
 /// comes next is written there. Only what was handed over counts, so that who polls until nothing comes leaves nothing.
 const POLL_BYTES: u64 = 256 << 10;
+/// Longest message that is written when it is posted; longer ones wait for what is posted next, and go with it by the next poll.
+const AT_ONCE_BYTES: usize = 32 << 10;
 /// How often the listeners are looked at while the wire is polled.
 const DOOR_TURNS: u32 = 64;
 /// Longest message that can be lent.
@@ -49,10 +51,10 @@ impl TcpWire {
         let result = self.ready(to.peer, true);
         match result {
             Ok(link) => {
-                let idle = !link.wants_to_write();
+                let at_once = cargo.len() <= AT_ONCE_BYTES && !link.wants_to_write();
                 link.push(to, cargo);
-                if idle {
-                    // At once, where nothing is before it: this is what a small message's latency is made of.
+                if at_once {
+                    // Where nothing is before it: this is what a small message's latency is made of.
                     let _ = link.write_lanes();
                 }
                 Ok(())
