@@ -10,9 +10,9 @@ use gradwire_transport::{
 };
 use std::sync::{Arc, LazyLock};
 
-/// Messages posted and not yet ended, per link and direction: with segments of 128 KiB half a megabyte, enough to keep a wire
-/// busy while a segment is reduced, and little enough that a socket's window does not fall to zero.
-const IN_FLIGHT: usize = 4;
+/// Messages posted and not yet ended, per link and direction: with segments of 128 KiB a megabyte, as much as a socket takes in one
+/// call, which is quicker than in several, and enough to keep a wire busy while a segment is reduced.
+const IN_FLIGHT: usize = 8;
 
 /// Why a schedule stopped.
 #[derive(Debug)]
