@@ -29,6 +29,14 @@ pub struct Chooser {
     world: Option<World>,
 }
 
+/// A call, as far as its schedule depends on it.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) collective: &'a Collective,
+    pub(crate) dtype: DType,
+    pub(crate) shape: &'a Shape,
+}
+
 /// What was chosen, and why.
 #[derive(Clone, Debug)]
 pub struct Choice {
@@ -116,26 +124,19 @@ impl Chooser {
     }
 
     /// This rank's part of a call, ready to run.
-    pub(crate) fn plan(
-        &self,
-        collective: &Collective,
-        dtype: DType,
-        shape: &Shape,
-        rank: Rank,
-        world_size: WorldSize,
-    ) -> Plan {
+    pub(crate) fn plan(&self, asked: Asked<'_>, rank: Rank, world_size: WorldSize) -> Plan {
         let across = || self.hosts.as_ref().and_then(|hosts| hosts.across(rank));
-        match across().filter(|_| shape.across) {
+        match across().filter(|_| asked.shape.across) {
             None => {
                 let members: Vec<Rank> = world_size.ranks().collect();
-                Plan::new(self.schedule(collective, dtype, shape, rank, world_size), rank.index(), &members)
+                Plan::new(self.schedule(asked, rank, world_size), rank.index(), &members)
             }
             // To each other they are a group of which each is on a host of its own.
             Some((members, me)) => {
                 let numbers: Vec<u32> = (0..).take(members.len()).collect();
                 let apart = self.clone().on(Hosts::new(&numbers), self.costs);
                 let size = WorldSize::new(numbers.len() as u32).expect("a rank is on a host");
-                let schedule = apart.schedule(collective, dtype, shape, Rank(numbers[me]), size);
+                let schedule = apart.schedule(asked, Rank(numbers[me]), size);
                 Plan::new(schedule, me, &members)
             }
         }
@@ -147,14 +148,7 @@ impl Chooser {
     }
 
     /// This rank's part of a call.
-    fn schedule(
-        &self,
-        collective: &Collective,
-        dtype: DType,
-        shape: &Shape,
-        rank: Rank,
-        world_size: WorldSize,
-    ) -> Schedule {
+    fn schedule(&self, Asked { collective, dtype, shape }: Asked<'_>, rank: Rank, world_size: WorldSize) -> Schedule {
         let segment = (SEGMENT_BYTES / dtype.bytes()).max(1);
         let algorithm = self.algorithm(collective, dtype, shape.longest() * dtype.bytes(), world_size);
         let (len, n) = (shape.len, world_size.get() as usize);

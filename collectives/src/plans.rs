@@ -1,7 +1,7 @@
 //! Does: keeps the plans of recent calls, so that a call of a known shape allocates nothing.
 
 use crate::call::{Call, Shape};
-use crate::choose::Chooser;
+use crate::choose::{Asked, Chooser};
 use crate::plan::Plan;
 use crate::{Collective, DType};
 use gradwire_transport::{Rank, WorldSize};
@@ -35,7 +35,8 @@ impl Plans {
             }
             return Arc::clone(&self.kept[at / 2].1);
         }
-        let plan = Arc::new(self.chooser.plan(&call.collective, call.dtype, shape, rank, world_size));
+        let asked = Asked { collective: &call.collective, dtype: call.dtype, shape };
+        let plan = Arc::new(self.chooser.plan(asked, rank, world_size));
         if self.kept.len() == KEPT {
             self.kept.pop_back();
         }
