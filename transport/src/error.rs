@@ -63,6 +63,8 @@ pub enum TransportError {
         peer: Box<PeerName>,
         /// The conversation.
         tag: Tag,
+        /// What its sender said with it.
+        note: u64,
         /// Length of the message.
         bytes: usize,
         /// Length of the receive.

@@ -449,8 +449,8 @@ impl Inbox {
             if let Store::Buffer(buffer) = store {
                 self.pool.take_back(buffer);
             }
-            let peer = Box::new(self.name.clone());
-            let error = TransportError::MessageTooLong { peer, tag: from.tag, bytes, capacity };
+            let (peer, Envelope { tag, note, .. }) = (Box::new(self.name.clone()), from);
+            let error = TransportError::MessageTooLong { peer, tag, note, bytes, capacity };
             done.push(failed(from.peer, from.tag, receive, error));
             return;
         }

@@ -236,7 +236,8 @@ pub(crate) fn fits(peer: PeerName, tag: Tag, bytes: u64, capacity: u64) -> Resul
     if bytes <= capacity {
         return Ok(());
     }
-    Err(TransportError::MessageTooLong { peer: Box::new(peer), tag, bytes: whole(bytes), capacity: whole(capacity) })
+    let (bytes, capacity) = (whole(bytes), whole(capacity));
+    Err(TransportError::MessageTooLong { peer: Box::new(peer), tag, note: 0, bytes, capacity })
 }
 
 impl fmt::Debug for dyn Wire {

@@ -30,6 +30,8 @@ const SHARED_BYTES: usize = 3 * LINE;
 const LETTER_HEAD: usize = 16;
 /// Bytes of data in a letter: 8 KiB, and what else fits its first line.
 const LETTER_BYTES: usize = (8 << 10) + LINE - LETTER_HEAD;
+/// Most ranks of a segment: what callers tell each other of lengths fits a letter.
+const MOST_RANKS: u32 = 512;
 /// Yields between looks at the rest of the world.
 const YIELDS: u32 = 16;
 /// How long a waiter yields before it sleeps.
@@ -93,8 +95,12 @@ impl GroupSegment {
     /// Makes the segment of a group (rank 0).
     ///
     /// # Errors
-    /// As [`Segment::create`].
+    /// As [`Segment::create`]; `Io` for more than 512 ranks.
     pub fn create(world_size: WorldSize) -> Result<Self, TransportError> {
+        if world_size.get() > MOST_RANKS {
+            let error = std::io::Error::other(format!("it serves {MOST_RANKS} ranks"));
+            return Err(TransportError::io("make the group's shared memory", error));
+        }
         Ok(Self::new(Segment::create(Self::bytes(world_size))?, Rank(0), world_size))
     }
 

@@ -295,10 +295,10 @@ impl Link {
             }
             Kind::Refuse => {
                 let (flight, cargo) = self.announced.remove(record.id).ok_or("an answer to what was not offered")?;
-                let tag = self.flights.to(flight).map(|to| to.tag).ok_or("an answer to what was not offered")?;
+                let Envelope { tag, note, .. } = self.flights.to(flight).ok_or("an answer to what was not offered")?;
                 let capacity = usize::try_from(record.bytes).unwrap_or(usize::MAX);
                 let (peer, bytes) = (Box::new(self.name.clone()), cargo.len());
-                let error = TransportError::MessageTooLong { peer, tag, bytes, capacity };
+                let error = TransportError::MessageTooLong { peer, tag, note, bytes, capacity };
                 self.flights.end(flight, cargo.into_slice(), Some(error), done);
             }
             Kind::Piece if record.slot == NONE => {

@@ -208,9 +208,9 @@ impl Link {
             Frame::Refuse { id, capacity } => {
                 let (flight, cargo) =
                     self.announced.remove(id).ok_or_else(|| protocol("it refused what was not offered"))?;
-                let tag = self.flights.to(flight).map(|to| to.tag).expect("what is offered is under way");
+                let Envelope { tag, note, .. } = self.flights.to(flight).expect("what is offered is under way");
                 let (peer, bytes) = (Box::new(self.name.clone()), cargo.len());
-                let error = TransportError::MessageTooLong { peer, tag, bytes, capacity: *capacity };
+                let error = TransportError::MessageTooLong { peer, tag, note, bytes, capacity: *capacity };
                 self.flights.end(flight, cargo.into_slice(), Some(error), done);
             }
             Frame::Data { key, cargo, .. } => {

@@ -243,8 +243,8 @@ impl Incoming {
             if let Store::Buffer(buffer) = store {
                 self.pool.take_back(buffer);
             }
-            let error =
-                TransportError::MessageTooLong { peer: Box::new(name.clone()), tag: from.tag, bytes: total, capacity };
+            let (peer, Envelope { tag, note, .. }) = (Box::new(name.clone()), from);
+            let error = TransportError::MessageTooLong { peer, tag, note, bytes: total, capacity };
             done.push(failed(from.peer, from.tag, receive, error));
             return;
         }

@@ -386,8 +386,8 @@ impl Link {
             Kind::Refuse => {
                 let (serial, to, bytes) = self.outgoing.on_refuse(header.id).ok_or_else(unknown)?;
                 let capacity = usize::try_from(header.total).unwrap_or(usize::MAX);
-                let peer = Box::new(self.name.clone());
-                self.outgoing.fail(serial, TransportError::MessageTooLong { peer, tag: to.tag, bytes, capacity });
+                let (peer, Envelope { tag, note, .. }) = (Box::new(self.name.clone()), to);
+                self.outgoing.fail(serial, TransportError::MessageTooLong { peer, tag, note, bytes, capacity });
             }
             Kind::Credit => self.outgoing.on_credit(header.total).ok_or_else(unknown)?,
             Kind::Terms => self.outgoing.on_terms(header.note, header.total),

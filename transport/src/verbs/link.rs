@@ -318,10 +318,10 @@ impl Link {
             }
             Record::Refuse { id, capacity } => {
                 let (flight, cargo) = self.announced.remove(id).ok_or(NOT_OFFERED)?;
-                let tag = self.flights.to(flight).map(|to| to.tag).ok_or(NOT_OFFERED)?;
+                let Envelope { tag, note, .. } = self.flights.to(flight).ok_or(NOT_OFFERED)?;
                 let capacity = usize::try_from(capacity).unwrap_or(usize::MAX);
                 let (peer, bytes) = (Box::new(self.name.clone()), cargo.len());
-                let error = TransportError::MessageTooLong { peer, tag, bytes, capacity };
+                let error = TransportError::MessageTooLong { peer, tag, note, bytes, capacity };
                 self.flights.end(flight, cargo.into_slice(), Some(error), done);
             }
             Record::Credit { lane, returned, taken } => {

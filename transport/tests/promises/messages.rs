@@ -53,13 +53,14 @@ pub fn a_message_that_does_not_fit_fails_and_the_next_passes(make: Make) {
     let mut world = make(&Config::default(), 2);
     let (target, space) = blank(10);
     world.wire(1).post_recv(PeerId(0), Tag(1), space).unwrap();
-    world.wire(0).post_send(to(1, 1, 0), filled(0, 2 << 20).1).unwrap();
+    world.wire(0).post_send(to(1, 1, 7), filled(0, 2 << 20).1).unwrap();
     for completion in world.take(0, 1).iter().chain(&world.take(1, 1)) {
         match completion {
             Completion::SendFailed { error, .. } | Completion::RecvFailed { error, .. } => {
-                assert!(
-                    matches!(error, TransportError::MessageTooLong { bytes, capacity: 10, .. } if *bytes == 2 << 20)
-                );
+                let TransportError::MessageTooLong { note: 7, bytes, capacity: 10, .. } = error else {
+                    panic!("{error:?}")
+                };
+                assert_eq!(*bytes, 2 << 20);
             }
             other => panic!("{other:?}"),
         }
