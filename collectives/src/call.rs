@@ -1,7 +1,7 @@
 //! Pure: a call of a collective, checked before anything is sent.
 
-use crate::{Collective, CollectiveError, DType, Place, Span};
-use gradwire_transport::{Region, WorldSize};
+use crate::{Collective, CollectiveError, DType, Fingerprint, Place, Span};
+use gradwire_transport::{Rank, Region, WorldSize};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,15 +75,29 @@ impl Shape {
         self.input.iter().chain(&self.output).copied().max().unwrap_or(0).max(self.len)
     }
 
-    /// The number of elements that all ranks must agree on; 0 where they need not: gather, scatter and all-to-all, and parts
-    /// of different lengths.
-    pub(crate) fn agreed_len(&self, collective: &Collective) -> usize {
-        let even = |parts: &[usize]| parts.iter().all(|part| *part == self.len);
+    /// What all ranks must say the same of, for a call of this shape.
+    pub(crate) fn fingerprint(&self, collective: &Collective, dtype: DType, ordered: bool) -> Fingerprint {
+        let parts = if matches!(collective, Collective::AllGather) { &self.output } else { &self.input };
         match collective {
-            Collective::AllToAll if self.packed => self.len,
-            Collective::Gather { .. } | Collective::Scatter { .. } | Collective::AllToAll => 0,
-            _ if even(&self.input) && even(&self.output) => self.len,
-            _ => 0,
+            Collective::AllToAll if self.packed => Fingerprint::of(collective, dtype, self.len, ordered),
+            Collective::Gather { .. } | Collective::Scatter { .. } | Collective::AllToAll => {
+                Fingerprint::of(collective, dtype, 0, ordered)
+            }
+            _ if parts.iter().all(|part| *part == self.len) => Fingerprint::of(collective, dtype, self.len, ordered),
+            _ => Fingerprint::of_unequal(collective, dtype, parts, ordered),
+        }
+    }
+
+    /// The elements that go from rank `me` to rank `peer` and come from it, where only these two know.
+    pub(crate) fn between(&self, collective: &Collective, me: Rank, peer: Rank) -> Option<(usize, usize)> {
+        let of = |lens: &[usize]| lens.get(peer.index()).copied();
+        match *collective {
+            Collective::AllToAll if !self.packed => Some((of(&self.input)?, of(&self.output)?)),
+            Collective::Gather { root } if root == me => Some((0, of(&self.output)?)),
+            Collective::Gather { root } if root == peer => Some((self.len, 0)),
+            Collective::Scatter { root } if root == me => Some((of(&self.input)?, 0)),
+            Collective::Scatter { root } if root == peer => Some((0, self.len)),
+            _ => None,
         }
     }
 }
@@ -243,7 +257,6 @@ impl Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use gradwire_transport::Rank;
 
     #[test]
     fn pieces_are_checked_where_nobody_looks_at_them_too() {

@@ -152,7 +152,8 @@ impl Chooser {
         let segment = (SEGMENT_BYTES / dtype.bytes()).max(1);
         let algorithm = self.algorithm(collective, dtype, shape.longest() * dtype.bytes(), world_size);
         let (len, n) = (shape.len, world_size.get() as usize);
-        let nothing = || vec![0..0; n];
+        let nothing = || vec![None; n];
+        let all = |lens: &[usize]| parts(lens).into_iter().map(Some).collect::<Vec<_>>();
         let average = collective.reduction() == Some(Reduction::Avg);
         let make = Make { algorithm, hosts: self.hosts.as_ref(), rank, world_size, segment, average };
         let exchange = |give: &[_], get: &[_]| direct::exchange(rank, world_size, give, get, segment);
@@ -165,16 +166,16 @@ impl Chooser {
             Collective::ReduceScatter { op } if n == 1 => copy_and_finish(len, op),
             Collective::ReduceScatter { .. } => make.reduce_scatter(&parts(&shape.input)),
             Collective::AllToAll if shape.packed => bruck::all_to_all(rank, world_size, len, segment),
-            Collective::AllToAll => exchange(&parts(&shape.input), &parts(&shape.output)),
+            Collective::AllToAll => exchange(&all(&shape.input), &all(&shape.output)),
             Collective::Gather { root } => {
                 let mut give = nothing();
-                give[root.index()] = 0..len;
-                exchange(&give, &if rank == root { parts(&shape.output) } else { nothing() })
+                give[root.index()] = Some(0..len);
+                exchange(&give, &if rank == root { all(&shape.output) } else { nothing() })
             }
             Collective::Scatter { root } => {
                 let mut get = nothing();
-                get[root.index()] = 0..len;
-                exchange(&if rank == root { parts(&shape.input) } else { nothing() }, &get)
+                get[root.index()] = Some(0..len);
+                exchange(&if rank == root { all(&shape.input) } else { nothing() }, &get)
             }
             Collective::Barrier => tree::barrier(rank, world_size),
         }
@@ -233,7 +234,10 @@ impl Make<'_> {
             Algorithm::Ring => ring::all_gather(rank, size, parts, segment),
             Algorithm::Bruck => bruck::all_gather(rank, size, parts, segment),
             Algorithm::Hierarchical => hierarchical::all_gather(rank, &self.hosts(), parts, segment),
-            _ => direct::exchange(rank, size, &vec![0..len; parts.len()], parts, segment),
+            _ => {
+                let all: Vec<_> = parts.iter().cloned().map(Some).collect();
+                direct::exchange(rank, size, &vec![Some(0..len); parts.len()], &all, segment)
+            }
         }
     }
 

@@ -118,7 +118,8 @@ impl Communicator {
         let waker = wire.waker();
         let trace = Arc::new(Trace::new(name.to_owned(), rank, members.clone(), settings.trace.clone()));
         let who = (name.to_owned(), members.clone());
-        let engine = Engine::new((wire, news), (rank, world_size), who, plans, local, Arc::clone(&trace));
+        let mut engine = Engine::new((wire, news), (rank, world_size), who, plans, local, Arc::clone(&trace));
+        engine.checks_nan = settings.check_nan;
         let shared = Arc::new(Shared::new(engine, waker, patience, settings.timeout));
         let (thread, group, memory) = (Mutex::new(None), name.to_owned(), MemoryPool::default());
         let host = members.get(rank.index()).map_or("unknown", |name| name.host.as_str());
@@ -297,12 +298,13 @@ impl Communicator {
     ///
     /// Operations still under way fail. Waits at most `timeout`, and for a CUDA device that does nothing some 10 s more.
     pub fn close(&self, timeout: Duration) {
-        self.shared.stop();
+        let until = Instant::now() + timeout;
+        self.shared.stop(until);
         if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // A panic of the thread has been printed; there is nothing to add.
             let _ = thread.join();
         }
-        self.shared.engine().close(Instant::now() + timeout);
+        self.shared.close(until);
         self.shared.ring();
         self.devices.close();
     }
@@ -340,6 +342,7 @@ impl Communicator {
             fetch: None,
             deadline,
             timeout,
+            over: false,
         });
         self.leave_to_progress_thread();
         Pending::at_engine(&self.shared, ticket)

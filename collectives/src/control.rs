@@ -45,6 +45,12 @@ impl Control {
                 Verdict::Differs { rank, expected, got } => {
                     put(&mut out, 5, &[*sequence, u64::from(rank.0), *expected, *got]);
                 }
+                Verdict::Parts { sender, receiver, sent, awaited } => {
+                    put(&mut out, 7, &[*sequence, u64::from(sender.0), u64::from(receiver.0), *sent, *awaited]);
+                }
+                Verdict::NotANumber { rank, element } => {
+                    put(&mut out, 8, &[*sequence, u64::from(rank.0), *element]);
+                }
                 Verdict::Aborted { reason } => {
                     put(&mut out, 6, &[*sequence]);
                     put_text(&mut out, reason);
@@ -74,10 +80,18 @@ impl Control {
                 Self::Verdict { sequence, verdict: Verdict::Late { missing, waited } }
             }
             5 => {
-                let (rank, expected, got) = (Rank(u32::try_from(word(rest)?).ok()?), word(rest)?, word(rest)?);
+                let (rank, expected, got) = (rank(rest)?, word(rest)?, word(rest)?);
                 Self::Verdict { sequence, verdict: Verdict::Differs { rank, expected, got } }
             }
             6 => Self::Verdict { sequence, verdict: Verdict::Aborted { reason: text(rest)? } },
+            7 => {
+                let (sender, receiver, sent, awaited) = (rank(rest)?, rank(rest)?, word(rest)?, word(rest)?);
+                Self::Verdict { sequence, verdict: Verdict::Parts { sender, receiver, sent, awaited } }
+            }
+            8 => {
+                let (rank, element) = (rank(rest)?, word(rest)?);
+                Self::Verdict { sequence, verdict: Verdict::NotANumber { rank, element } }
+            }
             _ => return None,
         })
     }
@@ -135,6 +149,10 @@ fn word(rest: &mut &[u8]) -> Option<u64> {
     Some(u64::from_le_bytes(*head))
 }
 
+fn rank(rest: &mut &[u8]) -> Option<Rank> {
+    u32::try_from(word(rest)?).ok().map(Rank)
+}
+
 fn ranks(rest: &mut &[u8]) -> Option<Vec<Rank>> {
     let count = usize::try_from(word(rest)?).ok().filter(|&count| count <= MAX_RANKS)?;
     (0..count)
@@ -158,6 +176,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const PARTS: Verdict = Verdict::Parts { sender: Rank(1), receiver: Rank(0), sent: 9, awaited: 1 << 40 };
+
     #[test]
     fn every_message_comes_back_as_it_was() {
         let long = "é".repeat(3000);
@@ -174,6 +194,8 @@ mod tests {
                 verdict: Verdict::Late { missing: vec![], waited: Duration::from_millis(8000) },
             },
             Control::Verdict { sequence: 1, verdict: Verdict::Differs { rank: Rank(2), expected: 5, got: 6 } },
+            Control::Verdict { sequence: 1, verdict: PARTS },
+            Control::Verdict { sequence: 1, verdict: Verdict::NotANumber { rank: Rank(2), element: 5 } },
             Control::Verdict { sequence: 1, verdict: Verdict::Aborted { reason: "enough".into() } },
         ] {
             assert_eq!(Control::decode(&message.encode()), Some(message));

@@ -16,11 +16,13 @@ pub fn all() -> Vec<Decoder> {
     ]
 }
 
-fn verdicts() -> [Verdict; 4] {
+fn verdicts() -> [Verdict; 6] {
     [
         Verdict::Failed { ranks: vec![Rank(3), Rank(9)], cause: "göne".into() },
         Verdict::Late { missing: vec![Rank(1)], waited: Duration::from_millis(8000) },
         Verdict::Differs { rank: Rank(2), expected: 5, got: 6 },
+        Verdict::Parts { sender: Rank(1), receiver: Rank(0), sent: 9, awaited: 8 },
+        Verdict::NotANumber { rank: Rank(2), element: 5 },
         Verdict::Aborted { reason: "enough".into() },
     ]
 }

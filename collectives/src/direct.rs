@@ -102,26 +102,38 @@ pub fn reduce_scatter(rank: Rank, world_size: WorldSize, parts: &[Range<usize>],
 }
 
 /// Exchange of parts: what goes to each rank lies in the input, what comes from each in the output. Serves all-to-all,
-/// all-gather (`give` is the whole input for everybody), gather and scatter (empty where nothing goes).
+/// all-gather (`give` is the whole input for everybody), gather and scatter (`None` where nothing goes).
+///
+/// An empty part is a message too, so that who awaits another length sees it.
 pub fn exchange(
     rank: Rank,
     world_size: WorldSize,
-    give: &[Range<usize>],
-    get: &[Range<usize>],
+    give: &[Option<Range<usize>>],
+    get: &[Option<Range<usize>>],
     segment: usize,
 ) -> Schedule {
     let mut schedule = Schedule::default();
-    let (own, into) = (span(Place::Input, give[rank.index()].clone()), span(Place::Output, get[rank.index()].clone()));
-    if own.len > 0 && into.len > 0 {
-        schedule.push(Action::Copy { from: own, into }, [None, None]);
+    if let (Some(own), Some(into)) = (give[rank.index()].clone(), get[rank.index()].clone())
+        && !own.is_empty()
+    {
+        let (from, into) = (span(Place::Input, own), span(Place::Output, into));
+        schedule.push(Action::Copy { from, into }, [None, None]);
     }
     for to in others(rank, world_size) {
-        for span in segments(Place::Input, give[to.index()].clone(), segment) {
+        let Some(part) = give[to.index()].clone() else { continue };
+        if part.is_empty() {
+            schedule.push(Action::SendToken { to }, [None, None]);
+        }
+        for span in segments(Place::Input, part, segment) {
             schedule.push(Action::Send { to, span }, [None, None]);
         }
     }
     for from in others(rank, world_size) {
-        for span in segments(Place::Output, get[from.index()].clone(), segment) {
+        let Some(part) = get[from.index()].clone() else { continue };
+        if part.is_empty() {
+            schedule.push(Action::RecvToken { from }, [None, None]);
+        }
+        for span in segments(Place::Output, part, segment) {
             schedule.push(Action::Recv { from, span }, [None, None]);
         }
     }

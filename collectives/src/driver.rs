@@ -298,10 +298,18 @@ impl Shared {
         nothing()
     }
 
-    /// Makes the progress thread end.
-    pub(crate) fn stop(&self) {
+    /// Makes the progress thread end; where it waits for other ranks at the segment, then at the latest.
+    pub(crate) fn stop(&self, until: Instant) {
+        self.wishes.close(until);
         self.closing.store(true, Ordering::Release);
         self.ring();
+    }
+
+    /// Leaves the group in good order: what was handed over until now is sent.
+    pub(crate) fn close(&self, until: Instant) {
+        let mut engine = self.engine();
+        self.take_in(&mut engine);
+        engine.close(until);
     }
 
     fn drive(&self, engine: &mut Engine, over: &dyn Fn() -> bool, until: Option<Instant>) {

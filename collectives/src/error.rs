@@ -25,7 +25,7 @@ impl fmt::Display for Operation {
 
 /// Why a collective, send or receive did not complete.
 ///
-/// After `RankFailed`, `Timeout`, `Mismatch` and `Aborted` of a collective the group is over: every later call fails with
+/// After `RankFailed`, `Timeout`, `Mismatch`, `PartsDiffer`, `NotANumber` and `Aborted` of a collective the group is over: every later call fails with
 /// the same verdict, on every rank. Close it and form a new one.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -68,6 +68,36 @@ pub enum CollectiveError {
         expected: String,
         /// What it called.
         got: String,
+    },
+    /// Two ranks do not agree how much goes from one to the other, in a call in which others need not know.
+    #[error(
+        "{operation}: {sender} gives {sent} elements to {receiver}, which awaits {awaited}: what a rank gives another must be as \
+         long as that one's place for it (in all-to-all, input splits of the one and output splits of the other)"
+    )]
+    PartsDiffer {
+        /// What was under way here.
+        operation: Box<Operation>,
+        /// Who gives.
+        sender: Member,
+        /// Who takes.
+        receiver: Member,
+        /// Elements given.
+        sent: u64,
+        /// Elements awaited.
+        awaited: u64,
+    },
+    /// A rank gave NaN, and all had asked to look for it.
+    #[error(
+        "{operation}: {rank} gave NaN (the first is element {element} of what it gave), and nobody took it: look at that rank's loss, \
+         gradients and input; GRADWIRE_CHECK_NAN=0 lets it pass"
+    )]
+    NotANumber {
+        /// What was under way here.
+        operation: Box<Operation>,
+        /// Who.
+        rank: Member,
+        /// The first, counted over all that it gave.
+        element: u64,
     },
     /// The call cannot be carried out; nothing was sent.
     #[error("{call}: {reason}")]

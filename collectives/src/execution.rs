@@ -1,6 +1,7 @@
 //! Does: runs one schedule on a wire, step by step as messages come; any schedule, any wire.
 
 use crate::call::Buffers;
+use crate::fingerprint::Notes;
 use crate::plan::Plan;
 use crate::reduce::{finish, fold, reduce_into};
 use crate::{Action, CollectiveError, DType, Reduction, Span, StepId};
@@ -19,6 +20,8 @@ const IN_FLIGHT: usize = 8;
 pub(crate) enum Halt {
     /// A rank's message carries another fingerprint or length than ours: it called something else.
     Differs,
+    /// A rank sent us another number of elements than we awaited, in a call in which only we two can know.
+    Parts { from: Rank, sent: u64, awaited: u64 },
     /// The wire failed.
     Wire(TransportError),
     /// Our own mistake, or a buffer that two operations were given.
@@ -37,7 +40,7 @@ pub(crate) struct Execution {
     plan: Arc<Plan>,
     buffers: Buffers,
     tag: Tag,
-    fingerprint: u64,
+    notes: Notes,
     dtype: DType,
     op: Reduction,
     world_size: WorldSize,
@@ -67,7 +70,7 @@ pub(crate) struct Order {
     pub(crate) plan: Arc<Plan>,
     pub(crate) buffers: Buffers,
     pub(crate) tag: Tag,
-    pub(crate) fingerprint: u64,
+    pub(crate) notes: Notes,
     pub(crate) dtype: DType,
     pub(crate) op: Reduction,
 }
@@ -75,7 +78,7 @@ pub(crate) struct Order {
 impl Execution {
     /// Gets ready; nothing is posted before the first [`Execution::advance`].
     pub(crate) fn new(order: Order, world_size: WorldSize) -> Self {
-        let Order { plan, buffers, tag, fingerprint, dtype, op } = order;
+        let Order { plan, buffers, tag, notes, dtype, op } = order;
         let local = (0u32..)
             .zip(&plan.schedule.steps)
             .filter(|(id, step)| plan.waits_for[*id as usize] == 0 && is_local(&step.action))
@@ -90,7 +93,7 @@ impl Execution {
             plan,
             buffers,
             tag,
-            fingerprint,
+            notes,
             dtype,
             op,
             world_size,
@@ -141,7 +144,8 @@ impl Execution {
                 self.end(step);
             }
             Came::Received { note, bytes, slice } => {
-                if note != self.fingerprint || bytes != slice.len() {
+                self.compare(at, note)?;
+                if bytes != slice.len() {
                     return Err(Halt::Differs);
                 }
                 drop(slice);
@@ -149,14 +153,27 @@ impl Execution {
                 self.end(step);
             }
             Came::Arrived { note, loan } => {
-                if note != self.fingerprint {
-                    return Err(Halt::Differs);
-                }
+                self.compare(at, note)?;
                 let step = self.next_recv(at);
                 self.combine(step, self.plan.links[at].number, loan)?;
             }
         }
         Ok(())
+    }
+
+    /// What `note`, with a message of `peer` that did not fit, says of who is wrong.
+    pub(crate) fn misfit(&self, peer: PeerId, note: u64) -> Halt {
+        let compared = self.plan.link(Rank(peer.0)).map(|at| self.compare(at, note));
+        compared.and_then(Result::err).unwrap_or(Halt::Differs)
+    }
+
+    fn compare(&self, at: usize, note: u64) -> Result<(), Halt> {
+        let link = &self.plan.links[at];
+        if note == self.notes.from(link.number) {
+            return Ok(());
+        }
+        let parts = |(sent, awaited)| Halt::Parts { from: link.rank, sent, awaited };
+        Err(self.notes.other_len(link.number, note).map_or(Halt::Differs, parts))
     }
 
     fn next_recv(&mut self, at: usize) -> StepId {
@@ -289,7 +306,7 @@ impl Execution {
                 Action::Send { span, .. } => self.read(span)?,
                 _ => nothing(),
             };
-            let to = Envelope { peer, tag: self.tag, note: self.fingerprint };
+            let to = Envelope { peer, tag: self.tag, note: self.notes.to(plan.links[at].number) };
             if !refused(wire.post_send(to, slice)).map_err(Halt::Wire)? {
                 break;
             }

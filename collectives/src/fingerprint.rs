@@ -7,6 +7,9 @@ use std::fmt;
 /// A call in 64 bits: collective (4), dtype (5), reduction (4), root + 1 (11), number of elements (40). A reduction that is to
 /// go in the order of the ranks has 8 more: those of floats, which alone can be told so, have the numbers below 5.
 ///
+/// Parts of unequal lengths, which all ranks list alike, have numbers of their own as collectives, and in the place of the elements
+/// a digest of the list. What only two ranks know the length of has 0 there, and with each message the elements between these two.
+///
 /// A root of 2046 or more and 2^40 elements or more are told as the largest that fits: such calls compare less exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Fingerprint(pub u64);
@@ -15,6 +18,9 @@ const NONE: u64 = 15;
 const ORDERED: u64 = 8;
 const LEN_BITS: u32 = 40;
 const ROOT_BITS: u32 = 11;
+const MOST: u64 = (1 << LEN_BITS) - 1;
+/// Numbers of the collectives whose parts all ranks list alike, for unequal parts.
+const UNEQUAL: [(u64, &str); 2] = [(14, "all_gather"), (15, "reduce_scatter")];
 
 impl Fingerprint {
     /// The fingerprint of a call over `len` elements; 0 where ranks need not agree on a length.
@@ -23,17 +29,79 @@ impl Fingerprint {
         let root = collective.root().map_or(0, |root| (u64::from(root.0) + 1).min((1 << ROOT_BITS) - 1));
         // A barrier has no elements, so of no type.
         let dtype = if matches!(collective, Collective::Barrier) { 31 } else { u64::from(dtype.code()) };
-        let len = (len as u64).min((1 << LEN_BITS) - 1);
         let head = u64::from(collective.code()) << 20 | dtype << 15 | reduction << ROOT_BITS | root;
-        Self(head << LEN_BITS | len)
+        Self(head << LEN_BITS).of_len(len)
+    }
+
+    /// The fingerprint of an all-gather or a reduce-scatter whose parts have `lens` elements, which are not all the same.
+    pub(crate) fn of_unequal(collective: &Collective, dtype: DType, lens: &[usize], ordered: bool) -> Self {
+        let even = Self::of(collective, dtype, 0, ordered);
+        let number = UNEQUAL.iter().find(|(_, name)| *name == collective.name()).map_or(0, |(number, _)| *number);
+        // Each step of the generator SplitMix64 (Steele, Lea and Flood 2014), so that it is the same wherever a rank runs.
+        let mix = |hash: u64, len: &usize| {
+            let mixed = (hash ^ *len as u64).wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            mixed ^ mixed >> 31
+        };
+        let digest = lens.iter().fold(lens.len() as u64, mix) & MOST;
+        Self(even.0 & !(15 << (20 + LEN_BITS)) | number << (20 + LEN_BITS) | digest)
+    }
+
+    /// The same call, of `len` elements.
+    pub(crate) fn of_len(self, len: usize) -> Self {
+        Self(self.0 & !MOST | (len as u64).min(MOST))
+    }
+
+    /// The elements.
+    pub(crate) const fn len(self) -> u64 {
+        self.0 & MOST
+    }
+}
+
+/// What goes with the messages of a call, that both ends compare.
+#[derive(Clone, Debug)]
+pub(crate) enum Notes {
+    /// With all the same.
+    All(Fingerprint),
+    /// For each other rank that takes part what goes to it, and what comes from it.
+    Each(Vec<(Fingerprint, Fingerprint)>),
+}
+
+impl Notes {
+    /// With what goes to the rank at `at`.
+    pub(crate) fn to(&self, at: usize) -> u64 {
+        match self {
+            Self::All(note) => note.0,
+            Self::Each(notes) => notes[at].0.0,
+        }
+    }
+
+    /// With what comes from it.
+    pub(crate) fn from(&self, at: usize) -> u64 {
+        match self {
+            Self::All(note) => note.0,
+            Self::Each(notes) => notes[at].1.0,
+        }
+    }
+
+    /// The elements that `note` from the rank at `at` tells of, and those awaited, where that is all that differs, and only the
+    /// two can know.
+    pub(crate) fn other_len(&self, at: usize, note: u64) -> Option<(u64, u64)> {
+        let Self::Each(notes) = self else { return None };
+        let (awaited, told) = (notes[at].1, Fingerprint(note));
+        let same = awaited.of_len(0) == told.of_len(0) && awaited != told;
+        same.then_some((told.len(), awaited.len()))
     }
 }
 
 impl fmt::Display for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (head, len) = (self.0 >> LEN_BITS, self.0 & ((1 << LEN_BITS) - 1));
+        let (head, len) = (self.0 >> LEN_BITS, self.len());
         let byte = |value: u64| u8::try_from(value).unwrap_or(u8::MAX);
-        let name = usize::try_from(head >> 20).ok().and_then(|code| NAMES.get(code)).copied();
+        let unequal = UNEQUAL.iter().find(|(number, _)| *number == head >> 20).map(|(_, name)| *name);
+        let even = || usize::try_from(head >> 20).ok().and_then(|code| NAMES.get(code)).copied();
+        let name = unequal.or_else(even);
         let Some(name) = name else { return write!(f, "an unknown call ({:#x})", self.0) };
         f.write_str(name)?;
         let reduction = head >> ROOT_BITS & 15;
@@ -41,7 +109,9 @@ impl fmt::Display for Fingerprint {
             write!(f, " {}{}", op.name(), if reduction & ORDERED > 0 { " in rank order" } else { "" })?;
         }
         if let Some(dtype) = DType::from_code(byte(head >> 15 & 31)) {
-            if len > 0 {
+            if unequal.is_some() {
+                write!(f, " of {dtype} in unequal parts (list {len:010x})")?;
+            } else if len > 0 {
                 write!(f, " of {len} {dtype}")?;
             } else {
                 write!(f, " of {dtype}")?;
@@ -68,6 +138,35 @@ mod tests {
         assert_eq!(words(Collective::Barrier, DType::F32, 0), "barrier");
         let ordered = Fingerprint::of(&Collective::AllReduce { op: Reduction::Max }, DType::F64, 3, true);
         assert_eq!(ordered.to_string(), "all_reduce max in rank order of 3 float64");
+    }
+
+    #[test]
+    fn lists_of_unequal_parts_differ_from_each_other_and_from_equal_parts() {
+        let of = |lens: &[usize]| Fingerprint::of_unequal(&Collective::AllGather, DType::I32, lens, false);
+        let words = of(&[1, 2]).to_string();
+        assert!(words.starts_with("all_gather of int32 in unequal parts (list "), "{words}");
+        let mut seen = std::collections::HashSet::from([Fingerprint::of(&Collective::AllGather, DType::I32, 2, false)]);
+        for one in 0..40 {
+            for other in 0..40 {
+                assert!(seen.insert(of(&[one, other])) && seen.insert(of(&[one, other, 0])), "{one} {other}");
+            }
+        }
+        let scatter = Collective::ReduceScatter { op: Reduction::Sum };
+        assert!(seen.insert(Fingerprint::of_unequal(&scatter, DType::I32, &[1, 2], false)));
+        let ordered = Fingerprint::of_unequal(&scatter, DType::F32, &[1, 2], true).to_string();
+        assert!(ordered.starts_with("reduce_scatter sum in rank order of float32 in unequal parts"), "{ordered}");
+    }
+
+    #[test]
+    fn two_ranks_see_that_only_their_lengths_differ() {
+        let call = Fingerprint::of(&Collective::AllToAll, DType::F32, 0, false);
+        let notes = Notes::Each(vec![(call.of_len(3), call.of_len(5))]);
+        assert_eq!((notes.to(0), notes.from(0)), (call.of_len(3).0, call.of_len(5).0));
+        assert_eq!(notes.other_len(0, call.of_len(7).0), Some((7, 5)));
+        assert_eq!(notes.other_len(0, call.of_len(5).0), None);
+        let other = Fingerprint::of(&Collective::AllToAll, DType::F64, 7, false);
+        assert_eq!(notes.other_len(0, other.0), None);
+        assert_eq!(Notes::All(call).other_len(0, call.of_len(7).0), None);
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod inquiry;
 mod local;
 mod memory;
 mod messages;
+mod nan;
 mod patience;
 mod pending;
 mod pieces;

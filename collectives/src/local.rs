@@ -85,6 +85,10 @@ fn stop(stopped: Stopped<Stop>, job: &Job) -> Stop {
         Stopped::Wait(WaitError::Timeout(missing)) => Stop::Verdict(Verdict::Late { missing, waited: job.timeout }),
         Stopped::Wait(WaitError::Poisoned) => Stop::Poisoned,
         Stopped::Differs { rank, expected, got } => Stop::Verdict(Verdict::Differs { rank, expected, got }),
+        Stopped::Parts { sender, receiver, sent, awaited } => {
+            let elements = |bytes: u64| bytes / job.call.dtype.bytes() as u64;
+            Stop::Verdict(Verdict::Parts { sender, receiver, sent: elements(sent), awaited: elements(awaited) })
+        }
         Stopped::Unsupported(error) => {
             Stop::Call(CollectiveError::Invalid { call: job.call.words(), reason: error.to_string() })
         }

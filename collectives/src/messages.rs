@@ -28,6 +28,8 @@ pub(crate) struct Message {
     pub(crate) fetch: Option<Fetch>,
     pub(crate) deadline: Instant,
     pub(crate) timeout: Duration,
+    /// Whether its user has been told that it was late: it stays in its place until the wire is done with it.
+    pub(crate) over: bool,
 }
 
 /// Memory of another rank's device, and where it goes in ours.
@@ -82,8 +84,16 @@ impl Messages {
         tag.0 & USER != 0
     }
 
-    /// Starts `message`, or keeps it until the wire's queue has room.
+    /// Starts `message`, or keeps it until the wire's queue has room. Receives meet messages in the order of their calls.
     pub(crate) fn begin(&mut self, message: Message, wire: &mut dyn Wire) {
+        let same = |other: &Message| other.kind == message.kind && other.tag == message.tag;
+        if self.waiting.iter().any(same) {
+            return self.waiting.push_back(message);
+        }
+        self.post(message, wire);
+    }
+
+    fn post(&mut self, message: Message, wire: &mut dyn Wire) {
         let own = if message.fetch.is_some() { FETCHES } else { 0 };
         let tag = Tag(USER | own | u64::from(message.tag));
         let range = message.piece.range.clone();
@@ -129,7 +139,7 @@ impl Messages {
         }
         for _ in 0..self.waiting.len() {
             if let Some(message) = self.waiting.pop_front() {
-                self.begin(message, wire);
+                self.post(message, wire);
             }
         }
     }
@@ -137,7 +147,7 @@ impl Messages {
     /// A send ended well.
     pub(crate) fn on_sent(&mut self, to: Envelope, slice: RegionSlice) {
         drop(slice);
-        if let Some(message) = self.next(to.peer, to.tag, true) {
+        if let Some(message) = self.next(to.peer, to.tag, true).filter(|message| !message.over) {
             self.ended.push((message.ticket, Ok(Done::default())));
         }
     }
@@ -146,7 +156,8 @@ impl Messages {
     pub(crate) fn on_received(&mut self, from: Envelope, bytes: usize, slice: RegionSliceMut) {
         let capacity = slice.len();
         drop(slice);
-        let Some(message) = self.next(from.peer, from.tag, false) else { return };
+        let next = self.next(from.peer, from.tag, false).filter(|message| !message.over);
+        let Some(message) = next else { return };
         let expected_bytes = if message.fetch.is_some() { message.bytes() } else { capacity };
         let source = Rank(from.peer.0);
         let outcome = if bytes == expected_bytes {
@@ -159,45 +170,55 @@ impl Messages {
 
     /// A send (`sends`) or a receive failed.
     pub(crate) fn on_failed(&mut self, peer: PeerId, tag: Tag, sends: bool, error: &TransportError) {
-        if let Some(message) = self.next(peer, tag, sends) {
-            self.fail(message, Rank(peer.0), error);
+        match self.next(peer, tag, sends).filter(|message| !message.over) {
+            // It was taken back with one before it that was late.
+            Some(message) if matches!(error, TransportError::Cancelled) => self.waiting.push_back(message),
+            Some(message) => self.fail(message, Rank(peer.0), error),
+            None => {}
         }
     }
 
     /// Ends what is past its deadline.
     pub(crate) fn expire(&mut self, now: Instant, wire: &mut dyn Wire) {
-        let (posted, any) = (&self.posted, &self.any);
-        if posted.values().flatten().chain(any).all(|message| now < message.deadline) {
+        if self.deadline().is_none_or(|deadline| now < deadline) {
             return;
         }
-        let late: Vec<(PeerId, Tag, bool)> = self
-            .posted
-            .iter()
-            .filter(|(_, queue)| queue.front().is_some_and(|message| now >= message.deadline))
-            .map(|(key, _)| *key)
-            .collect();
-        for (peer, tag, sends) in late {
-            if !sends {
-                wire.cancel_recvs(peer, tag);
-            }
-            for message in &self.posted[&(peer, tag, sends)] {
+        let late = |message: &Message| now >= message.deadline && !message.over;
+        let mut posted = std::mem::take(&mut self.posted);
+        for ((peer, tag, sends), queue) in &mut posted {
+            let mut taken_back = false;
+            for message in queue.iter_mut().filter(|message| late(message)) {
+                message.over = true;
+                taken_back |= !*sends;
                 let error = self.timeout(message, vec![Rank(peer.0)]);
                 self.ended.push((Arc::clone(&message.ticket), Err(error)));
             }
-        }
-        for message in std::mem::take(&mut self.any) {
-            if now < message.deadline {
-                self.any.push_back(message);
-            } else {
-                let error = self.timeout(&message, Vec::new());
-                self.ended.push((message.ticket, Err(error)));
+            if taken_back {
+                // All of them; those that are not late are posted again.
+                wire.cancel_recvs(*peer, *tag);
             }
+        }
+        self.posted = posted;
+        let mut unposted = Vec::new();
+        for queue in [&mut self.any, &mut self.waiting] {
+            let (late, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(queue).into_iter().partition(late);
+            unposted.extend(late);
+            *queue = left;
+        }
+        for message in unposted {
+            let missing = match message.kind {
+                Kind::RecvAny => Vec::new(),
+                Kind::Send(rank) | Kind::Recv(rank) | Kind::Fetch(rank) => vec![rank],
+            };
+            let error = self.timeout(&message, missing);
+            self.ended.push((message.ticket, Err(error)));
         }
     }
 
     /// The next deadline.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.posted.values().flatten().chain(&self.any).map(|message| message.deadline).min()
+        let all = self.posted.values().flatten().chain(&self.any).chain(&self.waiting);
+        all.filter(|message| !message.over).map(|message| message.deadline).min()
     }
 
     /// Whether something must be looked for again and again.
@@ -209,7 +230,7 @@ impl Messages {
     pub(crate) fn end_all(&mut self, verdict: &Verdict) {
         let queues: Vec<_> = self.posted.drain().flat_map(|(_, queue)| queue).collect();
         let rest = self.any.drain(..).chain(self.waiting.drain(..)).collect::<Vec<_>>();
-        for message in queues.into_iter().chain(rest) {
+        for message in queues.into_iter().chain(rest).filter(|message| !message.over) {
             let error = verdict.error(self.operation(&message), &self.members);
             self.ended.push((message.ticket, Err(error)));
         }

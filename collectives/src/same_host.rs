@@ -30,6 +30,8 @@ pub(crate) enum Stopped<E> {
     Wait(WaitError<E>),
     /// A rank called something else.
     Differs { rank: Rank, expected: u64, got: u64 },
+    /// A rank gave another as many bytes as that one did not await.
+    Parts { sender: Rank, receiver: Rank, sent: u64, awaited: u64 },
     /// The reduction means nothing for the type.
     Unsupported(UnsupportedReduction),
 }
@@ -374,7 +376,7 @@ impl SameHost {
         let width = self.letter_width();
         if longest <= width {
             self.begin(longest);
-            self.put_letter(0, input, width);
+            self.put_letter(input, width);
             self.step_and(turn, || output.copy_from_slice(own))?;
             let (letters, len) = (self.segment.letters(), output.len());
             let slot = |from| Self::place(from, self.rank, width);
@@ -403,12 +405,10 @@ impl SameHost {
         SHORT_BYTES / (self.world_size.get() as usize - 1).max(1)
     }
 
-    /// Puts what is for each other rank into this rank's letter, in places of `width` bytes that begin `before`.
-    fn put_letter(&mut self, before: usize, input: &[&[u8]], width: usize) {
+    /// Puts what is for each other rank into this rank's letter, in places of `width` bytes.
+    fn put_letter(&mut self, input: &[&[u8]], width: usize) {
         for rank in self.others() {
-            let part = part(input, rank, self.world_size);
-            let at = before + Self::place(self.rank, rank, width);
-            self.write(at, part);
+            self.write(Self::place(self.rank, rank, width), part(input, rank, self.world_size));
         }
     }
 

@@ -17,6 +17,9 @@ pub struct Settings {
     /// Whether floats are combined in the order of the ranks, always (`GRADWIRE_DETERMINISTIC`): the same bits for every
     /// algorithm, wire, length and cut of a buffer. All ranks must say the same. Default: no.
     pub deterministic: bool,
+    /// Whether what this rank gives a collective is looked through for NaN first (`GRADWIRE_CHECK_NAN`), which ends the group, on every
+    /// rank, with who gave it. Not what is summed on a CUDA device. Default: no.
+    pub check_nan: bool,
     /// Whether ranks that are all on one host use their shared segment instead of messages. Default: yes.
     pub same_host: bool,
     /// For every rank a number, the same for ranks of one host. Default: what the ranks found when they met.
@@ -40,6 +43,7 @@ impl Default for Settings {
             timeout,
             algorithms: None,
             deterministic: false,
+            check_nan: false,
             same_host: true,
             hosts: None,
             cores: 1,

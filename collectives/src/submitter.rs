@@ -64,12 +64,8 @@ impl Submitter {
     fn prepare(&self, call: Call) -> Result<impl FnOnce(u64) -> Job + use<>, CollectiveError> {
         let mut shape = call.shape(self.rank.index(), self.world_size)?;
         shape.packed = shape.packed && self.chooser.packs(&call.collective, call.dtype, &shape, self.world_size);
-        let fingerprint = Fingerprint::of(
-            &call.collective,
-            call.dtype,
-            shape.agreed_len(&call.collective),
-            self.chooser.orders(&call.collective, call.dtype),
-        );
+        let ordered = self.chooser.orders(&call.collective, call.dtype);
+        let fingerprint = shape.fingerprint(&call.collective, call.dtype, ordered);
         let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());
         let call = call.apart(self.rank.index(), self.world_size.get() as usize)?;
         let called = Instant::now();

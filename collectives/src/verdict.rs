@@ -72,6 +72,24 @@ pub enum Verdict {
         /// What it called.
         got: u64,
     },
+    /// A rank gave another as many elements of its part as that one did not await.
+    Parts {
+        /// Who gave.
+        sender: Rank,
+        /// Who took.
+        receiver: Rank,
+        /// Elements that were given.
+        sent: u64,
+        /// Elements that were awaited.
+        awaited: u64,
+    },
+    /// A rank gave a number that is none.
+    NotANumber {
+        /// Who.
+        rank: Rank,
+        /// Which element of what it gave is the first.
+        element: u64,
+    },
     /// A rank gave up on purpose.
     Aborted {
         /// Who, and why.
@@ -97,6 +115,16 @@ impl Verdict {
                 expected: Fingerprint(*expected).to_string(),
                 got: Fingerprint(*got).to_string(),
             },
+            Self::Parts { sender, receiver, sent, awaited } => CollectiveError::PartsDiffer {
+                operation,
+                sender: Member::of(*sender, members),
+                receiver: Member::of(*receiver, members),
+                sent: *sent,
+                awaited: *awaited,
+            },
+            Self::NotANumber { rank, element } => {
+                CollectiveError::NotANumber { operation, rank: Member::of(*rank, members), element: *element }
+            }
             Self::Aborted { reason } => CollectiveError::Aborted { reason: reason.clone() },
         }
     }

@@ -3,6 +3,7 @@
 use crate::messages::Message;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 type Watch = Box<dyn Fn() -> bool + Send + Sync>;
 
@@ -12,6 +13,7 @@ pub(crate) struct Wishes {
     any: AtomicBool,
     list: Mutex<List>,
     watch: OnceLock<Watch>,
+    closed: OnceLock<Instant>,
 }
 
 #[derive(Default)]
@@ -43,6 +45,17 @@ impl Wishes {
         self.any.store(false, Ordering::SeqCst);
         let mut list = self.list();
         (std::mem::take(&mut list.messages), list.abort.take())
+    }
+
+    /// Has waits for other ranks end `until` then.
+    pub(crate) fn close(&self, until: Instant) {
+        // Who closes again has nothing to add.
+        let _ = self.closed.set(until);
+    }
+
+    /// Whether they have to end.
+    pub(crate) fn is_closed(&self, now: Instant) -> bool {
+        self.closed.get().is_some_and(|until| now >= *until)
     }
 
     /// Sets who is asked now and then, by a thread that waits, whether to give the group up.

@@ -340,6 +340,10 @@ fn broadcasts_give_everybody_the_root_s() {
     }
 }
 
+fn some(parts: &[Range<usize>]) -> Vec<Option<Range<usize>>> {
+    parts.iter().cloned().map(Some).collect()
+}
+
 #[test]
 fn all_gathers_put_every_part_in_its_place() {
     type Make = fn(Rank, WorldSize, &[Range<usize>]) -> Schedule;
@@ -348,7 +352,8 @@ fn all_gathers_put_every_part_in_its_place() {
         |rank, size, parts| bruck::all_gather(rank, size, parts, SEGMENT),
         |rank, size, parts| hierarchical::all_gather(rank, &uneven(size), parts, SEGMENT),
         |rank, size, parts| {
-            direct::exchange(rank, size, &vec![0..parts[rank.index()].len(); parts.len()], parts, SEGMENT)
+            let own = Some(0..parts[rank.index()].len());
+            direct::exchange(rank, size, &vec![own; parts.len()], &some(parts), SEGMENT)
         },
     ];
     for algorithm in algorithms {
@@ -433,7 +438,12 @@ fn exchanges_bring_every_part_to_its_rank() {
         });
         let input = marks(me, give.last().map_or(0, |last| last.end));
         let output = vec![0; lens.iter().sum()];
-        (direct::exchange(rank, size, &give, &parts(&lens), SEGMENT), input, output, Some(expected.collect()))
+        (
+            direct::exchange(rank, size, &some(&give), &some(&parts(&lens)), SEGMENT),
+            input,
+            output,
+            Some(expected.collect()),
+        )
     });
 }
 

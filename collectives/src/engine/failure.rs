@@ -169,6 +169,23 @@ impl Engine {
         }
     }
 
+    /// A collective begins that needs ranks which are `lost`: one that hung up because it gave the group up has died of nothing, and
+    /// said why.
+    pub(super) fn end_for_lost(&mut self, lost: &[(Rank, LossCause)]) {
+        if let Some((_, verdict, _)) = self.heard.take() {
+            return self.end_group(verdict, true);
+        }
+        let dead = lost.iter().find(|(_, cause)| !matches!(cause, LossCause::Aborted(_)));
+        match (dead, lost) {
+            (Some((rank, cause)), _) => {
+                let cause = cause.to_string();
+                self.end_group(Verdict::Failed { ranks: vec![*rank], cause }, true);
+            }
+            (None, [(rank, LossCause::Aborted(reason)), ..]) => self.end_by(&format!("{rank} gave up: {reason}")),
+            _ => {}
+        }
+    }
+
     /// Another rank has ended the group and said `text`: takes the verdict in it, or waits for it.
     fn end_by(&mut self, text: &str) {
         match control::unseal(text) {
@@ -205,6 +222,10 @@ impl Engine {
         self.take_wishes();
         if now.saturating_duration_since(self.watched) > WATCH {
             self.watched = now;
+            if self.wishes.is_closed(now) {
+                let reason = format!("{} closed the group", self.rank);
+                return Err(Stop::Verdict(Verdict::Aborted { reason }));
+            }
             if self.wishes.gives_up() {
                 let reason = format!("{} was interrupted", self.rank);
                 return Err(Stop::Verdict(Verdict::Aborted { reason }));
@@ -334,6 +355,16 @@ impl Engine {
         }
     }
 
+    /// A message of `peer` did not fit, of which it said `note`.
+    pub(super) fn on_misfit(&mut self, peer: PeerId, tag: Tag, note: u64, now: Instant) {
+        let known = |running: &Running| running.execution.tag() == tag && !running.stopped;
+        if let Some(at) = self.running.iter().position(known) {
+            self.odd_length = Some(Rank(peer.0));
+            let halt = self.running[at].execution.misfit(peer, note);
+            self.halt(at, halt, now);
+        }
+    }
+
     /// An execution cannot go on.
     pub(super) fn halt(&mut self, at: usize, halt: Halt, now: Instant) {
         self.running[at].stopped = true;
@@ -343,6 +374,9 @@ impl Engine {
         }
         match halt {
             Halt::Differs => self.inquire(at, Duration::ZERO, now),
+            Halt::Parts { from, sent, awaited } => {
+                self.end_group(Verdict::Parts { sender: from, receiver: self.rank, sent, awaited }, true);
+            }
             Halt::Wire(TransportError::PeerLost { peer, cause }) => match (peer.rank, cause) {
                 (Some(rank), cause) if !matches!(cause, LossCause::Aborted(_)) => {
                     self.lost[rank.index()].get_or_insert(cause);

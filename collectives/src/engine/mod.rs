@@ -4,9 +4,11 @@
 use crate::call::{Buffers, Call, Shape};
 use crate::control::{CONTROL, Control};
 use crate::execution::{Came, Execution, Halt, Order};
+use crate::fingerprint::Notes;
 use crate::inquiry::Inquiry;
 use crate::local::Local;
 use crate::messages::{Message, Messages};
+use crate::nan;
 use crate::pending::{Done, Outcome, Ticket};
 use crate::plans::Plans;
 use crate::recorder::What;
@@ -15,7 +17,8 @@ use crate::verdict::Verdict;
 use crate::wishes::Wishes;
 use crate::{CollectiveError, Fingerprint, Reduction};
 use gradwire_transport::{
-    Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, Wire, WireKind, WorldSize,
+    Arrival, Completion, LossCause, PeerId, PeerName, Rank, Region, Tag, Traffic, TransportError, Wire, WireKind,
+    WorldSize,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -72,6 +75,8 @@ pub(crate) struct Engine {
     pub(crate) unfinished: Arc<AtomicUsize>,
     pub(crate) wishes: Arc<Wishes>,
     pub(crate) ended: usize,
+    /// Whether what this rank gives is looked through for NaN.
+    pub(crate) checks_nan: bool,
     pub(crate) trace: Arc<Trace>,
     queue: VecDeque<Queued>,
     running: Vec<Running>,
@@ -117,6 +122,7 @@ impl Engine {
             asked: Vec::new(),
             watched: Instant::now(),
             ended: 0,
+            checks_nan: false,
             trace,
             queue: VecDeque::new(),
             running: Vec::new(),
@@ -254,6 +260,9 @@ impl Engine {
     }
 
     fn run_at_segment(&mut self, job: &Job) -> Result<(), CollectiveError> {
+        if let Some(verdict) = self.not_a_number(job) {
+            return Err(self.end_at_segment(job, Some(verdict)));
+        }
         let Some(mut local) = self.local.take() else {
             let reason = "the group's shared memory is in use".to_owned();
             return Err(CollectiveError::Aborted { reason });
@@ -264,13 +273,30 @@ impl Engine {
         self.at_segment = None;
         self.local = Some(local);
         outcome.map_err(|stop| match stop {
-            Stop::Call(error) => error,
+            // Others may be in it, and would meet this rank's next call.
+            Stop::Call(error) => {
+                let reason = format!("{} could not go on: {error}", self.rank);
+                self.end_at_segment(job, Some(Verdict::Aborted { reason }));
+                error
+            }
             Stop::Verdict(verdict) => self.end_at_segment(job, Some(verdict)),
             Stop::Poisoned => self.end_at_segment(job, None),
         })
     }
 
-    fn begin(&mut self, Queued { ticket, job }: Queued, now: Instant) {
+    /// The verdict on what this rank gives in `job`, where it is looked at. Sums of several ranks are not this one's.
+    fn not_a_number(&self, job: &Job) -> Option<Verdict> {
+        let looked_at = self.checks_nan && !job.shape.across;
+        let element = looked_at.then(|| nan::first_of(&job.call, self.rank)).flatten()?;
+        Some(Verdict::NotANumber { rank: self.rank, element })
+    }
+
+    fn begin(&mut self, queued: Queued, now: Instant) {
+        if let Some(verdict) = self.not_a_number(&queued.job) {
+            self.queue.push_front(queued);
+            return self.end_group(verdict, true);
+        }
+        let Queued { ticket, job } = queued;
         let plan = self.plans.plan(&job.call, &job.shape, self.rank, self.world_size);
         let scratch_bytes = plan.schedule.scratch_len * job.call.dtype.bytes();
         let scratch = (scratch_bytes > 0).then(|| self.take_scratch(scratch_bytes));
@@ -278,7 +304,7 @@ impl Engine {
             plan,
             buffers: Buffers::new(&job.call, scratch),
             tag: Tag(job.sequence),
-            fingerprint: job.fingerprint.0,
+            notes: self.notes(&job),
             dtype: job.call.dtype,
             op: job.call.collective.reduction().unwrap_or(Reduction::Sum),
         };
@@ -290,15 +316,24 @@ impl Engine {
         self.running.push(Running { ticket, job, execution, stopped: false });
         // Who left in good order may have sent all that it had to send before.
         let died = |rank: Rank| self.lost[rank.index()].clone().filter(|cause| !matches!(cause, LossCause::Goodbye));
-        let lost = needed.into_iter().find_map(|rank| Some((rank, died(rank)?)));
-        if let Some((rank, cause)) = lost {
-            let cause = cause.to_string();
-            return self.end_group(Verdict::Failed { ranks: vec![rank], cause }, true);
+        let lost: Vec<(Rank, LossCause)> = needed.into_iter().filter_map(|rank| Some((rank, died(rank)?))).collect();
+        if !lost.is_empty() {
+            return self.end_for_lost(&lost);
         }
         let at = self.running.len() - 1;
         if let Err(halt) = self.running[at].execution.advance(&mut *self.wire) {
             self.halt(at, halt, now);
         }
+    }
+
+    /// What goes with the messages of `job`.
+    fn notes(&self, job: &Job) -> Notes {
+        let between = |peer| job.shape.between(&job.call.collective, self.rank, peer);
+        if job.shape.across || self.others().into_iter().all(|peer| between(Rank(peer.0)).is_none()) {
+            return Notes::All(job.fingerprint);
+        }
+        let each = |(give, get)| (job.fingerprint.of_len(give), job.fingerprint.of_len(get));
+        Notes::Each(self.world_size.ranks().map(|peer| each(between(peer).unwrap_or_default())).collect())
     }
 
     fn take_scratch(&mut self, bytes: usize) -> Arc<Region> {
@@ -356,7 +391,10 @@ impl Engine {
                 self.on_message(from.peer, from.tag, Came::Arrived { note: from.note, loan }, now);
             }
             Completion::SendFailed { to, error, .. } => self.on_failed(to.peer, to.tag, error, now),
-            Completion::RecvFailed { peer, tag, error, .. } => self.on_failed(peer, tag, error, now),
+            Completion::RecvFailed { peer, tag, error, .. } => match error {
+                TransportError::MessageTooLong { note, .. } => self.on_misfit(peer, tag, note, now),
+                error => self.on_failed(peer, tag, error, now),
+            },
             Completion::PeerDown { peer, error } => self.lost[peer.index()] = Some(failure::cause_of(error)),
             _ => {}
         }

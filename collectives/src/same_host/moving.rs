@@ -4,9 +4,12 @@ use super::{Done, LENGTH_BYTES, SHORT_BYTES, STREAM_BYTES, SameHost, Stopped, Tu
 use crate::pieces::{part, part_mut, within};
 use gradwire_transport::Rank;
 use gradwire_transport::shm::Letters;
+use std::ops::Range;
 
 /// From here on results go past the cache, where this rank's own part is as long as the others' and may well be in its cache.
 const STREAM_MOVED_BYTES: usize = 4 << 20;
+/// The lengths that stand before a part in a letter: what its writer gives its reader, and what it awaits of it.
+const TOLD_BYTES: usize = 2 * LENGTH_BYTES;
 
 impl SameHost {
     pub(super) fn broadcast<E>(&mut self, root: Rank, buffer: &mut [u8], turn: &mut Turn<'_, E>) -> Done<E> {
@@ -59,6 +62,9 @@ impl SameHost {
             self.begin_gather(root, own);
             self.write(before, input.unwrap_or_else(|| part_mut(output, me, size)));
         }
+        if root == Some(me) {
+            self.tell(0, |rank| (0, part_mut(output, rank, size).len()));
+        }
         let kept = input.filter(|_| takes);
         let keep = |output: &mut [&mut [u8]]| {
             kept.inspect(|input| part_mut(output, me, size).copy_from_slice(input));
@@ -68,6 +74,9 @@ impl SameHost {
             None => own,
             Some(_) => self.longest(own, turn)?,
         };
+        if let Some(root) = root {
+            self.compare_gathered(root, len, output)?;
+        }
         if longest <= most {
             if root.is_some() {
                 keep(output);
@@ -136,17 +145,24 @@ impl SameHost {
         let own = part(input, me, size);
         let stream = own.len() * n >= STREAM_MOVED_BYTES;
         let longest = size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0);
-        let width = self.letter_width();
+        let width = self.told_width();
+        self.tell(width, |rank| (part(input, rank, size).len(), part_mut(output, rank, size).len()));
         if longest <= width {
             self.begin_one_sided(longest);
-            self.put_letter(LENGTH_BYTES, input, width);
+            self.put_told(input, width);
         }
         let longest = self.longest(longest, turn)?;
+        let agreed = self.others().flat_map(|rank| {
+            let (given, awaited) = self.told(rank, me, width);
+            let own = (part(input, rank, size).len() as u64, part_mut(output, rank, size).len() as u64);
+            [(rank, me, given, own.1), (me, rank, own.0, awaited)]
+        });
+        self.agree(agreed)?;
         if longest <= width {
             part_mut(output, me, size).copy_from_slice(own);
             let letters = self.segment.letters();
             for rank in self.others() {
-                copy_letter(&letters, rank, LENGTH_BYTES + Self::place(rank, me, width), part_mut(output, rank, size));
+                copy_letter(&letters, rank, Self::told_at(rank, me, width).end, part_mut(output, rank, size));
             }
             return Ok(());
         }
@@ -180,19 +196,26 @@ impl SameHost {
             true => size.ranks().map(|rank| part(input, rank, size).len()).max().unwrap_or(0),
             false => output.len(),
         };
-        let width = self.letter_width();
-        if self.rank == root && longest <= width {
+        let (width, me) = (self.told_width(), self.rank);
+        if me == root {
+            self.tell(width, |rank| (part(input, rank, size).len(), 0));
+        }
+        if me == root && longest <= width {
             self.begin_one_sided(longest);
-            self.put_letter(LENGTH_BYTES, input, width);
+            self.put_told(input, width);
         }
         let longest = self.longest(longest, turn)?;
+        match me == root {
+            true => self.agree(self.others().map(|rank| {
+                let given = part(input, rank, size).len() as u64;
+                (root, rank, given, self.said(rank))
+            }))?,
+            false => self.agree(std::iter::once((root, me, self.told(root, me, width).0, output.len() as u64)))?,
+        }
         if longest <= width {
-            match self.rank == root {
+            match me == root {
                 true => output.copy_from_slice(part(input, root, size)),
-                false => {
-                    let at = LENGTH_BYTES + Self::place(root, self.rank, width);
-                    copy_letter(&self.segment.letters(), root, at, output);
-                }
+                false => copy_letter(&self.segment.letters(), root, Self::told_at(root, me, width).end, output),
             }
             return Ok(());
         }
@@ -224,12 +247,71 @@ impl SameHost {
     fn longest<E>(&mut self, own: usize, turn: &mut Turn<'_, E>) -> Result<usize, Stopped<E>> {
         self.segment.letter(LENGTH_BYTES).copy_from_slice(&(own as u64).to_le_bytes());
         self.step(turn)?;
-        let letters = self.segment.letters();
-        let said = |rank| {
-            let bytes = letters.of(rank, 0..LENGTH_BYTES).first_chunk().copied().unwrap_or_default();
-            usize::try_from(u64::from_le_bytes(bytes)).unwrap_or(usize::MAX)
-        };
+        let said = |rank| usize::try_from(self.said(rank)).unwrap_or(usize::MAX);
         Ok(self.others().map(said).fold(own, usize::max))
+    }
+
+    /// The length that `rank` said with the last step.
+    fn said(&self, rank: Rank) -> u64 {
+        self.number(rank, 0)
+    }
+
+    fn number(&self, rank: Rank, at: usize) -> u64 {
+        let letters = self.segment.letters();
+        u64::from_le_bytes(letters.of(rank, at..at + LENGTH_BYTES).first_chunk().copied().unwrap_or_default())
+    }
+
+    /// Bytes of a part for another rank that a letter has room for, behind its lengths.
+    fn told_width(&self) -> usize {
+        self.letter_width().saturating_sub(TOLD_BYTES)
+    }
+
+    /// Where in a letter of `writer` the lengths are told that `reader` and it must agree on, with a part of `width` behind them.
+    fn told_at(writer: Rank, reader: Rank, width: usize) -> Range<usize> {
+        let at = LENGTH_BYTES + Self::place(writer, reader, TOLD_BYTES + width);
+        at..at + TOLD_BYTES
+    }
+
+    /// Tells each other rank how many bytes this one gives it, and awaits of it.
+    fn tell(&mut self, width: usize, mut lens: impl FnMut(Rank) -> (usize, usize)) {
+        for rank in self.others() {
+            let (at, (given, awaited)) = (Self::told_at(self.rank, rank, width), lens(rank));
+            let letter = &mut self.segment.letter(at.end)[at];
+            letter[..LENGTH_BYTES].copy_from_slice(&(given as u64).to_le_bytes());
+            letter[LENGTH_BYTES..].copy_from_slice(&(awaited as u64).to_le_bytes());
+        }
+    }
+
+    /// What `writer` said that it gives `reader`, and awaits of it.
+    fn told(&self, writer: Rank, reader: Rank, width: usize) -> (u64, u64) {
+        let at = Self::told_at(writer, reader, width).start;
+        (self.number(writer, at), self.number(writer, at + LENGTH_BYTES))
+    }
+
+    /// Puts what is for each other rank into this rank's letter, behind the lengths.
+    fn put_told(&mut self, input: &[&[u8]], width: usize) {
+        for rank in self.others() {
+            let at = Self::told_at(self.rank, rank, width).end;
+            self.write(at, part(input, rank, self.world_size));
+        }
+    }
+
+    /// Whether the root awaits what each rank gives: this rank gives `len` bytes.
+    fn compare_gathered<E>(&self, root: Rank, len: usize, output: &mut [&mut [u8]]) -> Done<E> {
+        let (me, size) = (self.rank, self.world_size);
+        if me != root {
+            return self.agree(std::iter::once((me, root, len as u64, self.told(root, me, 0).1)));
+        }
+        let given = |rank| (rank, me, self.said(rank), part_mut(output, rank, size).len() as u64);
+        self.agree(self.others().map(given))
+    }
+
+    /// Whether all that was given was awaited: sender, receiver, bytes given, bytes awaited. All who see a wrong pair name the
+    /// lowest.
+    fn agree<E>(&self, pairs: impl Iterator<Item = (Rank, Rank, u64, u64)>) -> Done<E> {
+        let wrong = pairs.filter(|(.., given, awaited)| given != awaited).min();
+        wrong
+            .map_or(Ok(()), |(sender, receiver, sent, awaited)| Err(Stopped::Parts { sender, receiver, sent, awaited }))
     }
 }
 

@@ -113,7 +113,8 @@ pub fn blamed(error: &CollectiveError) -> Vec<Rank> {
     match error {
         CollectiveError::RankFailed { ranks, .. } => ranks.iter().map(|member| member.rank).collect(),
         CollectiveError::Timeout { missing, .. } => missing.iter().map(|member| member.rank).collect(),
-        CollectiveError::Mismatch { rank, .. } => vec![rank.rank],
+        CollectiveError::Mismatch { rank, .. } | CollectiveError::NotANumber { rank, .. } => vec![rank.rank],
+        CollectiveError::PartsDiffer { sender, receiver, .. } => vec![sender.rank, receiver.rank],
         other => panic!("blames nobody: {other}"),
     }
 }

@@ -256,7 +256,8 @@ fn fetch(landing: Landing, carry: &Carry) -> Result<(), CollectiveError> {
     let begin = |(rank, fetch): (Rank, Fetch)| {
         let (ticket, piece) = (Arc::new(Ticket::default()), Piece::whole(Region::zeroed(0)));
         let (kind, fetch, deadline) = (Kind::Fetch(rank), Some(fetch), carry.deadline);
-        let message = Message { ticket: Arc::clone(&ticket), kind, tag: 0, piece, fetch, deadline, timeout };
+        let ticket_kept = Arc::clone(&ticket);
+        let message = Message { ticket: ticket_kept, kind, tag: 0, piece, fetch, deadline, timeout, over: false };
         carry.submitter.shared.submit_message(message);
         ticket
     };
