@@ -2,7 +2,7 @@
 
 use crate::control::Agent;
 use crate::replica::Seat;
-use crate::{Monitor, PsError, Server, ServerSettings, Stopper, dial};
+use crate::{Checkpointing, Monitor, PsError, Server, ServerSettings, Stopper, dial};
 use gradwire_transport::TransportError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,8 +61,8 @@ impl ClusterServers {
             settings.listen = crate::local::address_of(settings.listen, number)?;
             let (mut server, id) = bind(&settings)?;
             settings.listen = server.address();
-            let monitor = settings.watched.then(|| server.monitor());
-            servers.monitors.extend(monitor.clone());
+            let monitor = server.uncounted_monitor();
+            servers.monitors.push(monitor.clone());
             let address = match advertise {
                 Some(host) => format!("{host}:{}", settings.listen.port()),
                 None => settings.listen.to_string(),
@@ -83,7 +83,7 @@ impl ClusterServers {
         &self.addresses
     }
 
-    /// What tells of them, in that order, where they are watched.
+    /// What tells of them, in that order; times and refusals only where they are watched.
     pub fn monitors(&self) -> &[Monitor] {
         &self.monitors
     }
@@ -137,7 +137,16 @@ impl Drop for ClusterServers {
 
 fn bind(settings: &ServerSettings) -> Result<(Server, u64), PsError> {
     let id = dial::random()?;
-    Ok((Server::bind_seat(settings.clone(), id, Seat::spare(id, settings.limits.clone()))?, id))
+    let mut limits = settings.limits.clone();
+    if settings.checkpoints.is_some() && settings.as_wanted {
+        // Which shard it is, the map says.
+        limits.checkpoints = Checkpointing::AsWanted { shard: 0, shards: 0 };
+    }
+    let mut server = Server::bind_seat(settings.clone(), id, Seat::spare(id, limits))?;
+    if settings.watched {
+        server.count();
+    }
+    Ok((server, id))
 }
 
 /// One seat after the other at the same address.
@@ -146,7 +155,7 @@ struct Life {
     address: String,
     agent: Arc<Agent>,
     place: Arc<Place>,
-    monitor: Option<Monitor>,
+    monitor: Monitor,
 }
 
 impl Life {
@@ -171,9 +180,7 @@ impl Life {
     fn begin_anew(&self) -> Option<(Server, u64)> {
         match bind(&self.settings) {
             Ok((mut server, id)) => {
-                if let Some(monitor) = &self.monitor {
-                    server.answer_to(monitor);
-                }
+                server.answer_to(&self.monitor);
                 *self.place.now.lock().unwrap_or_else(PoisonError::into_inner) = Some(server.stopper());
                 Some((server, id))
             }

@@ -9,8 +9,8 @@ mod right;
 mod words;
 
 pub(crate) use agent::{Agent, Line};
-pub use cluster::Cluster;
-pub use coordinator::{Coordinator, CoordinatorSettings};
+pub use cluster::{Cluster, Moves, Processes};
+pub use coordinator::{Coordinator, CoordinatorReport, CoordinatorSettings};
 pub(crate) use directory::Directory;
 pub use map::{ClusterMap, Seating, ShardSeats};
 pub(crate) use map::{MAX_REPLICAS, Part as SeatPart};

@@ -55,7 +55,10 @@ pub use client::{
 };
 pub use clustered::ClusterServers;
 pub use codec::{Codec, Compression};
-pub use control::{Cluster, ClusterMap, Coordinator, CoordinatorSettings, Join, Seating, ShardSeats, Sighting};
+pub use control::{
+    Cluster, ClusterMap, Coordinator, CoordinatorReport, CoordinatorSettings, Join, Moves, Processes, Seating,
+    ShardSeats, Sighting,
+};
 pub use dial::Dialer;
 pub use dtype::DType;
 pub use error::PsError;
@@ -70,7 +73,7 @@ pub use recovery::Recovery;
 pub use refusal::{Reason, Refusal};
 pub use schedule::{Course, MAX_LISTED, Schedule, WarmUp, rate_body};
 pub use server::{Server, ServerSettings, Stopper};
-pub use shard::Limits;
+pub use shard::{Checkpointing, Limits};
 pub use shard_map::{Epoch, ShardMap};
 pub use sparse::{Eviction, Initializer, MAX_DIM, SparseSpec, open_sparse_body, shard_of};
 pub use spec::{Combine, MAX_DIMENSIONS, TableSpec, open_body};

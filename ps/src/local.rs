@@ -2,7 +2,7 @@
 
 use crate::shard::Shard;
 use crate::storage::Storage;
-use crate::{Monitor, PsError, Server, ServerSettings, Stopper, dial};
+use crate::{Checkpointing, Monitor, PsError, Server, ServerSettings, Stopper, dial};
 use gradwire_transport::TransportError;
 use std::net::SocketAddr;
 use std::thread::JoinHandle;
@@ -59,7 +59,10 @@ impl LocalServers {
             return Err(PsError::invalid("starting servers", "0 shards hold nothing: ask for at least 1"));
         }
         let mut local = Self { addresses: Vec::new(), running: Vec::new(), monitors: Vec::new() };
-        for (shard, made) in (0..).zip(made) {
+        for (shard, mut made) in (0..).zip(made) {
+            if settings.checkpoints.is_some() && settings.as_wanted {
+                made.keep_checkpoints(Checkpointing::AsWanted { shard, shards });
+            }
             let listen = address_of(settings.listen, shard)?;
             let mut server = Server::bind_with(ServerSettings { listen, ..settings.clone() }, made)?;
             local.addresses.push(server.address().to_string());

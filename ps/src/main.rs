@@ -3,6 +3,7 @@
 mod command;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use command::config::Of;
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
@@ -77,37 +78,65 @@ Examples:
 
 `gradwire-ps serve --help` explains every flag. Stop a server with Ctrl-C or SIGTERM.";
 
-/// `serve` with what the file says, and `typed` behind it.
-fn with_file(path: &Path, typed: impl Iterator<Item = OsString>) -> Result<Box<command::serve::Serve>, String> {
+/// A command with what the file says, and `typed` behind it.
+fn with_file(of: Of, path: &Path, typed: impl Iterator<Item = OsString>) -> Result<Command, String> {
     let arguments = Arguments::command();
-    let serve = arguments.find_subcommand("serve").expect("it is one of the commands");
-    let said = command::config::arguments(serve, path, |name| std::env::var_os(name).is_some())?;
-    let all = ["gradwire-ps", "serve"].map(OsString::from).into_iter().chain(said).chain(typed);
-    match Arguments::try_parse_from(all).map(|arguments| arguments.command) {
-        Ok(Command::Serve(serve)) => Ok(serve),
-        Ok(_) => unreachable!("serve was asked for"),
-        Err(error) => Err(format!("{}: {error}", path.display())),
+    let command = arguments.find_subcommand(of.name()).expect("it is one of the commands");
+    let said = command::config::arguments(command, path, |name| std::env::var_os(name).is_some())?;
+    let all = ["gradwire-ps", of.name()].map(OsString::from).into_iter().chain(said).chain(typed);
+    let read = Arguments::try_parse_from(all).map(|arguments| arguments.command);
+    read.map_err(|error| format!("{}: {error}", path.display()))
+}
+
+impl Command {
+    /// The file that holds more of its flags.
+    fn file(&self) -> Option<(Of, &Path)> {
+        match self {
+            Self::Serve(serve) => serve.config().map(|path| (Of::Serve, path)),
+            Self::Coordinate(coordinate) => coordinate.config().map(|path| (Of::Coordinate, path)),
+            _ => None,
+        }
+    }
+
+    /// Whether a server, or a coordinator, could start so.
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Serve(serve) => serve.check(),
+            Self::Coordinate(coordinate) => coordinate.check(),
+            _ => unreachable!("no other command has a file"),
+        }
+    }
+
+    fn run(self, warnings: &[String]) -> Result<(), String> {
+        if !matches!(self, Self::Serve(_) | Self::Coordinate(_)) {
+            // The others have a log for it.
+            warnings.iter().for_each(|warning| eprintln!("gradwire-ps: {warning}"));
+        }
+        match self {
+            Self::Serve(serve) => serve.run(warnings),
+            Self::Coordinate(coordinate) => coordinate.run(warnings),
+            Self::Drain(drain) => drain.run(),
+            Self::Status(status) => status.run(),
+            Self::Config(check) => with_file(check.of(), check.file(), std::iter::empty())
+                .and_then(|command| command.check())
+                .map(|()| check.praise()),
+            Self::Snapshot(snapshot) => snapshot.run(),
+            Self::Export(export) => export.run(),
+            Self::Import(import) => import.run(),
+        }
     }
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
-        Command::Serve(serve) => match serve.config() {
-            // What was typed comes behind the file, and so wins.
-            Some(path) => with_file(path, std::env::args_os().skip(2)).and_then(|serve| serve.run()),
-            None => serve.run(),
-        },
-        Command::Coordinate(coordinate) => coordinate.run(),
-        Command::Drain(drain) => drain.run(),
-        Command::Status(status) => status.run(),
-        Command::Config(check) => {
-            with_file(check.file(), std::iter::empty()).and_then(|serve| serve.check()).map(|()| check.praise())
-        }
-        Command::Snapshot(snapshot) => snapshot.run(),
-        Command::Export(export) => export.run(),
-        Command::Import(import) => import.run(),
+    let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    let warnings = command::environment::warnings(&Arguments::command(), names);
+    let command = Arguments::parse().command;
+    let command = match command.file() {
+        // What was typed comes behind the file, and so wins.
+        Some((of, path)) => with_file(of, path, std::env::args_os().skip(2)),
+        None => Ok(command),
     };
-    match result {
+    match command.and_then(|command| command.run(&warnings)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("gradwire-ps: {error}");

@@ -3,12 +3,16 @@
 use crate::body::{BadBody, Reader, Writer};
 use crate::control::MAX_REPLICAS;
 use crate::refusal::{Reason, Refusal};
+use crate::shard::{Checkpointing, Limits};
 use crate::{Codec, Compression, Mode};
 use std::fmt;
 use std::time::Duration;
 
 /// The shortest time between two checkpoints that a table may ask for.
 const SHORTEST: Duration = Duration::from_secs(1);
+/// What else keeps checkpoints, where servers cannot ask for them themselves.
+const BY_HAND: &str =
+    "recovery=\"checkpoint\" and who asks for them: gradwire-ps snapshot --servers ... --every, or client.snapshot()";
 
 /// What becomes of a table when a server of it dies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -33,17 +37,37 @@ pub enum Recovery {
 }
 
 impl Recovery {
-    /// Refuses a choice that a shard with so many copies elsewhere, and with checkpoints or without, cannot keep.
-    pub(crate) fn check(self, replicas: u32, checkpoints: bool, subject: String) -> Result<(), Refusal> {
-        let (expected, got) = match self {
-            Self::Replicate { copies } if replicas < copies => (
+    /// Refuses a choice that a shard with such limits cannot keep for a table of which it has the part `place`: which, of how many.
+    pub(crate) fn check(self, limits: &Limits, place: (u32, u32), subject: String) -> Result<(), Refusal> {
+        let (expected, got) = match (self, limits.checkpoints) {
+            (Self::Replicate { copies }, _) if limits.replicas < copies => (
                 format!("servers that have backups (serve --coordinator, of one with --replicas {copies})"),
-                format!("{self}, and each shard has {replicas} copies"),
+                format!("{self}, and each shard has {} copies", limits.replicas),
             ),
-            Self::Checkpoint { .. } if !checkpoints => (
+            (Self::Checkpoint { .. }, Checkpointing::Never) => (
                 "servers that keep checkpoints (serve --checkpoint-dir)".to_owned(),
                 "checkpoint, and this one keeps none".to_owned(),
             ),
+            (Self::Checkpoint { every: Some(_) }, Checkpointing::WhenAsked) => (
+                format!(
+                    "servers that take checkpoints by themselves (gradwire-ps serve --checkpoint-dir), or {BY_HAND}"
+                ),
+                format!("{self}, and these take one only when they are asked"),
+            ),
+            (Self::Checkpoint { every: Some(_) }, Checkpointing::AsWanted { shard, shards })
+                if place != (shard, shards) =>
+            {
+                (
+                    format!(
+                        "all {} shards of the table in one process (serve --shards {}), or servers that clients find by a coordinator, or {BY_HAND}",
+                        place.1, place.1
+                    ),
+                    format!(
+                        "{self} of part {} of {}, at the server of shard {shard} of {shards}: nobody would ask all of them together",
+                        place.0, place.1
+                    ),
+                )
+            }
             _ => return Ok(()),
         };
         Err(Refusal::new(Reason::Mismatch, subject, "recovery", expected, got))
@@ -172,14 +196,29 @@ mod tests {
 
     #[test]
     fn what_the_servers_must_do_for_a_table_is_asked_for() {
-        assert!([Recovery::None, Recovery::Workers].iter().all(|it| it.check(0, false, String::new()).is_ok()));
-        assert!(ONCE.check(1, false, String::new()).is_ok() && TWICE.check(3, false, String::new()).is_ok());
-        assert!(FREE.check(0, true, String::new()).is_ok());
-        for (recovery, replicas, checkpoints, remedy) in
-            [(ONCE, 0, true, "--coordinator"), (TWICE, 1, true, "--replicas 2"), (FREE, 1, false, "--checkpoint-dir")]
-        {
-            let refusal = recovery.check(replicas, checkpoints, "table \"w\"".into()).unwrap_err();
-            assert!(refusal.to_string().contains(remedy), "{refusal}");
+        use Checkpointing::{AsWanted, Never, WhenAsked};
+        let check = |recovery: Recovery, replicas, checkpoints| {
+            let limits = Limits { replicas, checkpoints, ..Limits::default() };
+            recovery.check(&limits, (1, 3), "table \"w\"".into())
+        };
+        assert!([Recovery::None, Recovery::Workers].into_iter().all(|it| check(it, 0, Never).is_ok()));
+        assert!(check(ONCE, 1, Never).is_ok() && check(TWICE, 3, Never).is_ok());
+        // Which part of a table a shard has matters only where somebody must ask all of them together.
+        for asked in [WhenAsked, AsWanted { shard: 0, shards: 1 }, AsWanted { shard: 1, shards: 3 }] {
+            assert!(check(FREE, 0, asked).is_ok());
+        }
+        assert!(check(asking(2500), 0, AsWanted { shard: 1, shards: 3 }).is_ok());
+        for (recovery, replicas, checkpoints, remedy) in [
+            (ONCE, 0, WhenAsked, "--coordinator"),
+            (TWICE, 1, WhenAsked, "--replicas 2"),
+            (FREE, 1, Never, "--checkpoint-dir"),
+            (asking(2500), 1, Never, "--checkpoint-dir"),
+            (asking(2500), 1, WhenAsked, "snapshot --servers"),
+            (asking(2500), 1, AsWanted { shard: 0, shards: 1 }, "serve --shards 3"),
+            (asking(2500), 1, AsWanted { shard: 0, shards: 3 }, "coordinator"),
+        ] {
+            let refusal = check(recovery, replicas, checkpoints).unwrap_err().to_string();
+            assert!(refusal.contains(remedy) && refusal.contains("table \"w\""), "{refusal}");
         }
         for recovery in [Recovery::None, ONCE, TWICE, FREE, asking(2500), Recovery::Workers] {
             let mut body = Writer::default();

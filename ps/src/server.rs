@@ -50,6 +50,9 @@ pub struct ServerSettings {
     pub spin: Duration,
     /// Where checkpoints are kept. Default: nowhere, and who asks for one is refused.
     pub checkpoints: Option<Checkpoints>,
+    /// Whether who starts the servers asks them for checkpoints as often as tables want (`gradwire-ps serve` does); such tables are
+    /// refused elsewhere. Default false.
+    pub as_wanted: bool,
     /// Settings of the wire; its token is set from `token`.
     pub transport: Config,
 }
@@ -63,6 +66,7 @@ impl Default for ServerSettings {
             watched: false,
             limits: Limits::default(),
             checkpoints: None,
+            as_wanted: false,
             spin: patience::MOST,
             transport: Config { credit: Some(CreditSettings::default()), ..Config::default() },
         }
@@ -198,14 +202,23 @@ impl Server {
 
     /// What others ask for its reports; from now on it counts for them.
     pub fn monitor(&mut self) -> Monitor {
-        self.gauges.get_or_insert_default();
+        self.count();
+        self.uncounted_monitor()
+    }
+
+    /// The same, for its status alone: nothing is counted.
+    pub(crate) fn uncounted_monitor(&mut self) -> Monitor {
         self.questions.open();
         Monitor::new(Arc::clone(&self.questions), self.wire.waker())
     }
 
+    /// Requests are counted from now on.
+    pub(crate) fn count(&mut self) {
+        self.gauges.get_or_insert_default();
+    }
+
     /// Answers the questions of a monitor of the server before.
     pub(crate) fn answer_to(&mut self, monitor: &Monitor) {
-        self.gauges.get_or_insert_default();
         self.questions = monitor.turn_to(self.wire.waker());
         self.questions.open();
     }

@@ -8,8 +8,8 @@ mod limits;
 mod restoring;
 mod snapshot;
 
-pub use limits::Limits;
 use limits::check_waiting;
+pub use limits::{Checkpointing, Limits};
 pub(crate) use restoring::AGAIN;
 pub(crate) use snapshot::CLOCK;
 pub use snapshot::Cut;
@@ -296,7 +296,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
-            spec.recovery.check(self.limits.replicas, self.limits.checkpoints, spec.subject())?;
+            spec.recovery.check(&self.limits, (spec.shard, spec.shards), spec.subject())?;
             let mut table = Table::new(spec, &mut self.memory)?;
             if again {
                 table.mark_lost();
@@ -377,7 +377,7 @@ impl Shard {
             }
         } else {
             self.check_new(header, spec.subject())?;
-            spec.recovery.check(self.limits.replicas, self.limits.checkpoints, spec.subject())?;
+            spec.recovery.check(&self.limits, (spec.shard, spec.shards), spec.subject())?;
             let table = SparseTable::new(spec, self.key, now, &mut self.memory)?;
             self.sparse.insert(header.table, table);
         }

@@ -173,6 +173,11 @@ impl Storage {
 
     /// The names of all checkpoints of which all shards are there, the latest first.
     pub(crate) fn whole(&self) -> Result<Vec<String>, BadCheckpoint> {
+        self.whole_of(None)
+    }
+
+    /// The same; of those that so many shards have written, where a number is given.
+    fn whole_of(&self, wanted: Option<u32>) -> Result<Vec<String>, BadCheckpoint> {
         let wrong = |error: object_store::Error| BadCheckpoint::new(self.place.as_str(), error);
         self.runtime.block_on(async {
             let folders = self.at.store.list_with_delimiter(None).await.map_err(wrong)?.common_prefixes;
@@ -180,7 +185,8 @@ impl Storage {
             for folder in folders {
                 let name = folder.filename().unwrap_or_default().to_owned();
                 let places = self.places(&name).await?;
-                if is_name(&name) && places.values().any(|&(come, shards)| come == shards) {
+                let is_whole = |&(come, shards)| come == shards && wanted.is_none_or(|wanted| wanted == shards);
+                if is_name(&name) && places.values().any(is_whole) {
                     names.push(name);
                 }
             }
@@ -205,9 +211,10 @@ impl Storage {
         Ok(places)
     }
 
-    /// Removes what shard `place` has of checkpoints older than the `keep` latest whole ones.
+    /// Removes what shard `place` has of checkpoints older than the `keep` latest whole ones of as many shards: what others, cut
+    /// otherwise, write to the same place pushes none of ours out.
     pub(crate) fn prune(&self, place: (u32, u32), keep: usize) -> Result<(), BadCheckpoint> {
-        let names = self.whole()?;
+        let names = self.whole_of(Some(place.1))?;
         let Some(oldest) = names.get(keep.max(1) - 1) else { return Ok(()) };
         let wrong = |error: object_store::Error| BadCheckpoint::new(self.place.as_str(), error);
         let (stem, manifest) = (format!("{}.", stem(place.0, place.1)), manifest_file(place.0, place.1));

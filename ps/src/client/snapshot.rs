@@ -15,6 +15,10 @@ const TOGETHER: u64 = 3;
 /// How often clocks are chosen anew, each time further ahead: while one asks, training goes on.
 const TRIES: u32 = 10;
 
+/// How often tables that some servers do not have are looked at anew, and the pause before: one that is being opened comes everywhere.
+const LOOKS: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(50);
+
 /// A checkpoint that was written.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
@@ -51,6 +55,35 @@ fn clocks(status: &[ShardStatus], ahead: u64) -> BTreeMap<String, (bool, u64)> {
     all
 }
 
+/// What would be missing in a checkpoint of these servers that counts as whole, and what to do, if anything: parts of tables that
+/// others have, or nobody.
+fn missing(status: &[ShardStatus]) -> Option<String> {
+    let mut all: BTreeMap<&str, Vec<(usize, u32, u32)>> = BTreeMap::new();
+    for (at, shard) in status.iter().enumerate() {
+        let dense = shard.tables.iter().map(|table| (&table.spec.name, table.spec.shard, table.spec.shards));
+        let sparse = shard.sparse.iter().map(|table| (&table.spec.name, table.spec.shard, table.spec.shards));
+        for (name, part, parts) in dense.chain(sparse) {
+            all.entry(name).or_default().push((at, part, parts));
+        }
+    }
+    let asked = status.len();
+    for (name, parts) in all {
+        if let Some((at, part, of)) = parts.iter().find(|&&(at, part, of)| (at, asked) != (part as usize, of as usize))
+        {
+            return Some(format!(
+                "server {at} of the {asked} that are asked has part {part} of {of} of table {name:?}: ask all {of} servers of it, in the order in which its clients give them (gradwire-ps snapshot --servers ... --every)"
+            ));
+        }
+        if parts.len() < asked {
+            let without = (0..asked).find(|at| parts.iter().all(|(has, ..)| has != at)).unwrap_or_default();
+            return Some(format!(
+                "server {without} of the {asked} that are asked does not have table {name:?}, others do: if it was lost there, restore all of them or open it again; if it lies on other servers too, ask all of them"
+            ));
+        }
+    }
+    None
+}
+
 impl Client {
     /// Writes a checkpoint of all tables where the servers keep theirs. Blocks until it is written; training goes on meanwhile.
     ///
@@ -58,7 +91,8 @@ impl Client {
     /// every step at the same one. Others are taken as they are when the request arrives at each shard.
     ///
     /// # Errors
-    /// `Refused` where a server keeps no checkpoints or could not write; `Timeout` where the clock does not come within
+    /// `Invalid` where parts of a table are on other servers, or on none; `Refused` where a server keeps no checkpoints or could not
+    /// write; `Timeout` where the clock does not come within
     /// `timeout` since a worker does not push.
     pub fn snapshot(&self, timeout: Duration) -> Result<Checkpoint, PsError> {
         let begun = Instant::now();
@@ -76,8 +110,22 @@ impl Client {
         self.snapshot_at(ahead, timeout, begun)
     }
 
+    /// What all servers have, once each of them has its part of every table.
+    fn whole_status(&self) -> Result<Vec<ShardStatus>, PsError> {
+        let mut looks = 1;
+        loop {
+            let status = self.status()?;
+            let Some(missing) = missing(&status) else { return Ok(status) };
+            if looks == LOOKS {
+                return Err(PsError::invalid("writing a checkpoint, which would not be whole", missing));
+            }
+            looks += 1;
+            std::thread::sleep(PAUSE);
+        }
+    }
+
     fn snapshot_at(&self, ahead: u64, timeout: Duration, begun: Instant) -> Result<Checkpoint, PsError> {
-        let status = self.status()?;
+        let status = self.whole_status()?;
         let clocks = clocks(&status, ahead);
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // Each try has a name of its own, and so has each client.

@@ -1,13 +1,14 @@
 //! Does: answers `/metrics`, `/healthz` and `/readyz` at the admin address, on a thread of its own.
 
 use super::metrics;
-use gradwire_ps::{Monitor, Report};
+use gradwire_ps::{CoordinatorReport, Monitor, Report};
 use hyper::body::Incoming;
 use hyper::header::CONTENT_TYPE;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use std::convert::Infallible;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,19 +22,74 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Time for a shard to answer: its longest turn takes milliseconds.
 const SHARD_PATIENCE: Duration = Duration::from_secs(2);
 
-/// What the admin address tells of.
+/// Time for a coordinator to answer, which may be asking an etcd that is gone: a second for each address of it.
+const COORDINATOR_PATIENCE: Duration = Duration::from_secs(4);
+
+/// What an admin address tells of.
+pub(crate) trait Told: Send + Sync + 'static {
+    /// The text of `/metrics`.
+    fn metrics(&self) -> String;
+    /// Who does not answer, if anybody.
+    fn silent(&self) -> Option<String>;
+}
+
+/// The shards that are served here.
+pub(crate) struct Shards(pub(crate) Vec<Monitor>);
+
+impl Shards {
+    fn reports(&self) -> Vec<Option<Report>> {
+        self.0.iter().map(|monitor| monitor.report(SHARD_PATIENCE)).collect()
+    }
+}
+
+impl Told for Shards {
+    fn metrics(&self) -> String {
+        metrics::to_text(&self.reports())
+    }
+
+    fn silent(&self) -> Option<String> {
+        let silent = (0u32..).zip(self.reports()).filter(|(_, report)| report.is_none());
+        let silent: Vec<String> = silent.map(|(shard, _)| shard.to_string()).collect();
+        (!silent.is_empty()).then(|| format!("shard {}", silent.join(", ")))
+    }
+}
+
+/// A coordinator.
+impl Told for Monitor<CoordinatorReport> {
+    fn metrics(&self) -> String {
+        metrics::of_coordinator(self.report(COORDINATOR_PATIENCE).as_ref())
+    }
+
+    fn silent(&self) -> Option<String> {
+        self.report(COORDINATOR_PATIENCE).is_none().then(|| "the coordinator".to_owned())
+    }
+}
+
 struct House {
-    monitors: Vec<Monitor>,
+    told: Arc<dyn Told>,
     ready: Arc<AtomicBool>,
 }
 
+/// Tells where the admin address is, for people or for programs.
+pub(crate) fn announce(out: &mut impl Write, json: bool, admin: Option<SocketAddr>) -> std::io::Result<()> {
+    match admin {
+        Some(admin) if json => writeln!(out, "{}", serde_json::json!({ "admin": admin.to_string() })),
+        Some(admin) => writeln!(out, "admin at {admin}"),
+        None => Ok(()),
+    }
+}
+
 /// Begins to answer at `listen`; where that is. `ready`: whether clients may come.
-pub(crate) fn start(listen: SocketAddr, monitors: Vec<Monitor>, ready: Arc<AtomicBool>) -> std::io::Result<SocketAddr> {
+pub(crate) fn start(listen: SocketAddr, told: Arc<dyn Told>, ready: Arc<AtomicBool>) -> Result<SocketAddr, String> {
+    begin(listen, House { told, ready }).map_err(|error| format!("--admin {listen}: {error}"))
+}
+
+fn begin(listen: SocketAddr, house: House) -> std::io::Result<SocketAddr> {
     let listener = std::net::TcpListener::bind(listen)?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
-    let house = Arc::new(House { monitors, ready });
+    let house = Arc::new(house);
     let serve = move || {
         let served = runtime.block_on(serve(listener, house));
         tracing::error!(error = ?served.err(), "the admin address is closed");
@@ -85,7 +141,7 @@ impl House {
         }
         match request.uri().path() {
             "/metrics" => {
-                let mut response = text(StatusCode::OK, metrics::to_text(&self.reports()));
+                let mut response = text(StatusCode::OK, self.told.metrics());
                 let kind = "text/plain; version=0.0.4; charset=utf-8".parse().expect("it is a header's value");
                 response.headers_mut().insert(CONTENT_TYPE, kind);
                 response
@@ -96,18 +152,9 @@ impl House {
         }
     }
 
-    fn reports(&self) -> Vec<Option<Report>> {
-        self.monitors.iter().map(|monitor| monitor.report(SHARD_PATIENCE)).collect()
-    }
-
     fn health(&self, ready: bool) -> Response<String> {
-        let silent: Vec<String> = (0..)
-            .zip(self.reports())
-            .filter(|(_, report)| report.is_none())
-            .map(|(n, _): (u32, _)| n.to_string())
-            .collect();
-        if !silent.is_empty() {
-            return text(StatusCode::SERVICE_UNAVAILABLE, format!("no answer from shard {}\n", silent.join(", ")));
+        if let Some(silent) = self.told.silent() {
+            return text(StatusCode::SERVICE_UNAVAILABLE, format!("no answer from {silent}\n"));
         }
         if ready {
             text(StatusCode::OK, "ok\n".to_owned())

@@ -1,16 +1,38 @@
-//! Does: reads a configuration file: what the flags of `serve` say, by their names.
+//! Does: reads a configuration file: what the flags of `serve` or `coordinate` say, by their names.
 
-use clap::{Arg, ArgAction, Args, Command};
+use clap::{Arg, ArgAction, Args, Command, ValueEnum};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
+/// Commands that take a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Of {
+    /// A server
+    Serve,
+    /// A coordinator
+    Coordinate,
+}
+
+impl Of {
+    /// The command's name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Serve => "serve",
+            Self::Coordinate => "coordinate",
+        }
+    }
+}
+
 /// Flags of `config`.
 #[derive(Args)]
 pub(crate) struct Check {
-    /// File to check: a TOML file with the flags of `serve` as keys, without their dashes. What it names is read too
+    /// File to check: a TOML file with a command's flags as keys, without their dashes. What it names is read too
     #[arg(long, value_name = "FILE")]
     check: PathBuf,
+    /// The command whose flags it holds
+    #[arg(long, default_value = "serve")]
+    of: Of,
 }
 
 impl Check {
@@ -18,9 +40,17 @@ impl Check {
         &self.check
     }
 
+    pub(crate) fn of(&self) -> Of {
+        self.of
+    }
+
     /// Says that the file is good.
     pub(crate) fn praise(&self) {
-        println!("{}: a server can start with it", self.check.display());
+        let who = match self.of {
+            Of::Serve => "server",
+            Of::Coordinate => "coordinator",
+        };
+        println!("{}: a {who} can start with it", self.check.display());
     }
 }
 

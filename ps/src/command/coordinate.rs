@@ -1,6 +1,7 @@
 //! Does: `gradwire-ps coordinate`: keeps the map of a cluster until it is stopped by a signal.
 
-use super::{Certificates, Token};
+use super::log::Log;
+use super::{Certificates, Token, admin};
 use clap::Args;
 use gradwire_ps::{Checkpoints, Coordinator, CoordinatorSettings, EtcdSettings};
 use gradwire_transport::Config;
@@ -8,12 +9,16 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use tracing_subscriber::filter::LevelFilter;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Flags of `coordinate`.
 #[derive(Args)]
 pub(crate) struct Coordinate {
+    /// TOML file with these flags as keys, without their dashes; what is typed, or in the environment, wins over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Address to listen at; servers and clients are given it. Port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:0", value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
@@ -40,9 +45,11 @@ pub(crate) struct Coordinate {
     /// Listen off loopback without a token or TLS: everybody who reaches the port may join
     #[arg(long)]
     insecure: bool,
-    /// How much to log to standard error: off, error, warn, info, debug or trace
-    #[arg(long, env = "GRADWIRE_LOG", default_value = "info", value_name = "LEVEL")]
-    log: LevelFilter,
+    /// Address that answers /metrics for Prometheus, /healthz and /readyz, to whoever reaches it [default: none]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    admin: Option<SocketAddr>,
+    #[command(flatten)]
+    log: Log,
     /// Print the address as JSON
     #[arg(long)]
     json: bool,
@@ -70,25 +77,28 @@ struct Etcd {
 }
 
 impl Etcd {
-    fn settings(self) -> Option<EtcdSettings> {
-        let identity = self.etcd_cert.zip(self.etcd_key);
+    fn settings(&self) -> Option<EtcdSettings> {
+        let identity = self.etcd_cert.clone().zip(self.etcd_key.clone());
         let there = !self.etcd.is_empty();
-        there.then_some(EtcdSettings { endpoints: self.etcd, cluster: self.cluster, ca: self.etcd_ca, identity })
+        let (endpoints, cluster, ca) = (self.etcd.clone(), self.cluster.clone(), self.etcd_ca.clone());
+        there.then_some(EtcdSettings { endpoints, cluster, ca, identity })
     }
 }
 
 impl Coordinate {
-    pub(crate) fn run(self) -> Result<(), String> {
-        tracing_subscriber::fmt().with_max_level(self.log).with_writer(std::io::stderr).init();
-        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
-        let restore = match self.checkpoint_dir.as_ref().zip(self.restore.as_ref()) {
-            Some((place, which)) => Checkpoints::find(place, which).map_err(|error| error.to_string())?,
-            None => None,
-        };
-        if self.restore.is_some() {
-            tracing::info!(checkpoint = restore.as_deref().unwrap_or("none yet"), "a cluster that begins restores");
-        }
-        let settings = CoordinatorSettings {
+    /// The file that holds more flags.
+    pub(crate) fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
+    /// Whether a coordinator could start with these flags.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        // What the checkpoint is called is looked up when it starts.
+        self.settings(self.restore.clone())?.check().map_err(|error| error.to_string())
+    }
+
+    fn settings(&self, restore: Option<String>) -> Result<CoordinatorSettings, String> {
+        Ok(CoordinatorSettings {
             restore,
             listen: self.listen,
             token: self.token.read()?,
@@ -97,22 +107,43 @@ impl Coordinate {
             replicas: self.replicas,
             etcd: self.etcd.settings(),
             transport: Config { tls: self.certificates.load()?, ..Config::default() },
+        })
+    }
+
+    /// Coordinates until a signal. `warnings`: what the log is to begin with.
+    pub(crate) fn run(self, warnings: &[String]) -> Result<(), String> {
+        self.log.begin(warnings);
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
+        let restore = match self.checkpoint_dir.as_ref().zip(self.restore.as_ref()) {
+            Some((place, which)) => Checkpoints::find(place, which).map_err(|error| error.to_string())?,
+            None => None,
         };
-        let mut coordinator = Coordinator::bind(settings).map_err(|error| error.to_string())?;
-        let address = coordinator.address();
-        let mut out = std::io::stdout().lock();
-        let said = match self.json {
-            true => writeln!(out, "{}", serde_json::json!({ "coordinator": address.to_string() })),
-            false => writeln!(out, "the coordinator listens at {address}"),
-        };
-        said.and_then(|()| out.flush()).map_err(|error| format!("writing the address: {error}"))?;
+        if self.restore.is_some() {
+            tracing::info!(checkpoint = restore.as_deref().unwrap_or("none yet"), "a cluster that begins restores");
+        }
+        let mut coordinator = Coordinator::bind(self.settings(restore)?).map_err(|error| error.to_string())?;
+        let ready = Arc::new(AtomicBool::new(true));
+        let told = Arc::new(coordinator.monitor());
+        let admin = self.admin.map(|listen| admin::start(listen, told, Arc::clone(&ready))).transpose()?;
+        self.announce(coordinator.address(), admin).map_err(|error| format!("writing the address: {error}"))?;
         let stopper = coordinator.stopper();
         let waiting = std::thread::spawn(move || {
             signals.forever().next();
+            ready.store(false, Ordering::Release);
             stopper.stop();
         });
         coordinator.run().map_err(|error| error.to_string())?;
         tracing::info!("stopped");
         waiting.join().map_err(|_| "the thread that waits for signals panicked".to_owned())
+    }
+
+    fn announce(&self, address: SocketAddr, admin: Option<SocketAddr>) -> std::io::Result<()> {
+        let mut out = std::io::stdout().lock();
+        match self.json {
+            true => writeln!(out, "{}", serde_json::json!({ "coordinator": address.to_string() }))?,
+            false => writeln!(out, "the coordinator listens at {address}")?,
+        }
+        admin::announce(&mut out, self.json, admin)?;
+        out.flush()
     }
 }

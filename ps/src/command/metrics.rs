@@ -1,4 +1,8 @@
-//! Pure: reports of shards as text that Prometheus reads (exposition format 0.0.4).
+//! Pure: reports as text that Prometheus reads (exposition format 0.0.4).
+
+mod coordinator;
+
+pub(crate) use coordinator::to_text as of_coordinator;
 
 use gradwire_ps::{LATENCY_BOUNDS_US, Latencies, Report, Role};
 use std::fmt::Write;
@@ -20,7 +24,8 @@ impl Family {
 
     fn add_as(&mut self, suffix: &str, labels: &str, value: impl std::fmt::Display) {
         // A string takes all that is written to it.
-        let _ = writeln!(self.text, "{}{suffix}{{{labels}}} {value}", self.name);
+        let labels = if labels.is_empty() { String::new() } else { format!("{{{labels}}}") };
+        let _ = writeln!(self.text, "{}{suffix}{labels} {value}", self.name);
     }
 }
 

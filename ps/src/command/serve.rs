@@ -1,10 +1,12 @@
 //! Does: `gradwire-ps serve`: starts the shards, says where they are, stops on a signal.
 
-use super::snapshot::Periodic;
+use super::admin::Shards;
+use super::log::Log;
+use super::periodic::{Periodic, Whom};
 use super::wire::Wires;
 use super::{Certificates, Token, admin, memory_of_machine, parse_bytes, parse_duration, show_bytes};
-use clap::{Args, ValueEnum};
-use gradwire_ps::{Checkpoints, ClusterServers, Limits, LocalServers, Monitor, ServerSettings};
+use clap::Args;
+use gradwire_ps::{Checkpoints, ClientSettings, ClusterServers, Limits, LocalServers, Monitor, ServerSettings};
 use gradwire_transport::Config;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -14,16 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::prelude::*;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum LogFormat {
-    /// Lines for people
-    Text,
-    /// An object a line, for programs
-    Json,
-}
 
 /// Flags of `serve`.
 #[derive(Args)]
@@ -84,12 +76,8 @@ pub(crate) struct Serve {
     /// Address that answers /metrics for Prometheus, /healthz and /readyz, to whoever reaches it [default: none]
     #[arg(long, value_name = "ADDRESS:PORT")]
     admin: Option<SocketAddr>,
-    /// How much to log to standard error: off, error, warn, info, debug or trace, or `info,gradwire_ps=debug` by module
-    #[arg(long, env = "GRADWIRE_LOG", default_value = "info", value_name = "LEVEL")]
-    log: Targets,
-    /// How to log
-    #[arg(long, env = "GRADWIRE_LOG_FORMAT", default_value = "text")]
-    log_format: LogFormat,
+    #[command(flatten)]
+    log: Log,
     /// Print addresses as JSON, a line a shard
     #[arg(long)]
     json: bool,
@@ -113,6 +101,14 @@ impl Servers {
         match self {
             Self::Alone(servers) => servers.monitors(),
             Self::Clustered(servers) => servers.monitors(),
+        }
+    }
+
+    /// Who is asked for checkpoints of all.
+    fn asked(&self, coordinators: &[String]) -> Whom {
+        match self {
+            Self::Alone(servers) => Whom::These(servers.addresses().to_vec()),
+            Self::Clustered(servers) => Whom::Cluster(coordinators.to_vec(), servers.monitors().to_vec()),
         }
     }
 
@@ -159,8 +155,9 @@ impl Serve {
         Ok(())
     }
 
-    pub(crate) fn run(self) -> Result<(), String> {
-        self.begin_log();
+    /// Serves until a signal. `warnings`: what the log is to begin with.
+    pub(crate) fn run(self, warnings: &[String]) -> Result<(), String> {
+        self.log.begin(warnings);
         // Before anything is served, so that no signal is missed.
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
         self.fits()?;
@@ -170,20 +167,17 @@ impl Serve {
         if tls == "yes" && !secured && !settings.listen.ip().is_loopback() {
             tracing::warn!("whoever reaches the port may use the tables: set a token, or --tls-client-ca");
         }
-        let caller = (settings.token.clone(), settings.transport.clone());
+        let (token, transport) = (settings.token.clone(), settings.transport.clone());
+        let caller = ClientSettings { token, transport, ..ClientSettings::default() };
         let servers = self.start(settings)?;
         let ready = Arc::new(AtomicBool::new(true));
-        let admin = self.admin.map(|listen| {
-            let started = admin::start(listen, servers.monitors().to_vec(), Arc::clone(&ready));
-            started.map_err(|error| format!("--admin {listen}: {error}"))
-        });
-        let admin = admin.transpose()?;
+        let told = Arc::new(Shards(servers.monitors().to_vec()));
+        let admin = self.admin.map(|listen| admin::start(listen, told, Arc::clone(&ready))).transpose()?;
         self.announce(servers.addresses(), admin).map_err(|error| format!("writing the addresses: {error}"))?;
         tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, tls, "serving");
-        // Where a coordinator leads, a client of all servers asks for them.
-        let keeps = self.checkpoint_dir.is_some() && self.coordinator.is_empty();
-        let periodic =
-            keeps.then(|| Periodic::start(servers.addresses(), caller, self.checkpoint_every)).transpose()?;
+        let keeps = self.checkpoint_dir.is_some();
+        let periodic = keeps.then(|| Periodic::start(servers.asked(&self.coordinator), caller, self.checkpoint_every));
+        let periodic = periodic.transpose()?;
         let signal = signals.forever().next();
         ready.store(false, Ordering::Release);
         tracing::info!(signal = signal.map_or("none", name_of), "stopping");
@@ -205,6 +199,7 @@ impl Serve {
             watched: self.admin.is_some(),
             limits: Limits { memory_bytes, client_bytes, clients: self.max_clients, ..Limits::default() },
             checkpoints: self.checkpoint_dir.clone().map(|place| Checkpoints { place, keep }),
+            as_wanted: true,
             transport: Config {
                 tls: self.certificates.load()?,
                 ..self.wires.config(ServerSettings::default().transport)?
@@ -215,15 +210,6 @@ impl Serve {
 
     fn memory(&self) -> u64 {
         self.max_memory.unwrap_or_else(|| memory_of_machine() / 2)
-    }
-
-    fn begin_log(&self) {
-        let registry = tracing_subscriber::registry().with(self.log.clone());
-        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-        match self.log_format {
-            LogFormat::Text => registry.with(lines).init(),
-            LogFormat::Json => registry.with(lines.json()).init(),
-        }
     }
 
     fn start(&self, settings: ServerSettings) -> Result<Servers, String> {
@@ -256,13 +242,7 @@ impl Serve {
                 writeln!(out, "{what} {number} listens at {address}")?;
             }
         }
-        if let Some(admin) = admin {
-            if self.json {
-                writeln!(out, "{}", serde_json::json!({ "admin": admin.to_string() }))?;
-            } else {
-                writeln!(out, "admin at {admin}")?;
-            }
-        }
+        admin::announce(&mut out, self.json, admin)?;
         out.flush()
     }
 }

@@ -8,7 +8,7 @@
 use super::map::{ClusterMap, Part, Seating, ShardSeats};
 use super::words::{Join, Sighting};
 use crate::Epoch;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 /// Silence after which a process counts as gone, where no other end of a log has said so before.
@@ -30,6 +30,30 @@ struct Process {
     leaving: bool,
 }
 
+/// How often shards have got another primary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// A backup took over, as the primary was gone.
+    pub fail_overs: u64,
+    /// A backup took over, as the primary's process wants to end.
+    pub hand_overs: u64,
+    /// All that had the shard were gone: it began anew without what it held.
+    pub losses: u64,
+}
+
+/// How many server processes a coordinator knows, each in one of these.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Processes {
+    /// Those with a part of a shard.
+    pub serving: usize,
+    /// Those that are there for when another one dies.
+    pub spare: usize,
+    /// Those that hand over what they have, to end.
+    pub leaving: usize,
+    /// Those that the map names, and that have said nothing since this coordinator began.
+    pub awaited: usize,
+}
+
 /// The coordinator's knowledge.
 #[derive(Clone)]
 pub struct Cluster {
@@ -42,18 +66,51 @@ pub struct Cluster {
     grace: Option<Instant>,
     /// Shards of which primary and backups are all silent, and since when: it may be this coordinator that is cut off.
     silent: HashMap<u32, Instant>,
+    moves: Moves,
 }
 
 impl Cluster {
     /// A cluster of `shards` shards with `replicas` copies of each beside the primary, that nobody has joined.
     pub fn new(shards: u32, replicas: u32) -> Self {
         let map = ClusterMap { replicas, ..ClusterMap::default() };
-        Self { map, shards, origin: String::new(), processes: HashMap::new(), grace: None, silent: HashMap::new() }
+        let (processes, silent) = (HashMap::new(), HashMap::new());
+        Self { map, shards, origin: String::new(), processes, grace: None, silent, moves: Moves::default() }
     }
 
     /// The same, which begins with what the checkpoint of that name holds, where it begins at all: not where there is a map.
     pub fn beginning_with(self, origin: String) -> Self {
         Self { origin, ..self }
+    }
+
+    /// The same, which has counted so many moves before.
+    pub fn counting_from(self, moves: Moves) -> Self {
+        Self { moves, ..self }
+    }
+
+    /// Shards that it shall have.
+    pub fn shards(&self) -> u32 {
+        self.shards
+    }
+
+    /// How often shards have got another primary.
+    pub fn moves(&self) -> Moves {
+        self.moves
+    }
+
+    /// The processes that are there.
+    pub fn processes(&self) -> Processes {
+        let seated = self.map.shards.iter().flat_map(ShardSeats::chain).map(|(who, _)| who.process);
+        let (seated, mut counted) = (seated.collect::<HashSet<u64>>(), Processes::default());
+        for (number, process) in &self.processes {
+            let state = match () {
+                () if process.leaving => &mut counted.leaving,
+                () if process.seats.is_empty() => &mut counted.awaited,
+                () if seated.contains(number) => &mut counted.serving,
+                () => &mut counted.spare,
+            };
+            *state += 1;
+        }
+        counted
     }
 
     /// The map as it is.
@@ -169,6 +226,13 @@ impl Cluster {
     /// lost whom it follows: it may not have heard of that one yet.
     fn remove(&mut self, shard: u32, seat: u64) {
         let term = Epoch(self.map.epoch.0 + 1);
+        let seats = &self.map.shards[shard as usize];
+        if let Some(primary) = seats.primary.as_ref().filter(|who| who.seat == seat && !seats.backups.is_empty()) {
+            match self.processes.get(&primary.process).is_some_and(|process| process.leaving) {
+                true => self.moves.hand_overs += 1,
+                false => self.moves.fail_overs += 1,
+            }
+        }
         self.change(shard, |seats| {
             if seats.primary.as_ref().is_some_and(|who| who.seat == seat) {
                 seats.primary = (!seats.backups.is_empty()).then(|| seats.backups.remove(0));
@@ -299,6 +363,7 @@ impl Cluster {
                 let seats = &self.map.shards[shard as usize];
                 // What it held is gone: whoever comes begins anew, and clients are told by its tables' absence.
                 let (term, formed) = (Epoch(self.map.epoch.0 + 1), self.map.replicas == 0);
+                self.moves.losses += u64::from(seats.formed);
                 // Nothing was ever taken by one that had no copies yet: it begins with the same again.
                 let origin = if seats.formed { String::new() } else { seats.origin.clone() };
                 let seats = ShardSeats { term, primary: Some(seating), formed, origin, ..ShardSeats::default() };

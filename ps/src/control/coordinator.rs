@@ -1,10 +1,11 @@
 //! Does: the coordinator: hears servers, decides by [`Cluster`], tells the map to them and to whoever asks.
 
 use super::right::Right;
-use super::{Cluster, Join, Sighting};
+use super::{Cluster, ClusterMap, Join, Moves, Processes, Sighting};
 use crate::body::{Reader, Writer};
 use crate::etcd::EtcdSettings;
 use crate::header::{FLAG_INLINE, HEADER_BYTES, Header, Kind};
+use crate::monitor::{Monitor, Questions};
 use crate::protocol::{REPLY, REQUEST};
 use crate::refusal::{Reason, Refusal};
 use crate::{Dialer, PsError, Stopper, dial};
@@ -35,7 +36,7 @@ pub struct CoordinatorSettings {
     pub insecure: bool,
     /// Shards of the cluster.
     pub shards: u32,
-    /// Copies of each beside the first: 0 or 1.
+    /// Copies of each beside the first: 0 to 7.
     pub replicas: u32,
     /// Where the map is kept, and which of several coordinators leads; without it, this one decides alone.
     pub etcd: Option<EtcdSettings>,
@@ -43,6 +44,47 @@ pub struct CoordinatorSettings {
     pub restore: Option<String>,
     /// Settings of the wire, of which it takes those about sockets.
     pub transport: Config,
+}
+
+impl CoordinatorSettings {
+    /// Whether a coordinator may start so.
+    ///
+    /// # Errors
+    /// `Invalid` off loopback without a token and without TLS, for numbers that cannot be, and for a checkpoint where there are no
+    /// copies.
+    pub fn check(&self) -> Result<(), PsError> {
+        let open = self.token.as_ref().is_none_or(String::is_empty) && self.transport.tls.is_none();
+        dial::check_open(self.listen, open && !self.insecure)?;
+        if !(1..=super::map::MAX_SHARDS as u32).contains(&self.shards) || self.replicas > super::MAX_REPLICAS {
+            return Err(PsError::invalid(
+                "starting a coordinator",
+                format!("it takes 1 to 4096 shards, and 0 to {} replicas of each", super::MAX_REPLICAS),
+            ));
+        }
+        if self.restore.is_some() && self.replicas == 0 {
+            let reason =
+                "without copies clients come before it is read: serve without a coordinator, or with --replicas 1";
+            return Err(PsError::invalid("beginning a cluster with a checkpoint", reason));
+        }
+        Ok(())
+    }
+}
+
+/// What a coordinator tells whoever watches it.
+#[derive(Clone, Debug)]
+pub struct CoordinatorReport {
+    /// Whether it decides: of several, one does. One that does not knows nothing of the cluster.
+    pub leads: bool,
+    /// The map as it is.
+    pub map: ClusterMap,
+    /// Shards that the cluster shall have.
+    pub shards: u32,
+    /// The server processes that it knows.
+    pub processes: Processes,
+    /// Seats without a part.
+    pub spare_seats: usize,
+    /// How often shards have got another primary since it was started, by its decision.
+    pub moves: Moves,
 }
 
 /// A coordinator.
@@ -55,6 +97,7 @@ pub struct Coordinator {
     right: Right,
     /// The connections of server processes: they are told every map.
     servers: HashSet<PeerId>,
+    questions: Arc<Questions<CoordinatorReport>>,
     stop: Arc<AtomicBool>,
 }
 
@@ -62,30 +105,18 @@ impl Coordinator {
     /// Listens; it answers once it runs.
     ///
     /// # Errors
-    /// `Invalid` off loopback without a token and without TLS, for numbers that cannot be, for a checkpoint where there are no
-    /// copies, and for certificates that cannot be read; `Transport` when the address cannot be had.
+    /// As [`CoordinatorSettings::check`]; `Invalid` for certificates that cannot be read; `Transport` when the address cannot be had.
     pub fn bind(settings: CoordinatorSettings) -> Result<Self, PsError> {
+        settings.check()?;
         let token = settings.token.filter(|token| !token.is_empty());
-        let open = token.is_none() && settings.transport.tls.is_none();
-        dial::check_open(settings.listen, open && !settings.insecure)?;
-        if !(1..=super::map::MAX_SHARDS as u32).contains(&settings.shards) || settings.replicas > super::MAX_REPLICAS {
-            return Err(PsError::invalid(
-                "starting a coordinator",
-                format!("it takes 1 to 4096 shards, and 0 to {} replicas of each", super::MAX_REPLICAS),
-            ));
-        }
         let config = Config { token, wire: WireChoice::Tcp, credit: None, ..settings.transport };
         let (wire, address) = dial::listener(&config, settings.listen, (dial::random()?, MAX_PEERS))?;
-        if settings.restore.is_some() && settings.replicas == 0 {
-            let reason =
-                "without copies clients come before it is read: serve without a coordinator, or with --replicas 1";
-            return Err(PsError::invalid("beginning a cluster with a checkpoint", reason));
-        }
         let cluster = Cluster::new(settings.shards, settings.replicas);
         let empty = cluster.beginning_with(settings.restore.unwrap_or_default());
         let right = Right::new(settings.etcd.as_ref(), address.to_string())?;
         let stop = Arc::new(AtomicBool::new(false));
-        Ok(Self { wire, address, cluster: empty.clone(), empty, right, servers: HashSet::new(), stop })
+        let (servers, questions) = (HashSet::new(), Arc::default());
+        Ok(Self { wire, address, cluster: empty.clone(), empty, right, servers, questions, stop })
     }
 
     /// Where it listens.
@@ -98,6 +129,24 @@ impl Coordinator {
         Stopper::new(Arc::clone(&self.stop), self.wire.waker())
     }
 
+    /// What others ask for its reports.
+    pub fn monitor(&mut self) -> Monitor<CoordinatorReport> {
+        self.questions.open();
+        Monitor::new(Arc::clone(&self.questions), self.wire.waker())
+    }
+
+    fn report(&self) -> CoordinatorReport {
+        let cluster = &self.cluster;
+        CoordinatorReport {
+            leads: self.right.holds(),
+            map: cluster.map().clone(),
+            shards: cluster.shards(),
+            processes: cluster.processes(),
+            spare_seats: cluster.spare_seats(),
+            moves: cluster.moves(),
+        }
+    }
+
     /// Coordinates until it is stopped.
     ///
     /// # Errors
@@ -107,6 +156,10 @@ impl Coordinator {
         let mut tick = Instant::now() + TICK;
         while !self.stop.load(Ordering::Acquire) {
             self.look_at_the_right()?;
+            for asker in self.questions.take() {
+                // Who does not wait any more needs no answer.
+                let _ = asker.send(self.report());
+            }
             let now = Instant::now();
             self.wire.poll(now, &mut done);
             if done.is_empty() {
@@ -123,6 +176,7 @@ impl Coordinator {
                 }
             }
         }
+        self.questions.close();
         self.wire.shutdown(Instant::now() + TICK);
         Ok(())
     }
@@ -142,7 +196,7 @@ impl Coordinator {
         for peer in std::mem::take(&mut self.servers) {
             self.turn_away(peer);
         }
-        self.cluster = self.empty.clone();
+        self.cluster = self.empty.clone().counting_from(self.cluster.moves());
         self.right.give_up();
     }
 

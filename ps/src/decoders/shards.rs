@@ -38,7 +38,7 @@ fn limits() -> Limits {
         waiting: 32,
         patience: Duration::from_secs(60),
         replicas: 0,
-        checkpoints: false,
+        checkpoints: crate::shard::Checkpointing::Never,
     }
 }
 

@@ -5,7 +5,7 @@ use super::lead::Lead;
 use crate::control::{SeatPart, Sighting};
 use crate::header::{Header, Kind};
 use crate::refusal::{Reason, Refusal};
-use crate::shard::{Action, Limits, Shard, refuse};
+use crate::shard::{Action, Checkpointing, Limits, Shard, refuse};
 use crate::{ClusterMap, Role, Standing};
 use gradwire_transport::PeerId;
 use std::time::Instant;
@@ -56,7 +56,7 @@ impl Seat {
 
     /// Checkpoints of the shard are kept.
     pub(crate) fn keep_checkpoints(&mut self) {
-        self.shard.keep_checkpoints();
+        self.shard.keep_checkpoints(Checkpointing::WhenAsked);
     }
 
     /// The shard, or the copy.
@@ -257,6 +257,7 @@ impl Seat {
             return;
         };
         self.at = at;
+        self.shard.take_place((at, map.shards.len() as u32));
         let seats = &self.map.shards[at as usize];
         let term = seats.term;
         match (&mut self.part, part, seats.before(self.id)) {

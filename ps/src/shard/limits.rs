@@ -3,6 +3,23 @@
 use crate::refusal::{Reason, Refusal};
 use std::time::Duration;
 
+/// Who has checkpoints of a shard written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// Nobody: its server keeps none.
+    #[default]
+    Never,
+    /// Whoever asks all shards for one.
+    WhenAsked,
+    /// Who runs the servers asks, too, as often as tables want: those of this place.
+    AsWanted {
+        /// Which shard it is.
+        shard: u32,
+        /// Of how many that are asked together.
+        shards: u32,
+    },
+}
+
 /// What one shard may hold.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -19,8 +36,8 @@ pub struct Limits {
     pub waiting: usize,
     /// Copies of the shard that its cluster keeps beside the first. Default 0.
     pub replicas: u32,
-    /// Whether its server keeps checkpoints. Set by the server.
-    pub checkpoints: bool,
+    /// Whether its server keeps checkpoints, and who asks for them. Set by the server.
+    pub checkpoints: Checkpointing,
     /// The longest that a request may wait for other workers. Default 1 h; clients ask for less.
     pub patience: Duration,
 }
@@ -34,7 +51,7 @@ impl Default for Limits {
             clients: 4096,
             waiting: 1 << 16,
             replicas: 0,
-            checkpoints: false,
+            checkpoints: Checkpointing::Never,
             patience: Duration::from_secs(3600),
         }
     }

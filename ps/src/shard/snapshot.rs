@@ -1,6 +1,6 @@
 //! Pure: a snapshot that is being taken: each synchronous table at the clock that was asked for, the others at once.
 
-use super::{Action, Shard, Wait, refuse, unknown};
+use super::{Action, Checkpointing, Shard, Wait, refuse, unknown};
 use crate::TableId;
 use crate::body::{BadBody, Reader};
 use crate::checkpoint::is_name;
@@ -79,15 +79,24 @@ impl Shard {
         }
         let header = wait.header;
         for &(id, clock) in &asked.tables {
-            let (subject, past) = match (self.tables.get(&id), self.sparse.get(&id)) {
+            let (subject, part, past) = match (self.tables.get(&id), self.sparse.get(&id)) {
                 (Some(table), _) => {
                     // One without its values would be restored as nothing but zeros.
                     table.check_there()?;
-                    (table.spec.subject(), table.past(clock))
+                    (table.spec.subject(), (table.spec.shard, table.spec.shards), table.past(clock))
                 }
-                (None, Some(table)) => (table.spec.subject(), table.past(clock)),
+                (None, Some(table)) => (table.spec.subject(), (table.spec.shard, table.spec.shards), table.past(clock)),
                 (None, None) => return Err(unknown(&Header { table: id, ..header })),
             };
+            if part != asked.place {
+                // It would count as whole without the parts that others hold.
+                let expected = format!(
+                    "all {} servers of the table, in its clients' order, this one as number {}",
+                    part.1, part.0
+                );
+                let got = format!("{} servers, this one as number {}", asked.place.1, asked.place.0);
+                return Err(Refusal::new(Reason::Mismatch, subject, "who is asked for a checkpoint", expected, got));
+            }
             if let Some(past) = past {
                 return Err(Refusal::new(Reason::Mismatch, subject, CLOCK, format!("at least {past}"), clock));
             }
@@ -171,13 +180,80 @@ impl Shard {
         self.restored = true;
     }
 
-    /// Checkpoints of it are kept.
-    pub(crate) fn keep_checkpoints(&mut self) {
-        self.limits.checkpoints = true;
+    /// Checkpoints of it are kept; who asks for them, where that is not known better.
+    pub(crate) fn keep_checkpoints(&mut self, how: Checkpointing) {
+        if self.limits.checkpoints == Checkpointing::Never {
+            self.limits.checkpoints = how;
+        }
+    }
+
+    /// Which shard it is of how many, where whoever runs all of them asks for checkpoints as tables want them.
+    pub(crate) fn take_place(&mut self, (shard, shards): (u32, u32)) {
+        if matches!(self.limits.checkpoints, Checkpointing::AsWanted { .. }) {
+            self.limits.checkpoints = Checkpointing::AsWanted { shard, shards };
+        }
     }
 
     /// What tells this process from others at the same address.
     pub(crate) fn instance(&self) -> u64 {
         self.instance
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::body::Writer;
+    use crate::shard_map::{MAX_PART_BYTES, part_elements};
+    use crate::{Combine, Compression, DType, Epoch, Limits, Mode, Recovery, TableSpec, UpdateRule, open_body};
+
+    /// What a shard answers to who asks for a snapshot of one table as the part `asked`, of which it has the part `has`.
+    fn answer(has: (u32, u32), asked: (u32, u32)) -> Vec<Action> {
+        let now = Instant::now();
+        let mut shard = Shard::new(Limits::default(), 7);
+        let header = |kind| Header { client: 0, incarnation: 1, epoch: Epoch(1), sequence: 1, ..Header::new(kind) };
+        let spec = TableSpec {
+            name: "w".into(),
+            shape: vec![10],
+            dtype: DType::F32,
+            rule: UpdateRule::Sum,
+            mode: Mode::Async,
+            combine: Combine::Sum,
+            clipped: false,
+            recovery: Recovery::None,
+            compression: Compression::default(),
+            shards: has.1,
+            shard: has.0,
+            part_elements: part_elements(10, has.1, DType::F32, MAX_PART_BYTES),
+        };
+        let mut body = Writer::default();
+        body.text("checkpoint-1");
+        [asked.0.into(), asked.1.into(), 1, spec.id().0, 0].into_iter().for_each(|number| body.number(number));
+        let mut out = Vec::new();
+        for (header, payload) in [
+            (header(Kind::Hello), Vec::new()),
+            (Header { table: spec.id(), ..header(Kind::Open) }, open_body(&spec)),
+            (header(Kind::Snapshot), body.0),
+        ] {
+            out.clear();
+            let header = Header { payload_bytes: payload.len() as u64, ..header };
+            shard.handle(PeerId(0), &header, &payload, now, &mut out);
+        }
+        out
+    }
+
+    #[test]
+    fn a_part_of_a_table_is_no_part_of_a_checkpoint_that_is_cut_otherwise() {
+        assert!(matches!(&answer((1, 2), (1, 2))[..], [Action::Store { cut, .. }] if cut.place == (1, 2)));
+        for (has, asked) in [((0, 2), (0, 1)), ((1, 2), (0, 1)), ((1, 2), (0, 2)), ((0, 1), (0, 2))] {
+            match &answer(has, asked)[..] {
+                [Action::Reply { header, body, .. }] if header.kind == Kind::Refused => {
+                    let said = Refusal::decode(header.status, body).unwrap().to_string();
+                    let remedy = format!("all {} servers of the table", has.1);
+                    assert!(said.contains("table \"w\"") && said.contains(&remedy), "{said}");
+                }
+                other => panic!("{has:?} {asked:?}: {other:?}"),
+            }
+        }
     }
 }

@@ -26,6 +26,15 @@ pub struct Running {
 
 impl Running {
     pub fn start(shards: usize, arguments: &[&str]) -> Self {
+        Self::start_what("shard", shards, arguments)
+    }
+
+    /// A server with so many seats, for a coordinator.
+    pub fn start_seats(seats: usize, arguments: &[&str]) -> Self {
+        Self::start_what("seat", seats, arguments)
+    }
+
+    fn start_what(what: &str, shards: usize, arguments: &[&str]) -> Self {
         let shards_text = shards.to_string();
         let mut all = vec!["serve", "--shards", &shards_text, "--json"];
         all.extend(arguments);
@@ -33,7 +42,7 @@ impl Running {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let addresses = (0..shards).map(|shard| {
             let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
-            assert_eq!(line["shard"], shard);
+            assert_eq!(line[what], shard);
             line["address"].as_str().unwrap().to_owned()
         });
         let addresses = addresses.collect();

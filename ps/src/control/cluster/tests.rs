@@ -283,3 +283,32 @@ fn a_map_of_another_size_is_of_another_cluster() {
     assert_eq!(other.cluster.map().epoch, Epoch(0));
     assert_eq!(Cluster::new(1, 1).restore(map, now), Ok(()));
 }
+
+#[test]
+fn moves_and_processes_are_counted_by_their_kind() {
+    let counted = |bench: &Bench| bench.cluster.processes();
+    let mut bench = Bench::formed();
+    bench.join(3, &[30]);
+    assert_eq!(counted(&bench), Processes { serving: 2, spare: 1, ..Processes::default() });
+    assert_eq!(bench.cluster.moves(), Moves::default());
+    bench.cluster.report(Sighting::Lost { shard: 0, by: 20, whom: 10 }, bench.now);
+    bench.cluster.report(Sighting::Synced { shard: 0, by: 20, whom: 30 }, bench.now);
+    assert_eq!(bench.cluster.moves(), Moves { fail_overs: 1, ..Moves::default() });
+    bench.cluster.drain("host:20", bench.now);
+    assert_eq!(bench.seats(0), [30, 0, 0]);
+    assert_eq!(bench.cluster.moves(), Moves { fail_overs: 1, hand_overs: 1, losses: 0 });
+    assert_eq!(counted(&bench), Processes { serving: 1, leaving: 1, spare: 1, ..Processes::default() });
+    // All who had it are gone; who comes begins anew.
+    bench.now += LEASE;
+    bench.cluster.tick(bench.now);
+    bench.join(4, &[40]);
+    assert_eq!(
+        (bench.seats(0), bench.cluster.moves()),
+        ([40, 0, 0], Moves { fail_overs: 1, hand_overs: 1, losses: 1 })
+    );
+    let map = bench.cluster.map().clone();
+    let mut next = Bench { cluster: Cluster::new(1, 1).counting_from(bench.cluster.moves()), now: bench.now };
+    next.cluster.restore(map, next.now).unwrap();
+    assert_eq!(counted(&next), Processes { awaited: 1, ..Processes::default() }, "it has said nothing to this one yet");
+    assert_eq!(next.cluster.moves(), bench.cluster.moves());
+}
