@@ -137,10 +137,8 @@ impl Messages {
                 None => self.any.push_back(message),
             }
         }
-        for _ in 0..self.waiting.len() {
-            if let Some(message) = self.waiting.pop_front() {
-                self.post(message, wire);
-            }
+        for message in std::mem::take(&mut self.waiting) {
+            self.begin(message, wire);
         }
     }
 

@@ -329,7 +329,7 @@ impl Engine {
     /// What goes with the messages of `job`.
     fn notes(&self, job: &Job) -> Notes {
         let between = |peer| job.shape.between(&job.call.collective, self.rank, peer);
-        if job.shape.across || self.others().into_iter().all(|peer| between(Rank(peer.0)).is_none()) {
+        if job.shape.across || self.world_size.ranks().all(|peer| between(peer).is_none()) {
             return Notes::All(job.fingerprint);
         }
         let each = |(give, get)| (job.fingerprint.of_len(give), job.fingerprint.of_len(get));
