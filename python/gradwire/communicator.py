@@ -128,7 +128,7 @@ class Communicator:
         store: a PyTorch store, or any object with `set(key, value)` and a waiting `get(key)`, in place of `init_method`.
         name: tells several groups at one meeting place apart; the same on every rank.
         timeout_s: seconds that an operation, and the meeting, may take; default GRADWIRE_TIMEOUT, else 300.
-        transport, lanes, socket_ifname, port_range, token, algorithms, deterministic: see `Config`; default the environment's.
+        transport, lanes, socket_ifname, port_range, token, algorithms, deterministic, check_nan: see `Config`; default the environment's.
 
     Raises:
         ValueError: a setting that is missing or makes no sense.
@@ -152,6 +152,7 @@ class Communicator:
         token: str | None = None,
         algorithms: str | None = None,
         deterministic: bool | None = None,
+        check_nan: bool | None = None,
     ) -> None:
         config = Config.from_environment(
             transport=transport,
@@ -161,6 +162,7 @@ class Communicator:
             token=token,
             algorithms=algorithms,
             deterministic=deterministic,
+            check_nan=check_nan,
             timeout_s=timeout_s,
         )
         self._group = _native.Group.form(

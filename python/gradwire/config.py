@@ -19,6 +19,7 @@ NAMES = {
     "GRADWIRE_PORT_RANGE": "first-last: ports that listeners may take; default any",
     "GRADWIRE_LANES": "TCP connections per peer; default 1",
     "GRADWIRE_ALGO": "algorithms, as `all_reduce:ring;broadcast:tree`; default by size",
+    "GRADWIRE_CHECK_NAN": "1: what a rank gives a collective is looked through for NaN, which ends the group with who gave it; default 0",
     "GRADWIRE_DETERMINISTIC": "1: floats are combined in rank order, always; default 0",
     "GRADWIRE_TIMEOUT": "seconds after which an operation fails; default 300",
     "GRADWIRE_TOKEN": "shared secret of all ranks and servers; default none",
@@ -33,6 +34,7 @@ NAMES = {
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
     "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
     "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",
+    "GRADWIRE_ETCD": "addresses of etcd, by which several `gradwire-ps coordinate` agree who leads; default none",
     "GRADWIRE_IB_HCA": "RDMA devices, in NCCL's grammar: `mlx5_0:1,mlx5_1`, `=exact`, `^not`; default any",
     "GRADWIRE_IB_GID_INDEX": "index of the port's GID; default the RoCE v2 one of the routed address",
     "GRADWIRE_IB_QUEUE_PAIRS": "queue pairs per peer, 1 to 8; default 1",
@@ -45,8 +47,21 @@ NAMES = {
 _TLS_NAMES = ("cert", "key", "ca", "client_ca", "server_name")
 _IB_NUMBERS = ("gid_index", "queue_pairs", "traffic_class", "service_level", "timeout", "retries")
 
+#: The least and the most of what is a whole number.
+_LIMITS = {
+    "lanes": (1, 64),
+    "ib_gid_index": (0, 255),
+    "ib_queue_pairs": (1, 8),
+    "ib_traffic_class": (0, 255),
+    "ib_service_level": (0, 15),
+    "ib_timeout": (1, 31),
+    "ib_retries": (0, 6),
+}
+
 #: How long an operation may take, in seconds, where nothing else is said.
 DEFAULT_TIMEOUT_S = 300.0
+#: The longest that the environment may ask for, 31 years: clocks and `timedelta` can still be added to.
+_MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,7 @@ class Config:
         tls_server_name: name that called ends must be certified for; None: the host, as it is called.
         algorithms: algorithm per collective.
         deterministic: floats are combined in rank order: the same bits for every algorithm, wire and cut of a buffer.
+        check_nan: what this rank gives collectives is looked through for NaN, which ends the group with who gave it.
         trace: folder that the record of the last operations goes to when the group fails.
         cuda_direct: whether ranks lend each other memory of their CUDA devices, on one host and over RDMA.
         nvrtc: file of NVRTC, which compiles what folds on a device; None: that of NVIDIA's wheel, or as the system finds it.
@@ -91,6 +107,7 @@ class Config:
     tls_server_name: str | None = None
     algorithms: str | None = None
     deterministic: bool | None = None
+    check_nan: bool | None = None
     trace: str | None = None
     cuda_direct: bool | None = None
     nvrtc: str | None = None
@@ -102,6 +119,12 @@ class Config:
     ib_service_level: int | None = None
     ib_timeout: int | None = None
     ib_retries: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} (GRADWIRE_{name.upper()}): {value} is not from {least} to {most}")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Config:
@@ -123,10 +146,11 @@ class Config:
             token=environment.get("GRADWIRE_TOKEN"),
             algorithms=environment.get("GRADWIRE_ALGO"),
             deterministic=_switch(environment, "GRADWIRE_DETERMINISTIC"),
+            check_nan=_switch(environment, "GRADWIRE_CHECK_NAN"),
             trace=environment.get("GRADWIRE_TRACE"),
             cuda_direct=_switch(environment, "GRADWIRE_CUDA_DIRECT"),
             nvrtc=environment.get("GRADWIRE_NVRTC_LIBRARY"),
-            timeout_s=_number(environment, "GRADWIRE_TIMEOUT", float) or DEFAULT_TIMEOUT_S,
+            timeout_s=_seconds(environment, "GRADWIRE_TIMEOUT") or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
             **{f"tls_{name}": environment.get(f"GRADWIRE_TLS_{name.upper()}") for name in _TLS_NAMES},
             **{f"ib_{name}": _number(environment, f"GRADWIRE_IB_{name.upper()}", int) for name in _IB_NUMBERS},
@@ -143,6 +167,7 @@ class Config:
             "token": self.token,
             "algorithms": self.algorithms,
             "deterministic": self.deterministic,
+            "check_nan": self.check_nan,
             "trace": self.trace,
             "cuda_direct": self.cuda_direct,
             "nvrtc": self.nvrtc or _nvrtc_of_wheels(),
@@ -169,6 +194,13 @@ def _number(environment: Mapping[str, str], name: str, kind: type) -> Any:
         return kind(text)
     except ValueError:
         raise ValueError(f"{name}: `{text}` is not a number ({NAMES[name]})") from None
+
+
+def _seconds(environment: Mapping[str, str], name: str) -> float | None:
+    seconds: float | None = _number(environment, name, float)
+    if seconds is None or 0 < seconds <= _MOST_SECONDS:
+        return seconds
+    raise ValueError(f"{name}: `{environment[name]}` is not above 0 and at most {_MOST_SECONDS:.0e} ({NAMES[name]})")
 
 
 def _switch(environment: Mapping[str, str], name: str) -> bool | None:

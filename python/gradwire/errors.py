@@ -60,7 +60,8 @@ class CollectiveTimeoutError(GradwireError):
 
 
 class CollectiveMismatchError(GradwireError):
-    """A rank called something else than the others: another operation, dtype, count, reduction or root. The group is over.
+    """A rank called something else than the others: another operation, dtype, count, reduction or root, or gave another rank more or
+    less than that one awaits. The group is over.
 
     Attributes:
         expected: what the others called.
@@ -74,6 +75,28 @@ class CollectiveMismatchError(GradwireError):
         self.expected = expected
         self.got = got
         self.rank = rank
+        self.operation = operation
+
+
+class NotANumberError(GradwireError):
+    """A rank gave NaN to a collective, and the group looks for it (`GRADWIRE_CHECK_NAN=1`). The group is over.
+
+    Attributes:
+        rank: the rank that gave it.
+        host: its host.
+        pid: its process id there.
+        element: the first NaN, counted over all that it gave.
+        operation: what was under way here.
+    """
+
+    def __init__(
+        self, message: str, *, rank: int, host: str = "", pid: int = 0, element: int = 0, operation: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.host = host
+        self.pid = pid
+        self.element = element
         self.operation = operation
 
 

@@ -15,8 +15,8 @@ class CheckpointEvery:
     """As a table's `recovery`: "checkpoint", and the next one is begun at most so many seconds (1 or more) after the last.
 
     The servers take it by themselves (`gradwire-ps serve --checkpoint-dir`), as often as the most eager table wants, and of all
-    tables: a checkpoint is whole. Where the servers of one map are several processes, `gradwire-ps snapshot --every` asks for
-    it, as often.
+    tables: a checkpoint is whole. So do servers under a coordinator. Several processes without one, each of which has but a part of
+    the table, refuse it: there "checkpoint" and `gradwire-ps snapshot --every` do.
     """
 
     seconds: float
@@ -423,7 +423,7 @@ def _rule(rule):
     return (rule, [], False) if isinstance(rule, str) else rule._native()
 
 
-def connect(addresses=None, *, coordinator=None, token=None, rank=None, timeout_s=300.0, reconnect_s=5.0, **tls):
+def connect(addresses=None, *, coordinator=None, token=None, rank=None, timeout_s=None, reconnect_s=5.0, **tls):
     """Connects to a parameter server.
 
     Args:
@@ -433,7 +433,7 @@ def connect(addresses=None, *, coordinator=None, token=None, rank=None, timeout_
         token: the servers' secret; default GRADWIRE_TOKEN.
         rank: this process's number among the workers of synchronous tables. Without one it may read, and push to
             asynchronous tables.
-        timeout_s: seconds that a request may wait, for a server or for other workers.
+        timeout_s: seconds that a request may wait, for a server or for other workers; default GRADWIRE_TIMEOUT, else 300.
         reconnect_s: seconds that a server is dialled before it counts as lost.
 
         tls_ca, tls_cert, tls_key, tls_server_name: who must have signed the servers' certificates; this client's own
@@ -457,8 +457,10 @@ def connect(addresses=None, *, coordinator=None, token=None, rank=None, timeout_
     token = token if token is not None else os.environ.get("GRADWIRE_TOKEN")
     if unknown := set(tls) - {"tls_ca", "tls_cert", "tls_key", "tls_server_name"}:
         raise TypeError(f"connect() got an unexpected keyword argument {unknown.pop()!r}")
-    options = Config.from_environment(**tls).options()
-    native = _native.PsClient.connect(addresses, token, rank, float(timeout_s), float(reconnect_s), options, clustered)
+    config = Config.from_environment(timeout_s=timeout_s, **tls)
+    native = _native.PsClient.connect(
+        addresses, token, rank, float(config.timeout_s), float(reconnect_s), config.options(), clustered
+    )
     return Client(native, rank)
 
 

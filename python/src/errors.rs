@@ -34,6 +34,21 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
                 fields.set_item("operation", operation.to_string())
             })
         }
+        CollectiveError::PartsDiffer { operation, sender, receiver, sent, awaited } => {
+            raise(py, "CollectiveMismatchError", &text, |fields| {
+                fields.set_item("expected", format!("{awaited} elements for {}", receiver.rank))?;
+                fields.set_item("got", format!("{sent} elements for {}", receiver.rank))?;
+                fields.set_item("rank", sender.rank.0)?;
+                fields.set_item("operation", operation.to_string())
+            })
+        }
+        CollectiveError::NotANumber { operation, rank, element } => raise(py, "NotANumberError", &text, |fields| {
+            fields.set_item("rank", rank.rank.0)?;
+            fields.set_item("host", &rank.host)?;
+            fields.set_item("pid", rank.pid)?;
+            fields.set_item("element", element)?;
+            fields.set_item("operation", operation.to_string())
+        }),
         CollectiveError::Invalid { .. } => PyValueError::new_err(format!("{text}. Nothing was sent")),
         CollectiveError::WrongLength { from, tag, expected_bytes, got_bytes } => {
             raise(py, "MessageLengthError", &text, |fields| {

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Ranks of a group send each other tensors whole, whatever their size; nothing is kept of one that nobody waits for.
+const MOST_MESSAGE_BYTES: usize = 1 << 40;
+
 /// What Python's `Config` holds; None: the default.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
@@ -19,6 +22,7 @@ pub(crate) struct Options {
     token: Option<String>,
     algorithms: Option<String>,
     deterministic: Option<bool>,
+    check_nan: Option<bool>,
     trace: Option<PathBuf>,
     cuda_direct: Option<bool>,
     nvrtc: Option<PathBuf>,
@@ -90,6 +94,7 @@ impl Options {
             token: self.token,
             tls: self.tls.load()?,
             timeout,
+            max_message_bytes: MOST_MESSAGE_BYTES,
             verbs: self.ib.parse()?,
             // A gather sends many to one.
             credit: Some(CreditSettings { marked: true, ..CreditSettings::default() }),
@@ -104,9 +109,19 @@ impl Options {
         }
         let (algorithms, trace, cores) = (self.algorithms, self.trace, self.cores.max(1));
         let deterministic = self.deterministic.unwrap_or_default();
+        let check_nan = self.check_nan.unwrap_or_default();
         let (cuda_direct, nvrtc) = (self.cuda_direct.unwrap_or(true), self.nvrtc);
-        let settings =
-            Settings { timeout, algorithms, deterministic, cores, trace, cuda_direct, nvrtc, ..Settings::default() };
+        let settings = Settings {
+            timeout,
+            algorithms,
+            deterministic,
+            check_nan,
+            cores,
+            trace,
+            cuda_direct,
+            nvrtc,
+            ..Settings::default()
+        };
         Ok((config, settings))
     }
 

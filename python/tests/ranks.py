@@ -34,6 +34,7 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="gradwire-test-")
         self._pipes = []
         self.processes = []
+        self._stopped: list[Any] = []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(target=_rank, args=(body, rank, size, self._folder.name, theirs, arguments))
@@ -48,6 +49,15 @@ class Ranks:
         assert pid is not None
         now = time.time()
         os.kill(pid, signal.SIGKILL)
+        return now
+
+    def stop(self, rank: int) -> float:
+        """Stops `rank` as a debugger does: it lives, its connections stay open, and it does nothing; returns the time of it."""
+        process = self.processes[rank]
+        assert process.pid is not None
+        self._stopped.append(process)
+        now = time.time()
+        os.kill(process.pid, signal.SIGSTOP)
         return now
 
     def results(self, but: int | None = None) -> list[Any]:
@@ -69,6 +79,8 @@ class Ranks:
                     raise Failed(f"rank {rank}:\n{value}")
                 results.append(value)
         finally:
+            for process in self._stopped:
+                process.kill()
             for process in self.processes:
                 process.join(10)
                 process.kill()

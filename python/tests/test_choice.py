@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import gradwire
@@ -93,22 +94,32 @@ def test_the_environment_has_its_switch() -> None:
         Config.from_environment({"GRADWIRE_DETERMINISTIC": "perhaps"})
 
 
-def torch_options(rank: int, size: int, url: str) -> bytes:
+def torch_options(rank: int, size: int, url: str) -> list[bytes]:
     import torch
     import torch.distributed as dist
     from gradwire.torch import Options
 
+    def candidates(group: dist.ProcessGroup) -> set[str]:
+        return {name for name, _ in group._get_backend(torch.device("cpu")).explain("all_reduce", 1 << 22).expected_us}
+
+    # On one segment sums are in rank order anyway.
+    os.environ["GRADWIRE_TRANSPORT"] = "tcp"
     store = dist.FileStore(url.removeprefix("file://") + "/store", size)
     dist.init_process_group("gradwire", store=store, rank=rank, world_size=size, pg_options=Options(deterministic=True))
-    tensor = torch.from_numpy(numbers(rank))
-    dist.all_reduce(tensor)
     given = torch.arange(size) + 10 * rank
     got = torch.empty_like(given)
     dist.all_to_all_single(got, given)
     assert got.tolist() == [source * 10 + rank for source in range(size)]
+    # A ring adds up from another rank in each chunk.
+    assert "ring" in candidates(dist.new_group())
+    found = []
+    for group in (dist.group.WORLD, dist.split_group(split_ranks=[list(range(size))])):
+        assert "direct" in candidates(group) and "ring" not in candidates(group)
+        dist.all_reduce(tensor := torch.from_numpy(numbers(rank)), group=group)
+        found.append(tensor.numpy().tobytes())
     dist.destroy_process_group()
-    return tensor.numpy().tobytes()
+    return found
 
 
-def test_a_process_group_can_be_deterministic() -> None:
-    assert set(run(WORLD, torch_options)) == {in_rank_order().tobytes()}
+def test_a_process_group_can_be_deterministic_and_so_is_what_is_split_from_it() -> None:
+    assert run(WORLD, torch_options) == [[in_rank_order().tobytes()] * 2] * WORLD

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import gradwire
@@ -27,14 +31,18 @@ def until_it_fails(rank: int, size: int, url: str, wire: str, gate: str) -> Any:
         return time.time(), error.ranks, error.hosts, error.pids, str(error), error.operation
 
 
+def wait_until_at_work(gate: str, size: int) -> None:
+    deadline = time.monotonic() + 60
+    while not all(os.path.exists(f"{gate}.{rank}") for rank in range(size)):
+        assert time.monotonic() < deadline, "the ranks did not meet"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("wire", ["shm", "tcp"])
 def test_a_killed_rank_is_named_by_all_survivors_in_under_0_3_seconds(wire: str, tmp_path: Any) -> None:
     gate = str(tmp_path / "at-work")
     ranks = Ranks(4, until_it_fails, wire, gate)
-    deadline = time.monotonic() + 60
-    while not all(os.path.exists(f"{gate}.{rank}") for rank in range(4)):
-        assert time.monotonic() < deadline, "the ranks did not meet"
-        time.sleep(0.01)
+    wait_until_at_work(gate, 4)
     killed = ranks.kill(2)
     pid = ranks.processes[2].pid
     for result in filter(None, ranks.results(but=2)):
@@ -42,6 +50,64 @@ def test_a_killed_rank_is_named_by_all_survivors_in_under_0_3_seconds(wire: str,
         assert (blamed, pids, len(hosts)) == ([2], [pid], 1), text
         assert "all_reduce" in operation and "rank 2" in text and f"pid {pid}" in text
         assert when - killed < 0.3, f"{when - killed:.3f} s: {text}"
+
+
+def until_it_is_late(rank: int, size: int, url: str, wire: str, gate: str, front: str) -> Any:
+    """Sums in a group of `gradwire` or of torch until a call fails: what it failed with, when, and the calls that ended well."""
+    if front == "torch":
+        os.environ.update(GRADWIRE_TRANSPORT=wire, GRADWIRE_TIMEOUT="2")
+        sums = sums_of_torch(rank, size, url)
+    else:
+        group = gradwire.Communicator(url, rank=rank, world_size=size, transport=wire, timeout_s=60)
+        tensor = numpy.ones(200_000, "float32")
+        group.barrier()
+
+        def sums() -> None:
+            group.all_reduce(tensor, "max", timeout_s=2)
+
+    ended = 0
+    try:
+        while True:
+            sums()
+            ended += 1
+            if ended == 5:
+                with open(f"{gate}.{rank}", "w"):
+                    pass
+    except gradwire.CollectiveTimeoutError as error:
+        return time.time(), error.missing, error.waited_s, error.operation, str(error), ended
+
+
+def sums_of_torch(rank: int, size: int, url: str) -> Callable[[], None]:
+    import torch
+    import torch.distributed as dist
+
+    store = dist.FileStore(url.removeprefix("file://") + "/store", size)
+    # GRADWIRE_TIMEOUT is for the meeting, too, so all begin it together.
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{one}" for one in range(size)], timedelta(minutes=1))
+    dist.init_process_group("gradwire", store=store, rank=rank, world_size=size)
+    dist.barrier()
+    tensor = torch.ones(200_000)
+    return lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+@pytest.mark.parametrize("front", ["gradwire", "torch"])
+@pytest.mark.parametrize("wire", ["shm", "tcp"])
+def test_a_stopped_rank_is_named_by_all_survivors_at_the_deadline(wire: str, front: str, tmp_path: Any) -> None:
+    gate = str(tmp_path / "at-work")
+    ranks = Ranks(3, until_it_is_late, wire, gate, front)
+    wait_until_at_work(gate, 3)
+    stopped = ranks.stop(2)
+    survivors = ranks.results(but=2)[:2]
+    for when, missing, waited_s, operation, text, ended in survivors:
+        assert (missing, waited_s) == ([2], 2), text
+        assert f"rank 2 (host {socket.gethostname()}, pid {ranks.processes[2].pid}) did not come" in text
+        # The barrier was number 0.
+        call = re.fullmatch(r"all_reduce max of 200000 float32 \(number (\d+) of group \w+\)", operation)
+        assert call and int(call[1]) == ended + 1 >= 6, f"{operation} after {ended} calls"
+        assert text.startswith(f"{operation}: ")
+        assert 1.5 < when - stopped < 10, f"{when - stopped:.3f} s: {text}"
+    assert len({operation for _, _, _, operation, _, _ in survivors}) == 1, survivors
 
 
 def differ(rank: int, size: int, url: str, wire: str, kind: str) -> Any:
@@ -58,25 +124,35 @@ def differ(rank: int, size: int, url: str, wire: str, kind: str) -> Any:
             group.all_reduce(numpy.ones(1001, "float32"))
         elif kind == "op" and odd:
             group.all_reduce(tensor, "max")
+        elif kind == "root":
+            group.broadcast(tensor, root=2 if odd else 0)
+            # Over TCP a root that nobody keeps waiting hears of it in its next call.
+            group.barrier()
         else:
             group.all_reduce(tensor)
-    return caught.value.rank, caught.value.expected, caught.value.got
+    error = caught.value
+    return (error.rank, error.expected, error.got), error.operation, str(error), os.getpid()
 
 
 @pytest.mark.parametrize("wire", ["shm", "tcp"])
-@pytest.mark.parametrize("kind", ["operation", "dtype", "count", "op"])
+@pytest.mark.parametrize("kind", ["operation", "dtype", "count", "op", "root"])
 def test_ranks_that_call_different_things_all_hear_who_differs(wire: str, kind: str) -> None:
     results = run(3, differ, wire, kind)
-    assert all(result == results[0] for result in results)
-    rank, expected, got = results[0]
-    assert rank == 1, results
-    assert expected == "all_reduce sum of 1000 float32"
-    assert got == {
+    expected = "broadcast of 1000 float32 with root 0" if kind == "root" else "all_reduce sum of 1000 float32"
+    got = {
         "operation": "broadcast of 1000 float32 with root 0",
         "dtype": "all_reduce sum of 1000 int32",
         "count": "all_reduce sum of 1001 float32",
         "op": "all_reduce max of 1000 float32",
+        "root": "broadcast of 1000 float32 with root 2",
     }[kind]
+    for rank, (blamed, operation, text, _) in enumerate(results):
+        assert blamed == (1, expected, got), text
+        if (kind, wire, rank) == ("root", "tcp", 0) and operation.startswith("barrier"):
+            assert operation == "barrier (number 2 of group world)"
+        else:
+            assert operation == f"{got if rank == 1 else expected} (number 1 of group world)"
+        assert f"rank 1 (host {socket.gethostname()}, pid {results[1][-1]}) called {got} where the others called" in text
 
 
 def late(rank: int, size: int, url: str, wire: str) -> Any:
@@ -86,18 +162,20 @@ def late(rank: int, size: int, url: str, wire: str) -> Any:
         # Alive, but it does not come: it waits for a message that rank 0 sends once it has had its error.
         with pytest.raises(gradwire.GradwireError):
             group.recv(numpy.zeros(1), 0, timeout_s=30)
-        return None
+        return os.getpid()
     began = time.monotonic()
     with pytest.raises(gradwire.CollectiveTimeoutError) as caught:
         group.all_reduce(numpy.ones(10), timeout_s=0.5)
-    return caught.value.missing, caught.value.waited_s, time.monotonic() - began
+    error = caught.value
+    return error.missing, error.waited_s, error.operation, str(error), time.monotonic() - began
 
 
 @pytest.mark.parametrize("wire", ["shm", "tcp"])
 def test_a_rank_that_does_not_come_is_named_at_the_deadline(wire: str) -> None:
-    for result in filter(None, run(3, late, wire)):
-        missing, waited_s, elapsed = result
-        assert (missing, waited_s) == ([1], 0.5)
+    results = run(3, late, wire)
+    for missing, waited_s, operation, text, elapsed in (results[0], results[2]):
+        assert (missing, waited_s, operation) == ([1], 0.5, "all_reduce sum of 10 float64 (number 1 of group world)")
+        assert f"rank 1 (host {socket.gethostname()}, pid {results[1]}) did not come" in text
         assert elapsed < 5
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import warnings
@@ -14,9 +15,12 @@ import warnings
 import gradwire
 import pytest
 from gradwire import _native
-from gradwire.config import Config
+from gradwire.config import NAMES, Config
 
 PACKAGE = pathlib.Path(gradwire.__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+#: How clap is told of a variable.
+READ = re.compile(r'env = "(GRADWIRE_\w+)"')
 
 WITHOUT_TORCH = """
 import importlib.abc, sys
@@ -104,6 +108,20 @@ def test_a_misspelt_setting_is_named_with_the_nearest_that_there_is() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Config.from_environment({"GRADWIRE_TRANSPORT": "tcp", "OTHER": "1"})
+        # Of `gradwire-ps coordinate`, which a process may well be the parent of.
+        Config.from_environment({"GRADWIRE_ETCD": "http://127.0.0.1:2379"})
+
+
+def test_every_setting_is_known_to_python_and_is_in_the_table_of_the_readme() -> None:
+    of_binaries = {name for file in (ROOT / "ps" / "src").rglob("*.rs") for name in READ.findall(file.read_text())}
+    assert "GRADWIRE_TOKEN" in of_binaries and of_binaries <= set(NAMES)
+    told = set()
+    for row in re.findall(r"^\| (`GRADWIRE_.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE):
+        # "`GRADWIRE_IB_TIMEOUT`, `_RETRIES`" tells of GRADWIRE_IB_TIMEOUT and GRADWIRE_IB_RETRIES.
+        first, *others = re.findall(r"`(\w+)`", row)
+        kind = "_".join(first.split("_")[:2])
+        told |= {first} | {name for name in NAMES for other in others if name.startswith(kind) and name.endswith(other)}
+    assert told == set(NAMES)
 
 
 def test_settings_are_read_from_arguments_then_from_the_environment() -> None:
@@ -123,6 +141,18 @@ def test_settings_are_read_from_arguments_then_from_the_environment() -> None:
 def test_a_setting_that_cannot_be_read_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: `many`"):
         Config.from_environment({name: "many"})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name == "GRADWIRE_LANES" or re.search("IB_(?!HCA)", name)])
+def test_a_number_that_is_out_of_range_is_named_from_wherever_it_comes(name: str) -> None:
+    argument = name.removeprefix("GRADWIRE_").lower()
+    for number in (-1, 256):
+        words = rf"{argument} \({name}\): {number} is not from \d+ to \d+"
+        with pytest.raises(ValueError, match=words):
+            Config.from_environment({name: str(number)})
+        with pytest.raises(ValueError, match=words):
+            Config(**{argument: number})
+    assert getattr(Config.from_environment({name: "1"}), argument) == 1
 
 
 def test_a_forked_child_refuses_its_parents_group(tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -15,8 +16,10 @@ import gradwire
 import pytest
 import torch
 import torch.distributed as dist
+from gradwire.torch import GradwireBackend
 from ranks import Ranks, run
 from torch import nn
+from torch.distributed import distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -128,6 +131,80 @@ def test_abort_wakes_who_waits() -> None:
     run(2, aborts)
 
 
+def asks(rank: int, size: int, url: str, wire: str) -> Any:
+    start(rank, size, url, wire)
+    for _ in range(2):
+        dist.all_reduce(torch.ones(3))
+    dist.broadcast(torch.ones(2, dtype=torch.int64), src=1)
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    with pytest.raises(ValueError, match="float33"):
+        backend.explain("all_reduce", 8, dtype="float33")
+    told = backend.describe(), backend.explain("all_reduce", 1 << 20), json.loads(backend.trace()), os.getpid()
+    dist.destroy_process_group()
+    return told
+
+
+@pytest.mark.parametrize("wire", ["shm", "tcp"])
+def test_the_backend_describes_explains_and_remembers(wire: str) -> None:
+    told = run(2, asks, wire)
+    for rank, (description, explanation, trace, pid) in enumerate(told):
+        assert (description.rank, description.world_size) == (rank, 2)
+        (link,) = description.links
+        assert (link.rank, link.pid, link.wire) == (1 - rank, told[1 - rank][-1], wire)
+        assert f"rank {link.rank} (host {link.host}, pid {link.pid}) by {wire}: {link.reason}" in str(description)
+        assert ("one shared segment" if wire == "shm" else "measured") in description.collectives
+        names = [name for name, _ in explanation.expected_us]
+        assert explanation.algorithm == ("segment" if wire == "shm" else names[0]) and "ring" in names
+        assert str(explanation).startswith(f"{explanation.algorithm}: {explanation.reason}")
+        assert (trace["rank"], trace["verdict"], trace["members"][rank]["pid"]) == (rank, None, pid)
+        assert [(one["number"], one["call"], one["well"]) for one in trace["records"]] == [
+            (0, "all_reduce sum of 3 float32", True),
+            (1, "all_reduce sum of 3 float32", True),
+            (2, "broadcast of 2 int64 with root 1", True),
+        ]
+
+
+def beside(rank: int, size: int, url: str, other: str) -> tuple[str, ...]:
+    if other == "nccl":
+        # PyTorch refuses to make NCCL's groups where there is no GPU: Gloo's answer to the name.
+        kind = dist.ProcessGroup.BackendType.NCCL
+        dist.Backend.register_backend("nccl", c10d._create_gloo_process_group, True, ["cuda"], _backend_type=kind)
+    foreign = c10d.C10DBackend.Options(other, timeout=timedelta(seconds=7))
+    dist.init_process_group(
+        f"cpu:gradwire,cuda:{other}",
+        init_method=f"{url}/torch",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),
+        pg_options=None if other == "gradwire" else foreign,
+    )
+    cpu = torch.device("cpu")
+    backends = [dist.group.WORLD._get_backend(device) for device in (cpu, torch.device("cuda"))]
+    assert backends[0]._timeout == 60
+    dist.all_reduce(own := torch.full((5,), rank + 1.0))
+    assert own.eq(size * (size + 1) / 2).all()
+    work = dist.broadcast(own := torch.full((5,), float(rank)), src=1, async_op=True)
+    work.wait()
+    assert own.eq(1).all()
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, {"rank": rank})
+    assert told == [{"rank": one} for one in range(size)]
+    dist.monitored_barrier()
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        assert isinstance(pair._get_backend(cpu), GradwireBackend)
+        dist.all_reduce(own := torch.ones(1), group=pair)
+        assert own == 2
+    dist.destroy_process_group()
+    return tuple(type(backend).__name__ for backend in backends)
+
+
+@pytest.mark.parametrize("other", ["gradwire", "gloo", "nccl"])
+def test_tensors_of_the_host_are_ours_beside_another_backend_for_cuda(other: str) -> None:
+    of_cuda = "GradwireBackend" if other == "gradwire" else "ProcessGroupGloo"
+    assert run(3, beside, other) == [("GradwireBackend", of_cuda)] * 3
+
+
 def torchrun(*arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -156,3 +233,36 @@ def test_torchrun_leads_a_communicator_by_its_environment(tmp_path: pathlib.Path
         "dist.destroy_process_group()\n"
     )
     assert torchrun(str(script)).count("met") == 2
+
+
+DIES_ONCE = """
+import os, pathlib, sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+dist.init_process_group("gradwire", timeout=timedelta(seconds=60))
+rank = dist.get_rank()
+record = pathlib.Path(sys.argv[1], f"{attempt}.{rank}")
+for step in range(1, 4):
+    tensor = torch.full((1000,), float(rank + step))
+    dist.all_reduce(tensor)
+    assert tensor.eq(1 + 2 * step).all(), tensor
+    record.write_text(str(step))
+    if attempt == 0 and rank == 1:
+        os._exit(3)
+dist.destroy_process_group()
+record.write_text("finished")
+"""
+
+
+def test_a_restart_by_torchrun_comes_together_at_its_first_attempt(tmp_path: pathlib.Path) -> None:
+    script, records = tmp_path / "dies_once.py", tmp_path / "records"
+    script.write_text(DIES_ONCE)
+    records.mkdir()
+    torchrun("--max-restarts", "2", str(script), str(records))
+    told = {file.name: file.read_text() for file in records.iterdir()}
+    # What the survivor of the first attempt has come to depends on when the agent stops it.
+    assert told.pop("0.0", "1") == "1"
+    assert told == {"0.1": "1", "1.0": "finished", "1.1": "finished"}, "by attempt and rank"

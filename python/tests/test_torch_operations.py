@@ -25,8 +25,10 @@ def each(rank: int, size: int, url: str, wire: str, what: str) -> Any:
     dist.init_process_group(
         "gradwire", init_method=f"{url}/torch", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
-    if what == "cases":
-        failures: Any = c10d_cases.run_all(rank, size)
+    if what == "inductor":
+        failures: Any = _tried(torch_features.compiled_by_inductor, rank, size)
+    elif what == "cases":
+        failures = c10d_cases.run_all(rank, size)
     else:
         failures = {name: _tried(feature, rank, size) for name, feature in torch_features.FEATURES.items()}
     dist.destroy_process_group()
@@ -61,3 +63,9 @@ def features() -> list[dict[str, list[str]]]:
 def test_pytorch_on_top_of_it(feature: str, features: list[dict[str, list[str]]]) -> None:
     failures = [f"rank {rank}: {text}" for rank, found in enumerate(features) for text in found[feature]]
     assert not failures, "\n".join(failures)
+
+
+def test_collectives_are_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the ranks themselves, without a pool of compilers beside each. PyTorch keeps what was compiled for the next run.
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    assert run(2, each, "auto", "inductor") == [[], []]

@@ -193,6 +193,26 @@ def compiled_collectives(rank: int, size: int) -> None:
     assert torch.equal(compiled(copy.deepcopy(own)), step(own))
 
 
+def compiled_by_inductor(rank: int, size: int) -> None:
+    """As `torch.compile` does it by default. No feature among the others: its first run starts a C++ compiler on each rank."""
+    import torch.distributed._functional_collectives as functional
+    from torch._dynamo.utils import counters
+
+    def step(tensor: torch.Tensor) -> torch.Tensor:
+        total = functional.all_reduce(tensor * 2, "sum", dist.group.WORLD)
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+        return total + rank
+
+    own = torch.arange(4.0) + rank
+    assert torch.equal(torch.compile(step, fullgraph=True)(own.clone()), sum_of_ranks(size) + rank)
+    # Its collectives are calls out of the compiled code, not a fall-back to eager.
+    assert counters["inductor"]["extern_calls"] >= 2, counters
+
+
+def sum_of_ranks(size: int) -> torch.Tensor:
+    return sum((torch.arange(4.0) + r for r in range(size)), torch.zeros(4)) * 2
+
+
 @feature
 def pipelines_of_sends(rank: int, size: int) -> None:
     left, right = (rank - 1) % size, (rank + 1) % size

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
+from torch.distributed.constants import default_pg_timeout
 
 from .. import _native
 from ..communicator import Description, Explanation
 from ..config import Config
-from . import monitor, sparse
+from . import monitor, sparse, timeouts
 from .coalescing import Coalescing
 from .reconfigure import look_up_place, new_handle, place_among, warn_of_new_size
 from .tensors import Staging, rank_views
@@ -52,24 +53,32 @@ class Options(c10d.Backend.Options):
     Args:
         deterministic: floats are combined in rank order, whatever the buckets, the algorithm and the wire; default
             GRADWIRE_DETERMINISTIC.
-        timeout: how long an operation may take; default GRADWIRE_TIMEOUT, else 300 s.
+        check_nan: what this rank gives collectives is looked through for NaN, which ends the group with who gave it; default
+            GRADWIRE_CHECK_NAN.
+        timeout: how long an operation may take; default that of `init_process_group`, else GRADWIRE_TIMEOUT, else 300 s.
     """
 
-    def __init__(self, *, deterministic: bool | None = None, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self, *, deterministic: bool | None = None, check_nan: bool | None = None, timeout: timedelta | None = None
+    ) -> None:
         seconds = Config.from_environment(timeout_s=timeout.total_seconds() if timeout else None).timeout_s
         super().__init__(NAME, timeout=timedelta(seconds=seconds))
         self.deterministic = deterministic
+        self.check_nan = check_nan
+        self.says_timeout = timeout is not None
 
 
 class GradwireBackend(c10d.Backend):
     """One process group on the engine. Made by `create`, which torch.distributed calls."""
 
-    def __init__(self, store: Any, rank: int, size: int, options: Any, name: str) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, options: Any, name: str, timeout: timedelta = default_pg_timeout
+    ) -> None:
         super().__init__(rank, size)
         self._options = options
         self._store = store
         self._name = name
-        self._timeout = Config.from_environment(timeout_s=options._timeout.total_seconds()).timeout_s
+        self._timeout = timeouts.of_group(options, timeout)
         self._sequence = 0
         self._barriers = 0
         self._coalescing: Coalescing | None = None
@@ -246,7 +255,9 @@ class GradwireBackend(c10d.Backend):
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         timeout = opts.timeout.total_seconds()
         self._barriers += 1
-        monitor.barrier(self._group, self._barriers, self._timeout if timeout < 0 else timeout, wait_all_ranks)
+        # What PyTorch gives where the caller gave none; the group's is meant.
+        unsaid = timeout < 0 or opts.timeout == default_pg_timeout
+        monitor.barrier(self._group, self._barriers, self._timeout if unsaid else timeout, wait_all_ranks)
 
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Work:
         (tensor,) = tensors
@@ -272,11 +283,18 @@ class GradwireBackend(c10d.Backend):
     def split(self, store: Any, ranks: Sequence[int], opts: Any) -> GradwireBackend:
         """A group of `ranks`; to one that is not among them, a group of its own, since c10d cannot be given None."""
         members = list(ranks) if self.rank() in ranks else [self.rank()]
-        options = opts or Options(
-            deterministic=getattr(self._options, "deterministic", None), timeout=self._options._timeout
-        )
+        options = opts if isinstance(opts, Options) else self._inherited(opts)
         name = getattr(options, "group_name", "") or "split"
         return GradwireBackend(store, members.index(self.rank()), len(members), options, name)
+
+    def _inherited(self, opts: Any) -> Options:
+        """What c10d makes anew for a split, `opts`, with what it does not know of this group's options."""
+        timeout = timedelta(seconds=timeouts.of_group(opts))
+        own = {name: getattr(self._options, name, None) for name in ("deterministic", "check_nan")}
+        options = Options(**own, timeout=timeout)
+        for name in ("group_name", "global_ranks_in_group", "enable_reconfigure"):
+            setattr(options, name, getattr(opts, name))
+        return options
 
     def perform_nocolor_split(self, device: Any) -> None:
         """Nothing: ranks outside of a new group have no part in its making."""
@@ -321,8 +339,8 @@ class GradwireBackend(c10d.Backend):
         return self._formed
 
     def _form(self, store: Any, rank: int, size: int, name: str, seconds: float | None = None) -> None:
-        deterministic = getattr(self._options, "deterministic", None)
-        config = Config.from_environment(timeout_s=self._timeout, deterministic=deterministic)
+        own = {name: getattr(self._options, name, None) for name in ("deterministic", "check_nan")}
+        config = Config.from_environment(timeout_s=self._timeout, **own)
         self._formed = _native.Group.form(
             name,
             store=store,
@@ -399,11 +417,14 @@ def _kind(reduce_op: Any) -> Any:
 
 def create(opts: Any, backend_options: Any) -> GradwireBackend:
     """Makes a backend; called by torch.distributed with a store that only this group uses."""
-    options = backend_options or c10d.Backend.Options(NAME, timeout=opts.timeout)
+    # In a group of several backends each is given the options, whose ever they are.
+    ours = getattr(backend_options, "backend", None) == NAME
+    options = backend_options if ours else c10d.Backend.Options(NAME, timeout=opts.timeout)
     options.global_ranks_in_group = opts.global_ranks_in_group
     options.group_name = opts.group_id
     options.enable_reconfigure = opts.enable_reconfigure
-    return GradwireBackend(opts.store, opts.group_rank, opts.group_size, options, opts.group_id or "default")
+    name = opts.group_id or "default"
+    return GradwireBackend(opts.store, opts.group_rank, opts.group_size, options, name, opts.timeout)
 
 
 @atexit.register
