@@ -6,6 +6,8 @@ use crate::{Tag, short};
 
 /// Bytes of the longest head of a record.
 pub(super) const HEAD_BYTES: usize = 40;
+/// Bytes of a record that tells of credit.
+pub(super) const CREDIT_BYTES: usize = 24;
 /// What an eager message takes of a frame beside its payload, padding included.
 pub(super) const EAGER_BYTES: usize = 32;
 
@@ -36,7 +38,8 @@ impl Record<'_> {
             Self::Eager { payload, .. } | Self::Piece { payload, .. } => 24 + payload.len().next_multiple_of(8),
             Self::Announce { .. } => HEAD_BYTES,
             Self::Grant { .. } => 32,
-            Self::Refuse { .. } | Self::Credit { .. } => 24,
+            Self::Refuse { .. } => 24,
+            Self::Credit { .. } => CREDIT_BYTES,
             Self::Goodbye => 8,
         }
     }

@@ -9,7 +9,7 @@ use super::lane::{Carried, Lane, RESERVED};
 use super::link::{Access, Large, Link, MESSAGE_COST, Out, Part, Phase, Remotely, SLOT_BYTES};
 use super::nic::Nic;
 use super::proposal::MAX_LANES;
-use super::record::{HEAD_BYTES, Record};
+use super::record::{CREDIT_BYTES, HEAD_BYTES, Record};
 use super::watch::SEAL_BYTES;
 use crate::flights::Cargo;
 use crate::{Completion, Envelope};
@@ -134,7 +134,7 @@ impl Link {
         }
         if self.frame.is_none() && self.has_slot(RESERVED) {
             self.frame = Some(0);
-            self.attach_credit(self.slots as u64 / 4);
+            self.attach_credit(self.slots as u64 / 4, bytes);
         }
         self.frame.is_some()
     }
@@ -151,22 +151,22 @@ impl Link {
         }
     }
 
-    /// Tells of receives posted anew, where at least `least` are due on a lane.
+    /// Tells of receives posted anew, where at least `least` are due on a lane, as far as that leaves room for `bytes`.
     #[inline(always)]
-    fn attach_credit(&mut self, least: u64) {
+    fn attach_credit(&mut self, least: u64, bytes: usize) {
         if self.window_is_due() || self.lanes.iter().any(|lane| lane.due() >= least.max(1)) {
-            self.attach_due_credit(least);
+            self.attach_due_credit(least, bytes);
         }
     }
 
-    fn attach_due_credit(&mut self, least: u64) {
+    fn attach_due_credit(&mut self, least: u64, room: usize) {
         for at in 0..self.lanes.len() {
             let (due, returned) = (self.lanes[at].due(), self.lanes[at].received);
             let window_due = at == 0 && self.window_is_due();
             if due < least.max(1) && !window_due {
                 continue;
             }
-            let Some(used) = self.frame else { return };
+            let Some(used) = self.frame.filter(|used| used + CREDIT_BYTES + room <= SLOT_BYTES) else { return };
             let taken = self.inbox.taken;
             let record = Record::Credit { lane: at as u8, returned, taken };
             let bytes = record.encode(&mut self.open_slot()[used..]);
@@ -202,7 +202,7 @@ impl Link {
             }
             self.frame = Some(0);
         }
-        self.attach_credit(1);
+        self.attach_credit(1, 0);
     }
 
     /// Says goodbye once everything else has been written; whether all of it has been delivered.
@@ -239,7 +239,7 @@ impl Link {
         let free = self.has_slot(RESERVED);
         if free {
             self.frame = Some(0);
-            self.attach_credit(1);
+            self.attach_credit(1, 0);
             let bytes = self.frame.take().unwrap_or(0);
             self.send_made(bytes, nic);
         }

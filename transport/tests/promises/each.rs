@@ -4,6 +4,7 @@ macro_rules! promises {
     ($($wire:ident by $make:path;)*) => {
         $(mod $wire {
             promises!(@each $make, messages::messages_of_every_size_arrive_whole,
+                messages::messages_that_fill_a_frame_pass_among_large_ones,
                 messages::a_receive_may_be_longer_than_its_message,
                 messages::a_message_that_does_not_fit_fails_and_the_next_passes,
                 messages::a_full_queue_gives_the_slice_back,

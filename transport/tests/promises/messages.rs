@@ -33,6 +33,23 @@ pub fn messages_of_every_size_arrive_whole(make: Make) {
     assert_eq!((sent.received_bytes, received.sent_messages), (0, 0));
 }
 
+pub fn messages_that_fill_a_frame_pass_among_large_ones(make: Make) {
+    let mut world = make(&Config::default(), 2);
+    for bytes in (8100..=8136).chain([16_256, 32_000]) {
+        // Large ones come the other way, on all of a wire's ways at once.
+        for (from, bytes) in [(0, 1 << 20), (1, bytes)] {
+            let (target, space) = blank(bytes);
+            world.wire(1 - from as usize).post_recv(PeerId(from), Tag(1), space).unwrap();
+            world.wire(from as usize).post_send(to(1 - from, 1, 0), filled(3, bytes).1).unwrap();
+            world.take(from as usize, 1);
+            let received = world.take(1 - from as usize, 1);
+            assert!(matches!(received[..], [Completion::Received { .. }]), "{received:?}");
+            drop(received);
+            assert_eq!(&*target.read(0..bytes).unwrap(), &pattern(3, bytes)[..], "{bytes} bytes");
+        }
+    }
+}
+
 pub fn a_receive_may_be_longer_than_its_message(make: Make) {
     let mut world = make(&Config::default(), 2);
     for bytes in [0, 5, 5000, 300_000] {
