@@ -117,14 +117,16 @@ impl Seal {
                     return result;
                 }
             }
-            // While hands are shaken, an answer comes to what we have said.
-            self.send(socket)?;
-            self.session.read_tls(socket)?;
-            let opened = self.session.process_new_packets();
-            // Also after a failure: the peer is told why.
+            // While hands are shaken, an answer comes to what we have said. Where nothing can be said any more, what the peer said
+            // last is still read: it may tell why.
             let sent = self.send(socket);
+            if let Err(error) = self.session.read_tls(socket) {
+                return Err(sent.err().unwrap_or(error));
+            }
+            let opened = self.session.process_new_packets();
+            // Also after a failure: the peer is told why. Where it cannot be told, the next turn finds that out again.
+            let _ = self.send(socket);
             opened.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
-            sent?;
         }
     }
 

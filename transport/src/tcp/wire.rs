@@ -312,13 +312,12 @@ impl Wire for TcpWire {
 mod tests {
     use super::super::pair;
     use super::*;
-    use crate::Config;
+    use crate::{Config, Tls, TlsFiles};
 
     /// One end says goodbye and closes its socket by a reset, as a host does to which something is sent later. What the other
-    /// one is told, who polls only then; `sends`: and has something to send.
-    fn end_of(lanes: usize, sends: bool) -> LossCause {
-        let config = Config { lanes, ..Config::default() };
-        let (mut here, mut there) = pair(&config, &config).unwrap();
+    /// one is told, who polls only then; `sends`: and has sent so many bytes.
+    fn end_of(config: &Config, sends: Option<usize>) -> LossCause {
+        let (mut here, mut there) = pair(config, config).unwrap();
         let mut done = Vec::new();
         there.links.values_mut().for_each(|link| link.say_goodbye());
         while there.owes() {
@@ -329,8 +328,8 @@ mod tests {
         }
         // All of its sockets, without a word.
         there.links.clear();
-        if sends {
-            let region = Region::zeroed(1 << 20);
+        if let Some(bytes) = sends {
+            let region = Region::zeroed(bytes);
             let to = Envelope { peer: PeerId(1), tag: Tag(1), note: 0 };
             here.post_send(to, region.read(0..region.len()).unwrap()).unwrap();
         }
@@ -350,13 +349,30 @@ mod tests {
 
     #[test]
     fn a_goodbye_counts_although_the_connection_is_then_reset() {
-        for lanes in [1, 3] {
-            for sends in [false, true] {
+        for (lanes, tls) in [(1, None), (3, None), (1, tls()), (3, tls())] {
+            let sealed = tls.is_some();
+            let config = Config { lanes, tls, ..Config::default() };
+            // A short message is written when it is posted, before anything is read.
+            for sends in [None, Some(100), Some(1 << 20)] {
                 for _ in 0..20 {
-                    let cause = end_of(lanes, sends);
-                    assert!(matches!(cause, LossCause::Goodbye), "{lanes} lanes, sends {sends}: {cause}");
+                    let cause = end_of(&config, sends);
+                    assert!(
+                        matches!(cause, LossCause::Goodbye),
+                        "{lanes} lanes, sealed {sealed}, sends {sends:?}: {cause}"
+                    );
                 }
             }
         }
+    }
+
+    /// TLS by a certificate that vouches for itself.
+    fn tls() -> Option<Arc<Tls>> {
+        let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let [cert, key] = ["crt", "key"].map(|name| folder.path().join(name));
+        std::fs::write(&cert, made.cert.pem()).unwrap();
+        std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        Tls::load(&TlsFiles { cert: Some(cert.clone()), key: Some(key), ca: Some(cert), ..TlsFiles::default() })
+            .unwrap()
     }
 }
