@@ -10,8 +10,8 @@ use crate::rendezvous::{HostIdentity, InterfaceFilter, Record, Store, addresses}
 use crate::select::{self, Locality};
 use crate::shm::{GroupSegment, SegmentOffer};
 use crate::{
-    Acceptance, Completion, Config, Envelope, Identity, LinkCosts, PeerId, PeerName, Rank, Region, Tag, TcpWire,
-    TransportError, Wire, WireKind, WorldSize,
+    Acceptance, Completion, Config, Envelope, Identity, LinkCosts, LossCause, PeerId, PeerName, Rank, Region, Tag,
+    TcpWire, TransportError, Wire, WireKind, WorldSize,
 };
 use pairs::Pairs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -162,7 +162,7 @@ impl Forming {
                 let until = deadline.min(Instant::now() + TRY);
                 match self.wire.dial(rank.into(), Some(record.nonce), &addresses, until) {
                     Ok(()) => {
-                        self.here[rank.index()] = true;
+                        self.came(rank.into());
                         return Ok(());
                     }
                     Err(
@@ -183,7 +183,7 @@ impl Forming {
         }
     }
 
-    /// Waits for the higher ranks.
+    /// Waits for the higher ranks, and calls lower ones again that have gone meanwhile.
     fn accept(&mut self, began: Instant, deadline: Instant) -> Result<(), TransportError> {
         self.here[self.spec.rank.index()] = true;
         loop {
@@ -195,7 +195,10 @@ impl Forming {
             if Instant::now() >= deadline {
                 return Err(self.absent(&missing, "they did not connect to us", began));
             }
-            self.wire.park(deadline.min(Instant::now() + Duration::from_millis(100)));
+            match missing.iter().find(|&&rank| rank < self.spec.rank) {
+                Some(&gone) => self.dial(gone, began, deadline)?,
+                None => self.wire.park(deadline.min(Instant::now() + Duration::from_millis(100))),
+            }
         }
     }
 
@@ -216,14 +219,22 @@ impl Forming {
         self.wire.poll(Instant::now(), &mut done);
         for completion in done {
             match completion {
-                Completion::PeerUp(up) => {
-                    self.here[up.index()] = true;
-                    // It may have come twice, giving up a call that it did not hear answered in time.
-                    self.done.retain(|earlier| !matches!(earlier, Completion::PeerDown { peer, .. } if *peer == up));
+                Completion::PeerUp(up) => self.came(up),
+                other => {
+                    if let Completion::PeerDown { peer, error } = &other {
+                        // Who has left in order had all it needed.
+                        self.here[peer.index()] &= is_goodbye(error);
+                    }
+                    self.done.push(other);
                 }
-                other => self.done.push(other),
             }
         }
+    }
+
+    /// A rank is connected. It may be so twice, having given up a call that it did not hear answered in time.
+    fn came(&mut self, rank: PeerId) {
+        self.here[rank.index()] = true;
+        self.done.retain(|earlier| !matches!(earlier, Completion::PeerDown { peer, .. } if *peer == rank));
     }
 
     /// Finds out who shares this host; where all do, makes the segment that all share.
@@ -361,6 +372,10 @@ pub fn home() -> HostIdentity {
     }
 }
 
+fn is_goodbye(error: &TransportError) -> bool {
+    matches!(error, TransportError::PeerLost { cause: LossCause::Goodbye, .. })
+}
+
 fn encode_offer(offer: &SegmentOffer) -> String {
     format!("{} {} {} {}", offer.pid, offer.fd, offer.nonce, offer.bytes)
 }
@@ -383,7 +398,85 @@ pub(crate) fn offer_again(text: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::MemoryStore;
     use proptest::prelude::*;
+
+    /// Polls `forming` until `enough` says so.
+    fn until(forming: &mut Forming, enough: impl Fn(&Forming) -> bool) {
+        let until = Instant::now() + Duration::from_secs(20);
+        while !enough(forming) {
+            assert!(Instant::now() < until, "nothing more comes: {:?}", forming.done);
+            forming.poll();
+        }
+    }
+
+    fn spec(store: &Arc<MemoryStore>, rank: u32) -> GroupSpec {
+        let (store, world_size) = (Arc::clone(store) as Arc<dyn Store>, WorldSize::new(2).unwrap());
+        GroupSpec { name: "g".to_owned(), rank: Rank(rank), world_size, store, config: Config::default() }
+    }
+
+    /// Rank 1's process, which calls rank 0 at its group's beginning.
+    fn calls(zero: &mut Forming) -> TcpWire {
+        let identity = Identity { rank: Some(Rank(1)), nonce: 77, ..zero.wire.own_identity().clone() };
+        let mut one = TcpWire::new(&Config::default(), identity, Acceptance::Nobody).unwrap();
+        let port = zero.wire.addresses()[0].port();
+        let (nonce, address) = (zero.nonce, SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        let call = std::thread::spawn(move || {
+            one.dial(PeerId(0), Some(nonce), &[address], Instant::now() + Duration::from_secs(20)).map(|()| one)
+        });
+        until(zero, |zero| zero.here[1] && call.is_finished());
+        call.join().unwrap().unwrap()
+    }
+
+    fn losses(forming: &Forming) -> usize {
+        forming.done.iter().filter(|completion| matches!(completion, Completion::PeerDown { .. })).count()
+    }
+
+    #[test]
+    fn who_has_gone_without_a_word_does_not_count_as_here_until_it_comes_again() {
+        let mut zero = Forming::begin(spec(&Arc::default(), 0)).unwrap();
+        zero.publish().unwrap();
+        for _ in 0..2 {
+            drop(calls(&mut zero));
+            until(&mut zero, |zero| losses(zero) == 1);
+            assert!(!zero.here[1]);
+        }
+        let _one = calls(&mut zero);
+        assert!(zero.here[1] && losses(&zero) == 0, "{:?}", zero.done);
+    }
+
+    #[test]
+    fn who_had_all_it_needed_and_left_in_order_counts_as_here() {
+        let mut zero = Forming::begin(spec(&Arc::default(), 0)).unwrap();
+        zero.publish().unwrap();
+        let mut one = calls(&mut zero);
+        let leaves = std::thread::spawn(move || one.shutdown(Instant::now() + Duration::from_secs(20)));
+        until(&mut zero, |zero| losses(zero) == 1);
+        assert!(zero.here[1], "{:?}", zero.done);
+        leaves.join().unwrap();
+    }
+
+    #[test]
+    fn a_lower_rank_that_died_is_called_again_where_its_next_process_listens() {
+        let store = Arc::default();
+        let (began, deadline) = (Instant::now(), Instant::now() + Duration::from_secs(20));
+        let zero = || {
+            let mut zero = Forming::begin(spec(&store, 0)).unwrap();
+            zero.publish().unwrap();
+            zero
+        };
+        let (mut first, mut one) = (zero(), Forming::begin(spec(&store, 1)).unwrap());
+        let call = std::thread::spawn(move || one.dial(Rank(0), began, deadline).map(|()| one));
+        until(&mut first, |_| call.is_finished());
+        drop(first);
+        let mut one = call.join().unwrap().unwrap();
+        until(&mut one, |one| losses(one) == 1);
+        let mut next = zero();
+        let accepts = std::thread::spawn(move || one.accept(began, deadline).map(|()| one));
+        until(&mut next, |next| next.here[1] && accepts.is_finished());
+        let one = accepts.join().unwrap().unwrap();
+        assert!(one.here[0] && losses(&one) == 0, "{:?}", one.done);
+    }
 
     proptest! {
         #[test]
