@@ -171,6 +171,71 @@ fn an_address_that_nobody_listens_at_is_passed_over() {
 }
 
 #[test]
+fn an_address_that_does_not_answer_leaves_the_others_their_time() {
+    let mut host = wire(0, "t", Acceptance::Ranks(WorldSize::new(2).unwrap()));
+    let good = host.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    // The system takes the call; nobody says a word.
+    let mute = [(); 3].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let [first, second, last] = mute.each_ref().map(|listener| listener.local_addr().unwrap());
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(move || {
+            let until = began + Duration::from_millis(2000);
+            wire(1, "t", Acceptance::Nobody).dial(PeerId(0), Some(100), &[first, second, good, last], until)
+        });
+        while !guest.is_finished() {
+            host.poll(Instant::now(), &mut Vec::new());
+        }
+        guest.join().unwrap().unwrap();
+    });
+    assert!(began.elapsed() < Duration::from_millis(1800), "two of four took {:?} of 2 s", began.elapsed());
+}
+
+#[test]
+fn the_address_that_was_good_is_tried_first_the_next_time() {
+    let mut host = wire(0, "t", Acceptance::Ranks(WorldSize::new(2).unwrap()));
+    let good = host.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addresses = [mute.local_addr().unwrap(), good];
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(move || {
+            let mut guest = wire(1, "t", Acceptance::Nobody);
+            for _ in 0..3 {
+                guest.dial(PeerId(0), Some(100), &addresses, Instant::now() + Duration::from_millis(2000)).unwrap();
+            }
+        });
+        while !guest.is_finished() {
+            host.poll(Instant::now(), &mut Vec::new());
+        }
+        guest.join().unwrap();
+    });
+    mute.set_nonblocking(true).unwrap();
+    let calls = std::iter::from_fn(|| mute.accept().ok()).count();
+    assert_eq!(calls, 1, "an address that did not answer was tried again before the one that did");
+}
+
+#[test]
+fn a_listener_that_speaks_a_byte_at_a_time_holds_nobody_beyond_the_deadline() {
+    let drip = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = drip.local_addr().unwrap();
+    let dripping = std::thread::spawn(move || {
+        let (mut stream, _) = drip.accept().unwrap();
+        // A record of 500 bytes, which ends only when nobody listens any more.
+        for byte in 500u16.to_le_bytes().into_iter().chain([7; 400]) {
+            if stream.write_all(&[byte]).is_err() {
+                return true;
+            }
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+        false
+    });
+    let until = Instant::now() + Duration::from_millis(300);
+    let refused = wire(1, "t", Acceptance::Nobody).dial(PeerId(0), None, &[address], until);
+    assert!(matches!(refused, Err(TransportError::Unreachable { .. })), "{refused:?}");
+    assert!(dripping.join().unwrap(), "it listened for as long as something came");
+}
+
+#[test]
 fn who_did_not_hear_its_welcome_may_call_again_and_another_of_its_rank_may_not() {
     let mut host = wire(0, "right", Acceptance::Ranks(WorldSize::new(2).unwrap()));
     let address = host.listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();

@@ -69,9 +69,9 @@ fn converse(
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     let socket = TcpStream::connect_timeout(&address, left)?;
     options::tune(&socket);
-    socket.set_read_timeout(Some(left))?;
     socket.set_write_timeout(Some(left))?;
     let mut stream = Stream::plain(socket);
+    stream.wait_until(Some(deadline));
     if let Some(tls) = &me.tls {
         stream.begin_tls(tls.call(host).map_err(CallError::Final)?);
     }
@@ -93,6 +93,7 @@ fn converse(
     if last != [WELCOME] {
         return Err(verdict(last.first().copied().unwrap_or(0), address));
     }
+    stream.wait_until(None);
     stream.socket().set_read_timeout(None)?;
     stream.socket().set_write_timeout(None)?;
     stream.socket().set_nonblocking(true)?;

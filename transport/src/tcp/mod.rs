@@ -53,6 +53,8 @@ pub struct TcpWire {
     turns: u32,
     /// Whose turn it is in the next poll, or the next one's after that.
     turn: PeerId,
+    /// At which of a peer's addresses the next call begins: the last good one's place, or after a failure the next.
+    first: usize,
     credit: Option<Credit>,
     /// Scratch of `granting`.
     grants: Vec<Grant>,
@@ -87,6 +89,7 @@ impl TcpWire {
             pending: Vec::new(),
             turns: 0,
             turn: PeerId(0),
+            first: 0,
             credit: config.credit.map(Credit::new),
             grants: Vec::new(),
             config: config.clone(),
@@ -131,14 +134,22 @@ impl TcpWire {
     ) -> Result<(), TransportError> {
         let mut reason = "no address is known".to_owned();
         loop {
-            for &address in addresses {
-                match self.dial_one(peer, expect_nonce.unwrap_or(0), (address, host), deadline) {
-                    Ok(()) => return Ok(()),
+            for nth in 0..addresses.len() {
+                let at = (self.first + nth) % addresses.len();
+                let (address, now) = (addresses[at], Instant::now());
+                // One that does not answer leaves the others their share.
+                let share = deadline.saturating_duration_since(now).div_f64((addresses.len() - nth) as f64);
+                match self.dial_one(peer, expect_nonce.unwrap_or(0), (address, host), now + share.min(PER_ADDRESS)) {
+                    Ok(()) => {
+                        self.first = at;
+                        return Ok(());
+                    }
                     Err(CallError::Final(error)) => return Err(error),
                     Err(CallError::Stale) => reason = format!("{address}: the process wanted is no longer there"),
                     Err(CallError::Io(error)) => reason = format!("{address}: {error}"),
                 }
             }
+            self.first = (self.first + 1) % addresses.len().max(1);
             if Instant::now() + AGAIN >= deadline || addresses.is_empty() {
                 let who = format!("peer {}", peer.0);
                 return Err(TransportError::Unreachable { who, addresses: addresses.to_vec(), reason });
@@ -179,7 +190,6 @@ impl TcpWire {
         (address, host): (SocketAddr, Option<&str>),
         deadline: Instant,
     ) -> Result<(), CallError> {
-        let deadline = deadline.min(Instant::now() + PER_ADDRESS);
         let lanes = u16::try_from(self.config.lanes.clamp(1, 64)).unwrap_or(1);
         let mut streams = Vec::new();
         let mut told = None;

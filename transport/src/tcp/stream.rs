@@ -5,6 +5,7 @@ use rustix::fd::{AsFd, BorrowedFd};
 use rustls::Connection;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::time::Instant;
 
 /// Sealed bytes that wait for the socket: four records, so that a large write fills the socket in one go.
 const SEALED_BYTES: usize = 64 << 10;
@@ -13,6 +14,8 @@ const SEALED_BYTES: usize = 64 << 10;
 pub(super) struct Stream {
     socket: TcpStream,
     seal: Option<Box<Seal>>,
+    /// Until when its reads wait, while they do.
+    deadline: Option<Instant>,
     /// Its place among the connections that the system watches.
     pub(super) watched: Option<Watched>,
 }
@@ -26,13 +29,18 @@ struct Seal {
 
 impl Stream {
     pub(super) fn plain(socket: TcpStream) -> Self {
-        Self { socket, seal: None, watched: None }
+        Self { socket, seal: None, deadline: None, watched: None }
     }
 
     /// From now on all bytes are those of `session`.
     pub(super) fn begin_tls(&mut self, mut session: Connection) {
         session.set_buffer_limit(Some(SEALED_BYTES));
         self.seal = Some(Box::new(Seal { session, ahead: false }));
+    }
+
+    /// Until when reads of a socket that blocks wait, however little comes at a time; `None`: for ever.
+    pub(super) fn wait_until(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
     }
 
     /// The socket itself, for its options and addresses.
@@ -108,7 +116,7 @@ impl Seal {
         Ok(())
     }
 
-    fn read(&mut self, socket: &mut TcpStream, into: &mut [u8]) -> io::Result<usize> {
+    fn read(&mut self, socket: &mut Timed<'_>, into: &mut [u8]) -> io::Result<usize> {
         loop {
             match self.session.reader().read(into) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.ahead = false,
@@ -119,13 +127,13 @@ impl Seal {
             }
             // While hands are shaken, an answer comes to what we have said. Where nothing can be said any more, what the peer said
             // last is still read: it may tell why.
-            let sent = self.send(socket);
+            let sent = self.send(socket.0);
             if let Err(error) = self.session.read_tls(socket) {
                 return Err(sent.err().unwrap_or(error));
             }
             let opened = self.session.process_new_packets();
             // Also after a failure: the peer is told why. Where it cannot be told, the next turn finds that out again.
-            let _ = self.send(socket);
+            let _ = self.send(socket.0);
             opened.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
         }
     }
@@ -142,11 +150,27 @@ impl Seal {
     }
 }
 
+/// A socket of which each read waits until a deadline at most, where it blocks.
+struct Timed<'a>(&'a mut TcpStream, Option<Instant>);
+
+impl Read for Timed<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if let Some(deadline) = self.1 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            self.0.set_read_timeout(Some(left))?;
+        }
+        self.0.read(into)
+    }
+}
+
 impl Read for Stream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match &mut self.seal {
-            None => self.socket.read(into),
-            Some(seal) => seal.read(&mut self.socket, into),
+            None => Timed(&mut self.socket, self.deadline).read(into),
+            Some(seal) => seal.read(&mut Timed(&mut self.socket, self.deadline), into),
         }
     }
 
@@ -154,7 +178,7 @@ impl Read for Stream {
         match &mut self.seal {
             None => self.socket.read_vectored(into),
             Some(seal) => match into.iter_mut().find(|slice| !slice.is_empty()) {
-                Some(first) => seal.read(&mut self.socket, first),
+                Some(first) => seal.read(&mut Timed(&mut self.socket, self.deadline), first),
                 None => Ok(0),
             },
         }
