@@ -1,5 +1,6 @@
 //! Pure: the messages from one peer: which receive each meets, where its bytes go, in which order they end.
 
+use super::outgoing::MESSAGE_COST;
 use crate::frame::Header;
 use crate::pool::Pool;
 use crate::region::{BufferHome, Loan};
@@ -71,6 +72,7 @@ pub(super) struct Incoming {
     landings: VecDeque<Landing>,
     serial: u64,
     pool: Arc<Pool>,
+    unread: u64,
     /// Bytes of the window that have been taken and not yet told.
     pub(super) credit_due: u64,
     /// Payload bytes and messages handed over.
@@ -85,6 +87,7 @@ impl Incoming {
             landings: VecDeque::new(),
             serial: 0,
             pool,
+            unread: 0,
             credit_due: 0,
             received: (0, 0),
         }
@@ -105,6 +108,11 @@ impl Incoming {
         self.landings.iter().filter(|landing| landing.receive.is_none()).count()
     }
 
+    /// What eager messages that were not handed over take of the window.
+    pub(super) fn unread(&self) -> u64 {
+        self.unread
+    }
+
     /// A message begins: eager, or announced. Tells its serial, and what to answer.
     pub(super) fn begin(&mut self, header: &Header, eager: bool) -> (u64, Option<Reply>) {
         let from = Envelope { peer: self.peer, tag: header.tag, note: header.note };
@@ -117,6 +125,9 @@ impl Incoming {
             .map(|(_, receive)| receive);
         let serial = self.serial;
         self.serial += 1;
+        if eager {
+            self.unread += header.total + MESSAGE_COST;
+        }
         let mut landing = Landing { serial, from, id: header.id, total, got: 0, eager, store: Store::Awaited, receive };
         let reply = match &landing.receive {
             Some(_) => self.settle(&mut landing),
@@ -235,7 +246,8 @@ impl Incoming {
     fn hand_over(&mut self, landing: Landing, name: &PeerName, done: &mut Vec<Completion>) {
         let Landing { from, total, eager, store, receive, .. } = landing;
         if eager {
-            self.credit_due += total as u64 + super::outgoing::MESSAGE_COST;
+            let cost = total as u64 + MESSAGE_COST;
+            (self.unread, self.credit_due) = (self.unread - cost, self.credit_due + cost);
         }
         let Some(receive) = receive else { return };
         let capacity = receive.capacity();

@@ -2,7 +2,7 @@
 
 use super::incoming::{Incoming, Reply};
 use super::lane::{Lane, MOST_FRAMES, Reading, Writing};
-use super::outgoing::{Cargo, Outgoing, Payload};
+use super::outgoing::{Cargo, MESSAGE_COST, Outgoing, Payload};
 use super::stream::Stream;
 use crate::credit::{Grant, UNASKED_BYTES, UNASKED_WINDOW, Want};
 use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
@@ -32,6 +32,8 @@ pub(super) struct Link {
     /// Where what comes is granted in portions: messages that wait for that, and bytes that have come of it.
     portions: Option<Portions>,
     window: usize,
+    /// What the peer may send unasked: the window before our terms, which it may not have heard.
+    max_unread: u64,
     max_message_bytes: usize,
     max_unmatched: usize,
     said_goodbye: bool,
@@ -67,8 +69,9 @@ impl Link {
             told: false,
             sent: (0, 0),
             window: config.window_bytes,
+            max_unread: config.window_bytes as u64,
             max_message_bytes: config.max_message_bytes,
-            max_unmatched: config.queue_depth,
+            max_unmatched: config.queue_depth + config.window_bytes / MESSAGE_COST as usize,
             said_goodbye: false,
             heard_goodbye: false,
         }
@@ -361,12 +364,7 @@ impl Link {
             || LossCause::Protocol(format!("a {:?} for message {}, which is not under way", header.kind, header.id));
         match header.kind {
             Kind::Eager | Kind::Announce => {
-                if self.incoming.unmatched() > self.max_unmatched {
-                    return Err(LossCause::Protocol(format!(
-                        "more than {} messages that nobody waits for",
-                        self.max_unmatched
-                    )));
-                }
+                self.check_room(header)?;
                 let (landing, reply) = self.incoming.begin(header, header.kind == Kind::Eager);
                 self.reply(reply);
                 if header.length > 0 {
@@ -396,6 +394,19 @@ impl Link {
                 self.lanes[at].ended = true;
             }
             Kind::Abort => return Err(LossCause::Aborted(self.read_text(at, header.length as usize))),
+        }
+        Ok(())
+    }
+
+    /// Whether a message may come now, as both ends count.
+    fn check_room(&self, header: &Header) -> Result<(), LossCause> {
+        if self.incoming.unmatched() > self.max_unmatched {
+            let most = self.max_unmatched;
+            return Err(LossCause::Protocol(format!("more than {most} messages that nobody waits for")));
+        }
+        if header.kind == Kind::Eager && self.incoming.unread() + header.total + MESSAGE_COST > self.max_unread {
+            let most = self.max_unread;
+            return Err(LossCause::Protocol(format!("more than {most} bytes that it was not asked for")));
         }
         Ok(())
     }

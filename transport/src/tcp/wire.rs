@@ -375,4 +375,65 @@ mod tests {
         Tls::load(&TlsFiles { cert: Some(cert.clone()), key: Some(key), ca: Some(cert), ..TlsFiles::default() })
             .unwrap()
     }
+
+    /// Two ends, of which the second sends `count` messages of `bytes` that the first one has no receives for.
+    fn unasked(here: &Config, there: &Config, count: u32, bytes: usize) -> (TcpWire, TcpWire, Vec<Completion>) {
+        let (mut here, mut there) = pair(here, there).unwrap();
+        let region = Region::zeroed(bytes);
+        let (mut done, mut sent) = (Vec::new(), Vec::new());
+        for _ in 0..count {
+            let to = Envelope { peer: PeerId(0), tag: Tag(1), note: 0 };
+            if there.post_send(to, region.read(0..bytes).unwrap()).is_err() {
+                // It has been cut off already.
+                break;
+            }
+            there.poll(Instant::now(), &mut sent);
+            here.poll(Instant::now(), &mut done);
+        }
+        let until = Instant::now() + Duration::from_millis(100);
+        while Instant::now() < until {
+            there.poll(Instant::now(), &mut sent);
+            here.poll(Instant::now(), &mut done);
+        }
+        done.retain(|completion| !matches!(completion, Completion::PeerUp(_)));
+        (here, there, done)
+    }
+
+    #[test]
+    fn a_peer_that_sends_more_than_the_window_unasked_is_cut_off() {
+        let here = Config { window_bytes: 64 << 10, ..Config::default() };
+        let there = Config { window_bytes: 64 << 20, ..here.clone() };
+        for (count, bytes) in [(1, 1 << 20), (20, 8000), (1100, 1)] {
+            let (here, _, done) = unasked(&here, &there, count, bytes);
+            let [Completion::PeerDown { error: TransportError::PeerLost { cause, .. }, .. }] = &done[..] else {
+                panic!("{count} messages of {bytes} bytes: {done:?}")
+            };
+            assert!(matches!(cause, LossCause::Protocol(why) if why.contains("65536")), "{cause}");
+            assert!(here.links.values().all(|link| link.incoming.unread() <= 64 << 10));
+        }
+    }
+
+    #[test]
+    fn a_window_full_of_messages_that_nobody_waits_for_yet_ends_nothing() {
+        let config = Config { window_bytes: 64 << 10, queue_depth: 4, ..Config::default() };
+        for (count, bytes) in [(500, 0), (16, 4000), (2, 32 << 10)] {
+            let (mut here, mut there, done) = unasked(&config, &config, count, bytes);
+            assert!(done.is_empty(), "{count} messages of {bytes} bytes: {done:?}");
+            let (mut done, mut came) = (Vec::new(), 0);
+            let until = Instant::now() + Duration::from_secs(20);
+            while came < count {
+                assert!(Instant::now() < until, "{came} of {count} messages of {bytes} bytes have come");
+                if here.links[&PeerId(1)].incoming.len() == 0 {
+                    here.post_recv_loan(PeerId(1), Tag(1), bytes).unwrap();
+                }
+                there.poll(Instant::now(), &mut Vec::new());
+                here.poll(Instant::now(), &mut done);
+                for completion in done.drain(..) {
+                    assert!(matches!(completion, Completion::Arrived(_)), "{completion:?}");
+                    came += 1;
+                }
+            }
+            assert!(here.links.values().all(|link| link.incoming.unread() == 0));
+        }
+    }
 }
