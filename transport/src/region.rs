@@ -18,7 +18,7 @@ pub struct Region {
     bytes: usize,
     ledger: Mutex<Vec<Lease>>,
     registration: OnceLock<Box<dyn Any + Send + Sync>>,
-    _keep_alive: Box<dyn Any + Send + Sync>,
+    keep_alive: Box<dyn Any + Send + Sync>,
 }
 
 // SAFETY: the memory is reached only through slices, and the ledger lends each byte to one writer or to readers only; what
@@ -66,13 +66,21 @@ impl Region {
     /// `start..start + bytes` must be valid for reads and writes for as long as `keep_alive` lives (`bytes` may be 0), and
     /// nobody may write it, nor read what a writer holds, except through slices of this region, while any are out.
     pub unsafe fn from_raw(start: NonNull<u8>, bytes: usize, keep_alive: Box<dyn Any + Send + Sync>) -> Arc<Self> {
-        Arc::new(Self {
-            start,
-            bytes,
-            ledger: Mutex::new(Vec::new()),
-            registration: OnceLock::new(),
-            _keep_alive: keep_alive,
-        })
+        Arc::new(Self { start, bytes, ledger: Mutex::new(Vec::new()), registration: OnceLock::new(), keep_alive })
+    }
+
+    /// The bytes of a slice as a region of its own, for one user after the other of memory that stays: the slice is given back
+    /// when the last one lets go of it.
+    pub fn of_slice(mut whole: RegionSliceMut) -> Arc<Self> {
+        let bytes = whole.len();
+        let start = NonNull::new(whole.as_mut_ptr()).unwrap_or(NonNull::dangling());
+        // SAFETY: the slice keeps its region's memory, nobody else has a slice of these bytes, and nobody reads this one any more.
+        unsafe { Self::from_raw(start, bytes, Box::new(whole)) }
+    }
+
+    /// The region that a device is to know for this one: that of the memory which stays, where this is but one use of it.
+    pub(crate) fn lasting(self: &Arc<Self>) -> &Arc<Self> {
+        self.keep_alive.downcast_ref::<RegionSliceMut>().map_or(self, RegionSliceMut::region)
     }
 
     /// Size in bytes.
@@ -375,6 +383,20 @@ mod tests {
         drop(w);
         assert_eq!(region.read(3..4).unwrap()[0], 9);
         assert!(region.ledger().is_empty());
+    }
+
+    #[test]
+    fn a_slice_may_be_a_region_until_its_last_user_lets_go() {
+        let memory = Region::zeroed(16);
+        let part = Region::of_slice(memory.write(4..12).unwrap());
+        part.write(1..2).unwrap()[0] = 9;
+        let slice = part.read(0..8).unwrap();
+        assert!(part.write(7..8).is_err() && memory.read(0..5).is_err() && memory.read(12..16).is_ok());
+        assert!(Arc::ptr_eq(part.lasting(), &memory) && Arc::ptr_eq(memory.lasting(), &memory));
+        drop(part);
+        assert!(memory.read(5..6).is_err(), "a slice of it is out");
+        drop(slice);
+        assert_eq!(memory.read(4..7).unwrap()[..], [0, 9, 0]);
     }
 
     #[test]

@@ -41,8 +41,9 @@ impl Held {
     /// Takes out what nobody uses beyond `most` bytes, the oldest first.
     fn excess(&mut self, most: usize) -> Vec<Arc<Region>> {
         let mut idle: usize = self.buffers.iter().filter(|buffer| is_idle(buffer)).map(|buffer| buffer.len()).sum();
+        // What a device knows would stay pinned all the same, and is used again for as long as it is.
         let goes = |buffer: &mut Arc<Region>| {
-            let goes = idle > most && is_idle(buffer);
+            let goes = idle > most && is_idle(buffer) && Arc::strong_count(buffer) == 1;
             idle -= if goes { buffer.len() } else { 0 };
             goes
         };
@@ -87,11 +88,12 @@ impl PinnedPool {
             held.count.reused += 1;
             // Behind all others, as the youngest.
             held.buffers.retain(|buffer| !Arc::ptr_eq(buffer, &found));
-            held.buffers.push(Arc::clone(&found));
+            let lent = lend(&found);
+            held.buffers.push(found);
             let excess = held.excess(KEPT_BYTES);
             drop(held);
             drop(excess);
-            return Ok(found);
+            return Ok(lent);
         }
         let excess = held.excess(KEPT_BYTES.saturating_sub(bytes));
         drop(held);
@@ -104,8 +106,9 @@ impl PinnedPool {
         let mut held = self.held();
         held.count.made += 1;
         held.count.bytes += made.len();
-        held.buffers.push(Arc::clone(&made));
-        Ok(made)
+        let lent = lend(&made);
+        held.buffers.push(made);
+        Ok(lent)
     }
 
     /// What it has done.
@@ -118,7 +121,13 @@ impl PinnedPool {
     }
 }
 
-/// Whether only the pool has it; slices hold their region.
+/// The buffer in its user's hands, until the last slice of it is dropped. A network card that is told of it keeps the buffer, not
+/// this.
+fn lend(buffer: &Arc<Region>) -> Arc<Region> {
+    Region::of_slice(buffer.write(0..buffer.len()).expect("it is idle, and only the pool lends it"))
+}
+
+/// Whether nobody uses it.
 fn is_idle(buffer: &Arc<Region>) -> bool {
-    Arc::strong_count(buffer) == 1
+    buffer.write(0..buffer.len()).is_ok()
 }

@@ -86,12 +86,13 @@ impl Registrations {
         range: Range<usize>,
         access: Access,
     ) -> Result<Lease, RegisterError> {
-        let first = region.as_ptr() as usize;
-        if let Some(lease) = self.find(first + range.start, range.len(), access) {
+        let used = region.as_ptr() as usize + range.start;
+        if let Some(lease) = self.find(used, range.len(), access) {
             return Ok(lease);
         }
-        let whole = region.len() <= self.limit_bytes / 2;
-        let (start, end) = if whole { (first, first + region.len()) } else { (first + range.start, first + range.end) };
+        let region = region.lasting();
+        let (first, whole) = (region.as_ptr() as usize, region.len() <= self.limit_bytes / 2);
+        let (start, end) = if whole { (first, first + region.len()) } else { (used, used + range.len()) };
         self.make_room(adapter, (end - start).min(self.limit_bytes));
         let (key, access) = match self.register(adapter, start..end, access) {
             Err(_) => {
@@ -102,7 +103,7 @@ impl Registrations {
         };
         self.count.bytes += end - start;
         self.insert(start..end, key, access, Some(Arc::clone(region)));
-        self.find(first + range.start, range.len(), access).ok_or_else(|| unreachable!("it was just put in"))
+        self.find(used, range.len(), access).ok_or_else(|| unreachable!("it was just put in"))
     }
 
     /// Memory that may be written may also be sent; memory that may only be read is registered for that alone.
@@ -161,7 +162,7 @@ impl Registrations {
 
     /// Gives up what is registered of `region` and not in use.
     pub(super) fn forget(&mut self, adapter: &mut dyn Adapter, region: &Arc<Region>) {
-        let of_it = |entry: &Entry| entry.region.as_ref().is_some_and(|known| Arc::ptr_eq(known, region));
+        let of_it = |entry: &Entry| entry.region.as_ref().is_some_and(|known| Arc::ptr_eq(known, region.lasting()));
         let idle = self.entries.iter().filter(|(_, entry)| entry.uses == 0 && of_it(entry));
         let idle: Vec<(usize, u64)> = idle.map(|(&key, _)| key).collect();
         idle.into_iter().for_each(|key| self.give_up(adapter, key));
@@ -272,6 +273,23 @@ mod tests {
         let watch = Arc::downgrade(&stretch);
         drop(stretch);
         assert!(watch.upgrade().is_none());
+    }
+
+    #[test]
+    fn memory_that_is_used_by_one_after_the_other_is_registered_once_and_holds_no_user() {
+        let (mut adapter, mut registrations) = (adapter(), Registrations::new(10_000));
+        let memory = Region::zeroed(4096);
+        for range in [0..4096, 1024..2048] {
+            let user = Region::of_slice(memory.write(range).unwrap());
+            let lease = registrations.lease(&mut adapter, &user, 1..1000, Access::Write).unwrap();
+            registrations.release(lease);
+            drop(user);
+            assert!(memory.write(0..4096).is_ok(), "nobody uses it any more");
+        }
+        assert_eq!(registrations.count(), RegistrationCount { made: 1, evicted: 0, bytes: 4096 });
+        let user = Region::of_slice(memory.write(0..1).unwrap());
+        registrations.forget(&mut adapter, &user);
+        assert_eq!(adapter.registered(), 0);
     }
 
     #[test]

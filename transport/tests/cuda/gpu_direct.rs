@@ -13,7 +13,7 @@ use crate::double::{Counter, Double, Setting};
 
 const BYTES: usize = 3 << 20;
 
-fn wires(fabric: &Fabric) -> [VerbsWire; 2] {
+pub(crate) fn wires(fabric: &Fabric) -> [VerbsWire; 2] {
     let wires = verbs_wires(&Config::default(), 2, || Box::new(fabric.adapter()));
     wires.try_into().unwrap_or_else(|_| unreachable!("two wires were asked for"))
 }

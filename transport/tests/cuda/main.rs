@@ -10,8 +10,9 @@ mod gpu_direct;
 mod promises;
 
 use double::{Counter, Double, Failing, Setting};
-use gradwire_transport::Region;
 use gradwire_transport::cuda::{CudaError, Device, DeviceMemory, Driver, Gate, PinnedCount, PinnedPool, Stream};
+use gradwire_transport::verbs::Fabric;
+use gradwire_transport::{Region, Wire};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -215,6 +216,31 @@ fn pinned_memory_is_used_again_by_all_and_given_up_beyond_a_bound() {
     assert_eq!(double.count(Counter::PinnedBytes) as usize, bytes);
     drop(pool);
     assert_eq!(double.count(Counter::PinnedBytes), 0, "the last who has the pool takes it along");
+}
+
+#[test]
+fn pinned_memory_that_a_network_card_knows_is_used_again_and_registered_once() {
+    let (double, fabric) = (Double::new(1), Fabric::default());
+    let pool = PinnedPool::of(&device(&double, 0));
+    let [mut wire, other] = gpu_direct::wires(&fabric);
+    let (before, mut address) = (fabric.registrations(), None);
+    for reused in 0..3 {
+        let buffer = pool.take(100_000).unwrap();
+        wire.register(&buffer).unwrap();
+        assert_eq!(*address.get_or_insert(buffer.as_ptr()), buffer.as_ptr());
+        assert_eq!((pool.count().made, pool.count().reused), (1, reused));
+        assert_eq!(fabric.registrations(), before + 1);
+    }
+    // One that is registered and idle is not given up, since that would free nothing.
+    let large: Vec<_> = (0..3).map(|_| pool.take(100 << 20).unwrap()).collect();
+    wire.register(&large[0]).unwrap();
+    drop(large);
+    drop(pool.take(4 << 20).unwrap());
+    let PinnedCount { given_up, bytes, .. } = pool.count();
+    assert!(given_up > 0 && bytes <= 256 << 20, "{bytes} bytes");
+    assert_eq!(double.count(Counter::PinnedBytes) as usize, bytes);
+    drop((wire, other, pool));
+    assert_eq!(double.count(Counter::PinnedBytes), 0, "the card has let go of all");
 }
 
 #[test]
