@@ -12,7 +12,7 @@ use sha2::Sha256;
 pub const MAX_RECORD_BYTES: usize = 1024;
 /// Bytes of a proof.
 pub const PROOF_BYTES: usize = 32;
-const MARK: [u8; 4] = *b"GWH3";
+const MARK: [u8; 4] = *b"GWH4";
 const MAX_NAME: usize = 255;
 
 /// Who a process is, as it tells its peers.
@@ -73,7 +73,7 @@ impl Hello {
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let mut rest = bytes;
         if take::<4>(&mut rest)? != MARK {
-            return Err("it does not begin with gradwire's hello, version 3".to_owned());
+            return Err("it does not begin with gradwire's hello, version 4".to_owned());
         }
         let wants = u64::from_le_bytes(take(&mut rest)?);
         let lane = u16::from_le_bytes(take(&mut rest)?);

@@ -102,7 +102,7 @@ fn garbage_is_shown_the_door_and_good_peers_still_come_in() {
             // A record of 1,000 bytes that is no hello.
             &[&1000u16.to_le_bytes()[..], &[7; 1000]].concat(),
             // The mark of a hello, and then nothing that makes sense.
-            &[&60u16.to_le_bytes()[..], b"GWH3", &[0xfe; 56]].concat(),
+            &[&60u16.to_le_bytes()[..], b"GWH4", &[0xfe; 56]].concat(),
         ];
         for greeting in greetings {
             let mut stream = TcpStream::connect(address).unwrap();

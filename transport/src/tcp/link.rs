@@ -3,6 +3,7 @@
 use super::incoming::{Incoming, Reply};
 use super::lane::{Lane, MOST_FRAMES, Reading, Writing};
 use super::outgoing::{Cargo, MESSAGE_COST, Outgoing, Payload};
+use super::silence;
 use super::stream::Stream;
 use crate::credit::{Grant, UNASKED_BYTES, UNASKED_WINDOW, Want};
 use crate::frame::{FrameError, HEADER_BYTES, Header, Kind};
@@ -440,6 +441,14 @@ impl Link {
         // The peer learns of the end by the closed connection in any case.
         let _ = self.write_lanes();
         self.end(error, done);
+    }
+
+    /// Ends everything where the peer's host has left what it must answer unanswered for long.
+    pub(super) fn end_if_silent(&mut self, done: &mut Vec<Completion>) {
+        let silent = self.lanes.iter().filter_map(|lane| silence::of(lane.stream.socket())).max();
+        if let Some(silent) = silent {
+            self.fail(LossCause::Silent(silent), done);
+        }
     }
 
     /// Ends everything.

@@ -8,6 +8,7 @@ mod lane;
 mod link;
 mod options;
 mod outgoing;
+mod silence;
 mod stream;
 mod tls;
 mod watch;
@@ -51,6 +52,8 @@ pub struct TcpWire {
     watch: Watch,
     pending: Vec<Completion>,
     turns: u32,
+    /// When the system was last asked who is silent.
+    asked: Instant,
     /// Whose turn it is in the next poll, or the next one's after that.
     turn: PeerId,
     /// At which of a peer's addresses the next call begins: the last good one's place, or after a failure the next.
@@ -88,6 +91,7 @@ impl TcpWire {
             watch: Watch::new()?,
             pending: Vec::new(),
             turns: 0,
+            asked: Instant::now(),
             turn: PeerId(0),
             first: 0,
             credit: config.credit.map(Credit::new),

@@ -19,9 +19,8 @@ pub(super) fn tune(stream: &TcpStream) {
         socket.set_tcp_congestion(b"cubic"),
         socket.set_send_buffer_size(BUFFER_BYTES),
         socket.set_recv_buffer_size(BUFFER_BYTES),
-        // A host that vanishes is found, after 30 s, though nothing is being sent to it. While something is, the system asks again
-        // for a quarter of an hour, and whoever waits has a deadline. No TCP_USER_TIMEOUT makes that shorter: Linux also ends a
-        // peer by it that answers, and only does not read for so long.
+        // A host that vanishes is found, after 30 s, though nothing is being sent to it; while something is, by `silence.rs`. No
+        // TCP_USER_TIMEOUT does that: Linux also ends a peer by it that answers, and only does not read for so long.
         socket.set_tcp_keepalive(&keepalive),
     ];
     for error in set.into_iter().filter_map(Result::err) {

@@ -2,7 +2,7 @@
 
 use super::incoming::Receive;
 use super::outgoing::Cargo;
-use super::{FEW, Link, TcpWire};
+use super::{FEW, Link, TcpWire, silence};
 use crate::region::Loan;
 use crate::{
     Completion, Envelope, Identity, LossCause, PeerId, PeerName, PostError, Probe, Region, RegionSlice, RegionSliceMut,
@@ -258,6 +258,10 @@ impl Wire for TcpWire {
         }
         done.append(&mut self.pending);
         self.progress(done);
+        if now.saturating_duration_since(self.asked) >= silence::EVERY {
+            self.asked = now;
+            self.links.values_mut().for_each(|link| link.end_if_silent(done));
+        }
         self.grant_to_all();
     }
 
