@@ -27,7 +27,7 @@ use crate::status::{PAGE, ShardStatus, Standing, TableStatus};
 use crate::unpacking::{Unpacking, check_answer_codec};
 use crate::{Recovery, Schedule, SparseSpec, TableId, TableSpec};
 use checks::{check_pusher, expect_elements, not_for_a_shard, there, unknown};
-use first_values::grant_init;
+use first_values::release_init;
 use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -427,11 +427,7 @@ impl Shard {
         self.sparse.values_mut().for_each(|table| table.forget(peer, &mut self.memory));
         for table in self.tables.values_mut() {
             table.forget(peer, &mut self.memory);
-            let init = &mut table.init;
-            if init.holder.is_some_and(|(.., holder)| holder == peer) && !init.waits.is_empty() {
-                let next = init.waits.remove(0);
-                grant_init(init, &next, out);
-            }
+            release_init(&mut table.init, peer, out);
         }
     }
 
@@ -497,3 +493,6 @@ pub(crate) fn refuse(to: PeerId, header: &Header, refusal: &Refusal, out: &mut V
     header.payload_bytes = body.len() as u64;
     out.push(Action::Reply { to, header, body });
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,7 @@
 use super::{Action, Shard, Wait, done, expect_elements};
 use crate::dense::Init;
 use crate::refusal::Refusal;
+use gradwire_transport::PeerId;
 
 impl Shard {
     /// Answers with the claim's number, or 0 when first values are there already; waits while another client writes them.
@@ -31,6 +32,7 @@ impl Shard {
         let table = self.table(&header)?;
         let part = table.part(header.keys)?;
         expect_elements(table, &header, header.dtype == Some(table.spec.dtype))?;
+        resume_init(&mut table.init, wait);
         table.write_initial(part, header.sequence, payload);
         done(wait, 0, out);
         Ok(())
@@ -51,8 +53,23 @@ impl Shard {
     }
 }
 
-pub(super) fn grant_init(init: &mut Init, wait: &Wait, out: &mut Vec<Action>) {
+fn grant_init(init: &mut Init, wait: &Wait, out: &mut Vec<Action>) {
     init.claim += 1;
     init.holder = Some((wait.header.client, wait.header.incarnation, wait.to));
     done(wait, init.claim, out);
+}
+
+/// The connection `peer` is gone. What it claimed is the next one's, whether that waits already or is to come.
+pub(super) fn release_init(init: &mut Init, peer: PeerId, out: &mut Vec<Action>) {
+    if init.holder.take_if(|(.., holder)| *holder == peer).is_some() && !init.waits.is_empty() {
+        let next = init.waits.remove(0);
+        grant_init(init, &next, out);
+    }
+}
+
+/// Who has the latest claim and was gone meanwhile goes on with it.
+fn resume_init(init: &mut Init, wait: &Wait) {
+    if !init.done && init.claim > 0 && wait.header.sequence == init.claim {
+        init.holder.get_or_insert((wait.header.client, wait.header.incarnation, wait.to));
+    }
 }

@@ -1,0 +1,137 @@
+//! What a shard does where clients come and go, and where memory is short.
+
+use super::*;
+use crate::{Combine, Compression, DType, KeyRange, Mode, UpdateRule, open_body};
+
+fn spec(name: &str, elements: u64, mode: Mode) -> TableSpec {
+    TableSpec {
+        name: name.into(),
+        shape: vec![elements],
+        dtype: DType::F32,
+        rule: UpdateRule::Sum,
+        mode,
+        combine: Combine::Sum,
+        clipped: false,
+        recovery: Recovery::None,
+        compression: Compression::default(),
+        shards: 1,
+        shard: 0,
+        part_elements: elements.min(1 << 18),
+    }
+}
+
+/// A shard, and one table whose whole share is one part.
+struct Bench {
+    shard: Shard,
+    spec: TableSpec,
+}
+
+impl Bench {
+    /// With clients from 0 on, each over the connection of its number.
+    fn new(clients: u32, limits: Limits, spec: TableSpec) -> Self {
+        let mut bench = Self { shard: Shard::new(limits, 1), spec };
+        (0..clients).for_each(|client| bench.hello(client, client.into(), 1));
+        bench.open(&bench.spec.clone()).unwrap();
+        bench
+    }
+
+    fn hello(&mut self, peer: u32, client: u64, attempt: u64) {
+        let header = Header { client, sequence: attempt, ..Header::new(Kind::Hello) };
+        self.ask(peer, header, &[]).unwrap();
+    }
+
+    fn open(&mut self, spec: &TableSpec) -> Result<Option<u64>, u16> {
+        self.ask(0, Header { table: spec.id(), ..Header::new(Kind::Open) }, &open_body(spec))
+    }
+
+    /// A request about the table.
+    fn about(&self, kind: Kind, client: u64, sequence: u64) -> Header {
+        let (table, keys) = (self.spec.id(), KeyRange { start: 0, end: self.spec.shape[0] });
+        Header { table, keys, dtype: Some(DType::F32), client, sequence, ..Header::new(kind) }
+    }
+
+    /// The clock of the answer, none where it waits; or the status of a refusal.
+    fn ask(&mut self, peer: u32, header: Header, payload: &[u8]) -> Result<Option<u64>, u16> {
+        let header = Header { incarnation: 1, epoch: Epoch(1), payload_bytes: payload.len() as u64, ..header };
+        let mut out = Vec::new();
+        self.shard.handle(PeerId(peer), &header, payload, Instant::now(), &mut out);
+        match out.iter().find(|it| matches!(it, Action::Reply { to, .. } if *to == PeerId(peer))) {
+            Some(Action::Reply { header, .. }) if header.kind == Kind::Refused => Err(header.status),
+            Some(Action::Reply { header, .. }) => Ok(Some(header.clock)),
+            _ => Ok(None),
+        }
+    }
+
+    fn gone(&mut self, peer: u32) {
+        self.shard.gone(PeerId(peer), &mut Vec::new());
+    }
+
+    fn first(&mut self, peer: u32, client: u64, claim: u64, value: f32) {
+        let header = self.about(Kind::Init, client, claim);
+        self.ask(peer, header, &value.to_le_bytes()).unwrap();
+    }
+
+    fn init(&mut self, peer: u32, client: u64, kind: Kind, claim: u64) -> Option<u64> {
+        self.ask(peer, self.about(kind, client, claim), &[]).unwrap()
+    }
+
+    fn value(&mut self, client: u32) -> f32 {
+        let header = Header { incarnation: 1, epoch: Epoch(1), ..self.about(Kind::Pull, client.into(), 1) };
+        let mut out = Vec::new();
+        self.shard.handle(PeerId(client), &header, &[], Instant::now(), &mut out);
+        let Some(Action::Value { slice, .. }) = out.pop() else { panic!("no value") };
+        f32::from_le_bytes(slice[..4].try_into().unwrap())
+    }
+
+    /// Whether a copy of it can be made now.
+    fn can_be_copied(&mut self) -> bool {
+        self.shard.make_ready_to_copy(&mut Vec::new())
+    }
+}
+
+/// A replicated table of one element, whose first values client 0 has claimed, as number 1, before it was gone.
+fn abandoned() -> Bench {
+    let spec = TableSpec { recovery: Recovery::Replicate { copies: 1 }, ..spec("w", 1, Mode::Async) };
+    let mut bench = Bench::new(2, Limits { replicas: 1, ..Limits::default() }, spec);
+    assert_eq!(bench.init(0, 0, Kind::ClaimInit, 1), Some(1));
+    assert!(!bench.can_be_copied(), "first values are being written");
+    bench.gone(0);
+    bench
+}
+
+#[test]
+fn a_claim_whose_holder_dies_while_nobody_waits_is_the_next_one_s() {
+    let mut bench = abandoned();
+    assert!(bench.can_be_copied(), "nobody writes any more");
+    assert_eq!(bench.init(1, 1, Kind::ClaimInit, 1), Some(2));
+    bench.first(1, 1, 2, 5.0);
+    assert_eq!(bench.init(1, 1, Kind::EndInit, 2), Some(2));
+    assert_eq!(bench.value(1), 5.0);
+}
+
+#[test]
+fn who_comes_back_goes_on_with_its_claim_and_others_wait_for_it() {
+    let mut bench = abandoned();
+    bench.hello(7, 0, 2);
+    bench.first(7, 0, 1, 3.0);
+    assert!(!bench.can_be_copied(), "it writes again");
+    assert_eq!(bench.init(1, 1, Kind::ClaimInit, 1), None, "it waits");
+    assert_eq!(bench.init(7, 0, Kind::EndInit, 1), Some(1));
+    assert_eq!((bench.value(1), bench.can_be_copied()), (3.0, true));
+}
+
+#[test]
+fn who_comes_back_and_dies_again_is_missed_under_its_new_connection() {
+    let mut bench = abandoned();
+    bench.hello(7, 0, 2);
+    bench.first(7, 0, 1, 3.0);
+    bench.gone(7);
+    assert_eq!(bench.init(1, 1, Kind::ClaimInit, 1), Some(2));
+    // It was not gone for ever: what it still says is of a claim that is over.
+    bench.hello(8, 0, 3);
+    bench.first(1, 1, 2, 5.0);
+    bench.first(8, 0, 1, 9.0);
+    assert_eq!(bench.init(8, 0, Kind::EndInit, 1), Some(0));
+    assert_eq!(bench.init(1, 1, Kind::EndInit, 2), Some(2));
+    assert_eq!(bench.value(1), 5.0);
+}
