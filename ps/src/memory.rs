@@ -53,11 +53,31 @@ impl Memory {
 
     /// Sets `bytes` aside; false when there is no room.
     pub(crate) fn take(&mut self, bytes: u64) -> bool {
-        let fits = self.used.checked_add(bytes).is_some_and(|used| used <= self.limit);
+        let fits = self.has_room(bytes);
         if fits {
             self.used += bytes;
         }
         fits
+    }
+
+    /// Whether `bytes` more fit. Free buffers make way where they would not.
+    pub(crate) fn has_room(&mut self, bytes: u64) -> bool {
+        self.make_way(bytes);
+        self.used.checked_add(bytes).is_some_and(|used| used <= self.limit)
+    }
+
+    /// What took `before` bytes takes `after`.
+    pub(crate) fn resize(&mut self, before: u64, after: u64) {
+        self.used = self.used - before + after;
+        self.make_way(0);
+    }
+
+    /// Lets go of free buffers where `bytes` more would not fit beside them.
+    fn make_way(&mut self, bytes: u64) {
+        if self.used.saturating_add(bytes) > self.limit {
+            let freed: u64 = std::mem::take(&mut self.free).iter().map(|buffer| buffer.capacity() as u64).sum();
+            self.used -= freed;
+        }
     }
 
     /// A copy of `bytes`, on the account of `client`; `None` when there is no room, or not for that client.
@@ -69,13 +89,7 @@ impl Memory {
         let reused = self.free.iter().position(|buffer| buffer.capacity() >= bytes.len());
         let mut buffer = match reused {
             Some(at) => self.free.swap_remove(at),
-            None if self.take(bytes.len() as u64) => Vec::with_capacity(bytes.len()),
-            None => {
-                // Too small ones are no use to anybody while there is no room.
-                let freed: u64 = std::mem::take(&mut self.free).iter().map(|buffer| buffer.capacity() as u64).sum();
-                self.used -= freed;
-                self.take(bytes.len() as u64).then(|| Vec::with_capacity(bytes.len()))?
-            }
+            None => self.take(bytes.len() as u64).then(|| Vec::with_capacity(bytes.len()))?,
         };
         buffer.clear();
         buffer.extend_from_slice(bytes);
@@ -157,5 +171,25 @@ mod tests {
         memory.give_back(copy);
         assert_eq!(memory.copy(0, &[2; 20]).unwrap()[..], [2; 20]);
         assert_eq!(memory.used, 90);
+    }
+    #[test]
+    fn buffers_that_nobody_uses_make_way_for_whatever_needs_the_room() {
+        let idle = || {
+            let mut memory = Memory::new(100);
+            let copies: Vec<_> = (0..3).map(|client| memory.copy(client, &[1; 20]).unwrap()).collect();
+            copies.into_iter().for_each(|copy| memory.give_back(copy));
+            assert_eq!(memory.used, 60);
+            memory
+        };
+        let mut memory = idle();
+        assert!(memory.take(40) && memory.used == 100, "they stay where there is room beside them");
+        let mut memory = idle();
+        assert!(memory.take(90) && memory.used == 90);
+        let mut memory = idle();
+        assert!(memory.has_room(41) && !memory.has_room(101) && !memory.has_room(u64::MAX));
+        let mut memory = idle();
+        assert!(memory.take(30));
+        memory.resize(30, 100);
+        assert!(memory.used == 100 && !memory.take(1));
     }
 }

@@ -1,7 +1,7 @@
 //! What a shard does where clients come and go, and where memory is short.
 
 use super::*;
-use crate::{Combine, Compression, DType, KeyRange, Mode, UpdateRule, open_body};
+use crate::{Combine, Compression, DType, Initializer, KeyRange, Mode, UpdateRule, open_body, open_sparse_body};
 
 fn spec(name: &str, elements: u64, mode: Mode) -> TableSpec {
     TableSpec {
@@ -134,4 +134,54 @@ fn who_comes_back_and_dies_again_is_missed_under_its_new_connection() {
     assert_eq!(bench.init(8, 0, Kind::EndInit, 1), Some(0));
     assert_eq!(bench.init(1, 1, Kind::EndInit, 2), Some(2));
     assert_eq!(bench.value(1), 5.0);
+}
+
+/// A table of 1 MiB, in a shard that has room for nothing beside it and three contributions that were held once.
+fn crowded() -> Bench {
+    let mut bench = Bench::new(5, Limits::default(), spec("w", 1 << 18, Mode::Sync { workers: 5 }));
+    let table = bench.shard.memory.used;
+    for client in [4, 3, 2, 1, 0] {
+        let header = Header { clock: 1, ..bench.about(Kind::Push, client, 1) };
+        bench.ask(client as u32, header, &vec![0; 1 << 20]).unwrap();
+    }
+    assert_eq!(bench.shard.memory.used, table + (3 << 20), "they are kept for the next clock");
+    bench.shard.memory.limit = bench.shard.memory.used;
+    bench
+}
+
+#[test]
+fn buffers_that_were_kept_for_contributions_make_way_for_a_table() {
+    let mut bench = crowded();
+    assert_eq!(bench.open(&spec("more", 300_000, Mode::Async)), Ok(Some(0)));
+    assert_eq!(bench.open(&spec("too much", 300_000, Mode::Async)), Err(Reason::Limit as u16));
+}
+
+#[test]
+fn buffers_that_were_kept_for_contributions_make_way_for_rows() {
+    let rows = SparseSpec {
+        name: "rows".into(),
+        dim: 2,
+        dtype: DType::F32,
+        rule: UpdateRule::Sum,
+        mode: Mode::Async,
+        combine: Combine::Sum,
+        initializer: Initializer::Zeros,
+        seed: 0,
+        capacity: None,
+        eviction: None,
+        admission: 1,
+        recovery: Recovery::None,
+        shards: 1,
+        shard: 0,
+    };
+    let mut bench = crowded();
+    bench.shard.memory.limit = u64::MAX;
+    let open = Header { table: rows.id(), ..Header::new(Kind::OpenSparse) };
+    bench.ask(0, open, &open_sparse_body(&rows)).unwrap();
+    bench.shard.memory.limit = bench.shard.memory.used;
+    let body = [&[0, 0, 0, 0, 1, 0, 0, 0], &7u64.to_le_bytes()[..], &[0; 8]].concat();
+    let keys = KeyRange { start: 0, end: 1 };
+    let push = Header { table: rows.id(), keys, ..bench.about(Kind::SparsePush, 0, 2) };
+    assert_eq!(bench.ask(0, push, &body), Ok(Some(1)));
+    assert_eq!(bench.shard.status(0).sparse[0].rows, 1);
 }

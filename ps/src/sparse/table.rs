@@ -384,7 +384,7 @@ impl SparseTable {
     }
 
     /// Whether the rows that `ids` need can be made.
-    fn check_room(&self, ids: Ids<'_>, memory: &Memory) -> Result<(), Refusal> {
+    fn check_room(&self, ids: Ids<'_>, memory: &mut Memory) -> Result<(), Refusal> {
         if self.spec.eviction.is_some() && self.spec.capacity.is_some() {
             return Ok(());
         }
@@ -402,7 +402,7 @@ impl SparseTable {
             return Ok(());
         }
         let more = if absent == 0 { 0 } else { self.rows.bytes_for(absent) };
-        if more > 0 && memory.used.saturating_add(more) > memory.limit {
+        if more > 0 && !memory.has_room(more) {
             return Err(no_room(&self.spec, memory, more));
         }
         Ok(())
@@ -411,7 +411,7 @@ impl SparseTable {
     /// Brings what is set aside up to what is taken.
     fn account(&mut self, memory: &mut Memory) {
         let bytes = self.rows.bytes().max(self.least_bytes);
-        memory.used = memory.used - self.memory_bytes + bytes;
+        memory.resize(self.memory_bytes, bytes);
         self.memory_bytes = bytes;
     }
 

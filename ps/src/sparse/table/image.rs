@@ -287,7 +287,7 @@ impl SparseBuilder {
         let later = (opened_ms.saturating_sub(self.elapsed_ms) / 100).try_into().unwrap_or(u32::MAX);
         let ours = |id: u64| shard_of(id, spec.shards) == spec.shard;
         let capped = spec.capacity.is_some();
-        let mut room = |more: u64| capped || memory.used.checked_add(more).is_some_and(|used| used <= memory.limit);
+        let mut room = |more: u64| capped || memory.has_room(more);
         let left = self.missing_rows.checked_sub(rows.restore(from, &ours, later, &mut room)?);
         self.missing_rows = left.ok_or_else(|| self.wrong("more rows than it has"))?;
         let SparseTable { spec, rows, .. } = &self.table;
