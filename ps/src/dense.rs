@@ -109,6 +109,7 @@ pub(crate) struct Table {
     parts: Vec<Part>,
     rates: Rates,
     clipping: clipping::Clipping,
+    wanted: image::Wanted,
     /// What is missing, where another server had it and is gone.
     lost: Option<restoring::Lost>,
 }
@@ -136,6 +137,7 @@ impl Table {
             memory_bytes,
             rates: Rates::new(spec.rule),
             clipping: clipping::Clipping::default(),
+            wanted: image::Wanted::default(),
             lost: None,
             spec,
         })
@@ -251,6 +253,7 @@ impl Table {
             counts.values(answered(header, &self.spec));
         }
         self.tell_squares(out);
+        self.keep_wanted();
         Ok(true)
     }
 

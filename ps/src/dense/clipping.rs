@@ -107,6 +107,7 @@ impl Table {
             part.apply_closed(scale, &apply, memory, out);
         }
         self.clipping.last = Some((clock, squares, scale));
+        self.keep_wanted();
         self.tell_squares(out);
         Ok(())
     }

@@ -37,6 +37,18 @@ pub(crate) struct PartImage {
     held: Vec<Held>,
 }
 
+/// What a table keeps for an image that is wanted at a clock.
+#[derive(Default)]
+pub(super) enum Wanted {
+    /// None is wanted.
+    #[default]
+    Nothing,
+    /// Its parts have not all come to it.
+    Parts,
+    /// The rates and the scale as they were then: later clocks forget them.
+    Kept(Box<(Rates, Clipping)>),
+}
+
 impl Part {
     /// The part as it is, with everything that has come and waits for its turn.
     fn image(&self) -> PartImage {
@@ -92,6 +104,22 @@ impl Table {
                 part.take_image();
             }
         }
+        self.wanted = if clock.is_some() { Wanted::Parts } else { Wanted::Nothing };
+        self.keep_wanted();
+    }
+
+    /// Something was counted: once all parts have come to the clock of an image, keeps what is not theirs as it was then.
+    pub(super) fn keep_wanted(&mut self) {
+        if matches!(self.wanted, Wanted::Parts) && self.is_cut() {
+            self.wanted = Wanted::Kept(self.beside_parts());
+        }
+    }
+
+    /// What an image of the parts that are taken holds beside them.
+    fn beside_parts(&self) -> Box<(Rates, Clipping)> {
+        let clocks = self.parts.iter().filter_map(|part| part.cut.as_ref()).map(|cut| cut.order.completed());
+        let clock = clocks.min().unwrap_or(0);
+        Box::new((self.rates.at_cut(clock), self.clipping.at_cut(clock)))
     }
 
     /// Whether the image that was wanted is taken.
@@ -101,11 +129,12 @@ impl Table {
 
     /// The image that was wanted.
     pub(crate) fn take_cut(&mut self) -> TableImage {
-        let parts: Vec<PartImage> = self.parts.iter_mut().filter_map(|part| part.cut.take()).map(|cut| *cut).collect();
-        let clock = parts.iter().map(|part| part.order.completed()).min().unwrap_or(0);
-        let rates = self.rates.at_cut(clock);
+        let (rates, clipping) = match std::mem::take(&mut self.wanted) {
+            Wanted::Kept(kept) => *kept,
+            _ => *self.beside_parts(),
+        };
+        let parts = self.parts.iter_mut().filter_map(|part| part.cut.take()).map(|cut| *cut).collect();
         let init = (self.init.claim, self.init.done);
-        let clipping = self.clipping.at_cut(clock);
         TableImage { spec: self.spec.clone(), rates, init, counts: self.counts, clipping, parts }
     }
 

@@ -185,3 +185,62 @@ fn buffers_that_were_kept_for_contributions_make_way_for_rows() {
     assert_eq!(bench.ask(0, push, &body), Ok(Some(1)));
     assert_eq!(bench.shard.status(0).sparse[0].rows, 1);
 }
+
+/// A request for a checkpoint of these tables at a clock.
+fn snapshot(tables: &[&TableSpec], clock: u64) -> Vec<u8> {
+    let mut body = Writer::default();
+    body.text(&crate::checkpoint::name_at(1));
+    [0, 1, tables.len() as u64].into_iter().for_each(|number| body.number(number));
+    tables.iter().flat_map(|spec| [spec.id().0, clock]).for_each(|number| body.number(number));
+    body.0
+}
+
+#[test]
+fn a_checkpoint_keeps_the_rate_and_the_scale_of_its_clock_however_long_other_tables_take() {
+    let rule = UpdateRule::Sgd(crate::Sgd::default());
+    let slow = spec("v", 1, Mode::Sync { workers: 1 });
+    let fast = TableSpec { rule, clipped: true, ..spec("w", 1, Mode::Sync { workers: 1 }) };
+    let mut bench = Bench::new(1, Limits::default(), fast.clone());
+    bench.open(&slow).unwrap();
+    let rate = |bench: &mut Bench, clock, rate: f64| {
+        let header = Header { clock, ..bench.about(Kind::SetRate, 0, clock) };
+        bench.ask(0, header, &crate::rate_body(&rate.into())).unwrap();
+    };
+    let push = |bench: &mut Bench, table: &TableSpec, clock| {
+        let header = Header { clock, table: table.id(), ..bench.about(Kind::Push, 0, clock) };
+        bench.ask(0, header, &1f32.to_le_bytes()).unwrap();
+    };
+    let scale = |bench: &mut Bench, clock, scale: f64| {
+        let header = Header { clock, ..bench.about(Kind::Scale, 0, clock) };
+        bench.ask(0, header, &scale.to_le_bytes()).unwrap();
+    };
+    rate(&mut bench, 1, 0.5);
+    let mut out = Vec::new();
+    let body = snapshot(&[&fast, &slow], 1);
+    let header =
+        Header { incarnation: 1, epoch: Epoch(1), payload_bytes: body.len() as u64, ..Header::new(Kind::Snapshot) };
+    bench.shard.handle(PeerId(0), &header, &body, Instant::now(), &mut out);
+    assert!(out.is_empty(), "{out:?}");
+    for clock in 1..=3 {
+        push(&mut bench, &fast, clock);
+        scale(&mut bench, clock, 0.25 * clock as f64);
+        rate(&mut bench, clock + 2, 0.125);
+    }
+    let header = Header { clock: 1, table: slow.id(), ..bench.about(Kind::Push, 0, 1) };
+    let header = Header { incarnation: 1, epoch: Epoch(1), payload_bytes: 4, ..header };
+    bench.shard.handle(PeerId(0), &header, &[0; 4], Instant::now(), &mut out);
+    let Some(Action::Store { cut, .. }) = out.iter().find(|it| matches!(it, Action::Store { .. })) else {
+        panic!("{out:?}")
+    };
+    let mut builder = crate::state::Builder::new(Limits::default(), 2, (0, 1), Instant::now());
+    cut.tables.iter().flat_map(crate::state::Image::chunks).for_each(|chunk| builder.take(&chunk).unwrap());
+    let mut kept = Bench { shard: builder.finish().unwrap(), spec: fast.clone() };
+    let table = &kept.shard.status(0).tables;
+    let of_fast = table.iter().find(|table| table.spec.name == fast.name).unwrap();
+    assert_eq!((of_fast.clock, of_fast.spec.rule.learning_rate()), (1, Some(0.5)));
+    // Who asks late by what clock 1 was multiplied is told of another scale than the one that counted.
+    kept.hello(0, 0, 1);
+    let header = Header { clock: 1, ..kept.about(Kind::Scale, 0, 1) };
+    assert_eq!(kept.ask(0, header, &0.75f64.to_le_bytes()), Err(Reason::Mismatch as u16));
+    assert_eq!(kept.ask(0, header, &0.25f64.to_le_bytes()), Ok(Some(1)));
+}
