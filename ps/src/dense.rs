@@ -12,6 +12,7 @@ use crate::bounded::Progress;
 use crate::counts::Counts;
 use crate::exact_sum::ExactSum;
 use crate::header::{Header, Kind};
+use crate::members::Members;
 use crate::memory::{Copied, Memory};
 use crate::rates::Rates;
 use crate::refusal::{Reason, Refusal};
@@ -25,7 +26,7 @@ use gradwire_transport::{PeerId, RegionSlice};
 use std::collections::HashMap;
 use std::time::Instant;
 
-/// Clients whose calls one part remembers; beyond it, those of the client that started first are forgotten.
+/// Clients whose calls one part remembers; beyond it, those of a client that is gone are forgotten.
 const MAX_WINDOWS: usize = 4096;
 
 /// A request that is answered later.
@@ -212,7 +213,7 @@ impl Table {
         at: usize,
         from: &Wait,
         payload: &[u8],
-        memory: &mut Memory,
+        (members, memory): (&Members, &mut Memory),
         out: &mut Vec<Answer>,
     ) -> Result<bool, Refusal> {
         let header = &from.header;
@@ -223,17 +224,13 @@ impl Table {
         let rule_at = |clock: u64| rates.at(clock);
         let duplicate = match &mut part.order {
             Order::Arrival { windows, applied } => {
-                let duplicate = match admit(windows, header) {
-                    Call::New => {
-                        *applied += 1;
-                        part.values.apply(&rates.at(*applied), *applied, 1.0, Source::Only(gradient));
-                        false
-                    }
-                    Call::Duplicate => true,
-                    Call::Stale => return Err(superseded(header)),
-                };
+                let new = admit(windows, header, members, || self.spec.subject())?;
+                if new {
+                    *applied += 1;
+                    part.values.apply(&rates.at(*applied), *applied, 1.0, Source::Only(gradient));
+                }
                 part.answer(*from, out);
-                duplicate
+                !new
             }
             Order::Bounded { .. } => match part.push_bounded(from, gradient, (rates, divisor), memory, out) {
                 None => return Ok(false),
@@ -322,14 +319,29 @@ pub(crate) fn waited(subject: String, what: String, missing: &[u32]) -> Refusal 
     Refusal::new(Reason::Waited, subject, what, "pushes of all workers", got)
 }
 
-/// Judges a call by the window of its client, and counts it when it is new.
-pub(crate) fn admit(windows: &mut HashMap<u64, Window>, header: &Header) -> Call {
+/// Judges a call by the window of its client, and counts it when it is new. Where too many clients are remembered, the one that
+/// started first is forgotten: of those that the shard knows no more, else of those without a connection. The call of one that
+/// is connected may still come again.
+pub(crate) fn admit(
+    windows: &mut HashMap<u64, Window>,
+    header: &Header,
+    members: &Members,
+    subject: impl Fn() -> String,
+) -> Result<bool, Refusal> {
     if windows.len() >= MAX_WINDOWS && !windows.contains_key(&header.client) {
-        let oldest = windows.iter().min_by_key(|(_, window)| window.incarnation).map(|(&client, _)| client);
-        oldest.map(|client| windows.remove(&client));
+        let absent = windows.iter().map(|(&client, window)| (members.presence(client), window.incarnation, client));
+        let Some((.., client)) = absent.filter(|(presence, ..)| *presence < 2).min() else {
+            let expected = format!("at most {MAX_WINDOWS} that are connected");
+            return Err(Refusal::new(Reason::Limit, subject(), "clients that push", expected, MAX_WINDOWS + 1));
+        };
+        windows.remove(&client);
     }
     let window = windows.entry(header.client).or_insert(Window::new(header.incarnation));
-    window.admit(header.incarnation, header.sequence)
+    match window.admit(header.incarnation, header.sequence) {
+        Call::New => Ok(true),
+        Call::Duplicate => Ok(false),
+        Call::Stale => Err(superseded(header)),
+    }
 }
 
 /// The refusal for a client whose place a later process has taken.

@@ -79,6 +79,11 @@ impl Members {
         self.clients.iter().filter_map(|(&client, member)| Some((client, member.peer?)))
     }
 
+    /// How well a client is known: 0 where it was forgotten, 1 where it has no connection, 2 where it has one.
+    pub(crate) fn presence(&self, client: u64) -> u8 {
+        self.clients.get(&client).map_or(0, |member| 1 + u8::from(member.peer.is_some()))
+    }
+
     /// A client says who it is. Tells the connection whose place it takes, which is to be closed.
     pub(crate) fn hello(&mut self, from: PeerId, header: &Header) -> Result<Option<PeerId>, Refusal> {
         if self.clients.len() >= self.limit && !self.clients.contains_key(&header.client) {

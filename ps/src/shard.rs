@@ -340,7 +340,7 @@ impl Shard {
         check_answer_codec(header, &table.spec)?;
         check_pusher(header, table.spec.mode, || table.spec.subject())?;
         check_waiting(table.waiting_at(part), || table.spec.subject(), &self.limits)?;
-        if !table.push(part, wait, payload, &mut self.memory, &mut self.answers)? {
+        if !table.push(part, wait, payload, (&self.members, &mut self.memory), &mut self.answers)? {
             out.push(Action::Reply { to: wait.to, header: header.reply(Kind::Later), body: Vec::new() });
         }
         Ok(())
@@ -394,8 +394,8 @@ impl Shard {
         if header.keys.start != u64::from(table.spec.shard) {
             return Err(Refusal::new(Reason::Malformed, subject(), "shard", table.spec.shard, header.keys.start));
         }
-        let Self { memory, shelf, answers, .. } = self;
-        let mut means = Means { memory, shelf, now, out: answers };
+        let Self { members, memory, shelf, answers, .. } = self;
+        let mut means = Means { members, memory, shelf, now, out: answers };
         let taken = if header.kind == Kind::SparsePush {
             check_pusher(header, table.spec.mode, subject)?;
             table.push(wait, payload, &mut means)?

@@ -244,3 +244,40 @@ fn a_checkpoint_keeps_the_rate_and_the_scale_of_its_clock_however_long_other_tab
     assert_eq!(kept.ask(0, header, &0.75f64.to_le_bytes()), Err(Reason::Mismatch as u16));
     assert_eq!(kept.ask(0, header, &0.25f64.to_le_bytes()), Ok(Some(1)));
 }
+
+/// More than one part of a table remembers clients.
+const CROWD: u64 = 5000;
+
+/// Pushes 1 to a table in the order of arrival, as the first call of that client.
+fn add(bench: &mut Bench, peer: u32, client: u64) -> Result<Option<u64>, u16> {
+    bench.ask(peer, bench.about(Kind::Push, client, 1), &1f32.to_le_bytes())
+}
+
+#[test]
+fn a_call_of_a_client_that_stays_counts_once_however_many_come_and_go() {
+    let mut bench = Bench::new(1, Limits::default(), spec("w", 1, Mode::Async));
+    add(&mut bench, 0, 0).unwrap();
+    // All others started later than the one that stays.
+    for client in 1..CROWD {
+        bench.hello(1, client, 1);
+        add(&mut bench, 1, client).unwrap();
+        bench.gone(1);
+    }
+    assert_eq!(bench.value(0), CROWD as f32);
+    add(&mut bench, 0, 0).unwrap();
+    assert_eq!(bench.value(0), CROWD as f32, "it was sent again");
+}
+
+#[test]
+fn where_more_are_connected_than_can_be_remembered_the_newcomer_is_refused() {
+    let limits = Limits { clients: CROWD as usize, ..Limits::default() };
+    let mut bench = Bench::new(CROWD as u32, limits, spec("w", 1, Mode::Async));
+    let taken = (0..CROWD).filter(|&client| add(&mut bench, client as u32, client).is_ok()).count();
+    assert_eq!(taken, 4096);
+    assert_eq!(add(&mut bench, 4096, 4096), Err(Reason::Limit as u16));
+    add(&mut bench, 0, 0).unwrap();
+    assert_eq!(bench.value(0), 4096.0, "nothing counts twice, and nothing of who was refused");
+    bench.gone(7);
+    add(&mut bench, 4096, 4096).unwrap();
+    assert_eq!(bench.value(0), 4097.0, "one that is gone makes room");
+}

@@ -10,13 +10,14 @@ use super::{Batch, Ids, SparseSpec};
 use crate::DType;
 use crate::bounded::{Progress, Turn};
 use crate::counts::Counts;
-use crate::dense::{Answer, Wait, admit, divisor, superseded, waited};
+use crate::dense::{Answer, Wait, admit, divisor, waited};
 use crate::header::{Header, Kind};
+use crate::members::Members;
 use crate::memory::{Copied, Memory, Shelf};
 use crate::rates::Rates;
 use crate::refusal::{Reason, Refusal};
 use crate::schedule::Schedule;
-use crate::staleness::{Call, Mode, Window};
+use crate::staleness::{Mode, Window};
 use crate::status::SparseStatus;
 use gradwire_transport::PeerId;
 use std::collections::HashMap;
@@ -57,6 +58,7 @@ pub(crate) struct SparseTable {
 
 /// What a shard lends to a call.
 pub(crate) struct Means<'a> {
+    pub(crate) members: &'a Members,
     pub(crate) memory: &'a mut Memory,
     pub(crate) shelf: &'a mut Shelf,
     pub(crate) now: Instant,
@@ -173,18 +175,14 @@ impl SparseTable {
             self.check_room(batch.ids, means.memory)?;
         }
         let Order::Arrival { windows, pushes } = &mut self.order else { unreachable!("asked before") };
-        let duplicate = match admit(windows, header) {
-            Call::New => {
-                *pushes += u64::from(batch.part == 0);
-                let step = (*pushes).max(1);
-                self.rows.apply(&self.rates.at(step), step, batch, 1.0, now_ms);
-                false
-            }
-            Call::Duplicate => true,
-            Call::Stale => return Err(superseded(header)),
-        };
+        let new = admit(windows, header, means.members, || self.spec.subject())?;
+        if new {
+            *pushes += u64::from(batch.part == 0);
+            let step = (*pushes).max(1);
+            self.rows.apply(&self.rates.at(step), step, batch, 1.0, now_ms);
+        }
         self.acknowledge(from, means.out);
-        Ok(duplicate)
+        Ok(!new)
     }
 
     fn push_to_clock(
