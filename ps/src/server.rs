@@ -265,7 +265,7 @@ impl Server {
             self.complete(completion, now);
         }
         self.done = done;
-        if let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.under_way > 0) {
+        if let Some(keeper) = self.keeper.as_mut().filter(|keeper| keeper.is_busy()) {
             keeper.answers(&mut self.actions);
             self.act();
         }
@@ -413,7 +413,7 @@ impl Server {
                 Action::Ship { to, bytes } => self.ship(to, bytes),
                 Action::Tell { to, header } => self.tell(to, header),
                 Action::Store { to, header, cut } => match &mut self.keeper {
-                    Some(keeper) => keeper.store(to, header, cut),
+                    Some(keeper) => self.outbox.extend(keeper.store(to, header, cut)),
                     None => {
                         let why = "no folder is known: start the servers with --checkpoint-dir".to_owned();
                         self.outbox.push_back(Shard::stored((to, header), Err(why)));

@@ -74,8 +74,7 @@ impl Shard {
             return Ok(());
         }
         if let Some(before) = self.disarm() {
-            let refusal = Refusal::new(Reason::Superseded, "snapshot", "name", &asked.name, &before.name);
-            refuse(before.wait.to, &before.wait.header, &refusal, out);
+            out.push(Self::superseded((before.wait.to, before.wait.header), &before.name, &asked.name));
         }
         let header = wait.header;
         for &(id, clock) in &asked.tables {
@@ -159,20 +158,25 @@ impl Shard {
 
     /// Answers who asked for a snapshot that was stored in so many bytes, or why it was not.
     pub(crate) fn stored(wait: (PeerId, Header), stored: Result<u64, String>) -> Action {
-        let (to, header) = wait;
-        let mut out = Vec::new();
         match stored {
             Ok(bytes) => {
-                let mut header = header.reply(Kind::Done);
+                let mut header = wait.1.reply(Kind::Done);
                 (header.flags, header.payload_bytes) = (FLAG_INLINE, 8);
-                out.push(Action::Reply { to, header, body: bytes.to_le_bytes().to_vec() });
+                Action::Reply { to: wait.0, header, body: bytes.to_le_bytes().to_vec() }
             }
-            Err(why) => {
-                let refusal = Refusal::new(Reason::Limit, "snapshot", "checkpoint", "to be written", why);
-                refuse(to, &header, &refusal, &mut out);
-            }
+            Err(why) => refused(wait, &Refusal::new(Reason::Limit, "snapshot", "checkpoint", "to be written", why)),
         }
-        out.remove(0)
+    }
+
+    /// Refuses a snapshot since the one `before` is still being written.
+    pub(crate) fn still_storing(wait: (PeerId, Header), name: &str, before: &str) -> Action {
+        let (subject, expected) = (format!("snapshot {name}"), "none that is still being written (ask less often)");
+        refused(wait, &Refusal::new(Reason::Limit, subject, "checkpoint under way", expected, before))
+    }
+
+    /// Refuses a snapshot that waits since its client has asked for a later one.
+    pub(crate) fn superseded(wait: (PeerId, Header), name: &str, later: &str) -> Action {
+        refused(wait, &Refusal::new(Reason::Superseded, "snapshot", "name", later, name))
     }
 
     /// The shard was made from a checkpoint: clients of the process before must notice, since what they pushed since is gone.
@@ -198,6 +202,12 @@ impl Shard {
     pub(crate) fn instance(&self) -> u64 {
         self.instance
     }
+}
+
+fn refused((to, header): (PeerId, Header), refusal: &Refusal) -> Action {
+    let mut out = Vec::new();
+    refuse(to, &header, refusal, &mut out);
+    out.remove(0)
 }
 
 #[cfg(test)]
