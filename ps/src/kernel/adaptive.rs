@@ -73,18 +73,28 @@ impl<C: Real> FtrlStep<C> {
     }
 
     /// The per-coordinate algorithm of the paper: `z` and `squares` are its state.
+    ///
+    /// There a weight is what `z` makes of it. One that was written, as a first value is, and that no gradient has reached, is
+    /// kept, and gives the `z` that makes it: else the first gradient would begin at 0.
     #[inline(always)]
     pub(super) fn run(&self, value: &mut [C], gradient: &[C], z: &mut [C], squares: &mut [C]) {
+        let zero = C::default();
+        let first_slope = self.beta / self.rate + self.l2;
         for (((value, gradient), z), squares) in value.iter_mut().zip(gradient).zip(z).zip(squares) {
+            let written = *squares == zero && *value != zero;
+            let sign = if *value > zero { self.l1 } else { zero - self.l1 };
+            let first = zero - *value * first_slope - sign;
             let before = squares.sqrt();
             *squares += *gradient * *gradient;
             let root = squares.sqrt();
+            *z = if written { first } else { *z };
             *z += *gradient - (root - before) / self.rate * *value;
-            let shrunk = if *z > C::default() { self.l1 - *z } else { C::default() - self.l1 - *z };
+            let shrunk = if *z > zero { self.l1 - *z } else { zero - self.l1 - *z };
             let slope = (self.beta + root) / self.rate + self.l2;
             // The division is made in either case, so that it becomes one of a vector.
             let wanted = shrunk / slope;
-            *value = if z.abs() <= self.l1 { C::default() } else { wanted };
+            let wanted = if z.abs() <= self.l1 { zero } else { wanted };
+            *value = if written && *squares == zero { *value } else { wanted };
         }
     }
 }
@@ -160,6 +170,35 @@ mod tests {
             assert!((f64::from(got) - expected).abs() <= 1e-6, "{got} is not {expected}");
         }
         assert!(value[0] < 0.0 && value[1] > 0.0 && value[2] == 0.0 && value[3] == 0.0);
+    }
+
+    #[test]
+    fn ftrl_goes_on_from_a_weight_that_was_written() {
+        let ftrl = Ftrl { learning_rate: 0.1, beta: 1.0, l1: 0.5, l2: 0.01 };
+        let weights = [2.0f32, -0.75, 1e-3, 0.0];
+        let (mut value, mut state) = (weights, state(UpdateRule::Ftrl(ftrl), 4));
+        for rate in [0.1, 0.4] {
+            let rule = UpdateRule::Ftrl(Ftrl { learning_rate: rate, ..ftrl });
+            step(rule, 1, &mut value, &[0.0; 4], &mut state);
+            assert_eq!(value, weights, "no gradient has come, whatever the rate");
+        }
+        // The z that makes each weight, by the paper's formula for it, and from there the paper's two steps.
+        let slope = |squares: f64| (ftrl.beta + squares.sqrt()) / ftrl.learning_rate + ftrl.l2;
+        let mut w = weights.map(f64::from);
+        let mut z = w.map(|w| if w == 0.0 { 0.0 } else { -w * slope(0.0) - w.signum() * ftrl.l1 });
+        let mut q = [0.0f64; 4];
+        for gradient in [[0.4f32, -0.9, 0.05, 0.75], [0.2, 0.1, -0.3, 0.0]] {
+            step(UpdateRule::Ftrl(ftrl), 2, &mut value, &gradient, &mut state);
+            for (i, gradient) in gradient.map(f64::from).into_iter().enumerate() {
+                z[i] += gradient - ((q[i] + gradient * gradient).sqrt() - q[i].sqrt()) / ftrl.learning_rate * w[i];
+                q[i] += gradient * gradient;
+                w[i] = if z[i].abs() <= ftrl.l1 { 0.0 } else { -(z[i] - z[i].signum() * ftrl.l1) / slope(q[i]) };
+            }
+            for (got, expected) in value.into_iter().zip(w) {
+                assert!((f64::from(got) - expected).abs() <= 1e-6, "{got} is not {expected}");
+            }
+        }
+        assert!(value[0] > 1.9 && value[1] < -0.6, "they are about what they were: {value:?}");
     }
 
     /// The same formulas, one element after the other, with nothing that could become a vector.

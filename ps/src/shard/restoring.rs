@@ -79,7 +79,7 @@ mod tests {
     use crate::schedule::rates_body;
     use crate::shard::Limits;
     use crate::state::Builder;
-    use crate::{Adam, Combine, Compression, DType, Epoch, KeyRange, Schedule, TableSpec, UpdateRule, open_body};
+    use crate::{Adam, Combine, Compression, DType, Epoch, Ftrl, KeyRange, Schedule, TableSpec, UpdateRule, open_body};
     use gradwire_transport::PeerId;
     use std::time::Instant;
 
@@ -211,6 +211,30 @@ mod tests {
         let mut lost = opened(AGAIN);
         for (clock, body) in [(1, &unordered[..]), (u64::MAX, &rates_body(&[])), (1, &[1])] {
             assert_eq!(ask(&mut lost, Kind::Restart, clock, body).0.kind, Kind::Refused);
+        }
+    }
+    #[test]
+    fn weights_that_are_given_again_outlive_the_first_push_to_an_ftrl_table() {
+        let ftrl = Ftrl { learning_rate: 0.5, beta: 1.0, l1: 0.25, l2: 0.0 };
+        let spec = TableSpec { rule: UpdateRule::Ftrl(ftrl), ..spec() };
+        let open = |clock| {
+            let mut shard = Shard::new(Limits::default(), 1);
+            ask(&mut shard, Kind::Hello, 0, &[]);
+            assert_eq!(ask(&mut shard, Kind::Open, clock, &open_body(&spec)).0.kind, Kind::Done);
+            shard
+        };
+        let (mut new, mut again) = (open(0), open(AGAIN));
+        ask(&mut new, Kind::ClaimInit, 0, &[]);
+        ask(&mut new, Kind::Init, 1, &bytes(FIRST));
+        ask(&mut again, Kind::Restart, 9, &rates_body(&[]));
+        ask(&mut again, Kind::Restore, 9, &bytes(FIRST));
+        // A gradient moves each weight by itself over the paper's slope, (beta + |g|) / alpha, as long as no sign changes.
+        let moved = [FIRST[0] - 0.25 / (1.25 / 0.5), FIRST[1] - 7.0 / (8.0 / 0.5)];
+        for (shard, clock) in [(&mut new, 1), (&mut again, 10)] {
+            let value = push(shard, clock);
+            let value: Vec<f32> = value.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+            let near = value.iter().zip(moved).all(|(got, expected)| (got - expected).abs() <= 1e-6);
+            assert!(near, "{value:?} is not {moved:?}");
         }
     }
 }
