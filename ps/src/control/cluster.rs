@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// Silence after which a process counts as gone, where no other end of a log has said so before.
 pub const LEASE: Duration = Duration::from_secs(3);
 
+/// Silence after which nothing is handed over to a process, though it does not count as gone: two beats of its agent.
+const LATELY: Duration = Duration::from_secs(1);
+
 /// How long a coordinator that begins waits for a shard's only holder, and any for two that fall silent together: many times what
 /// servers take to find it.
 const GRACE: Duration = Duration::from_secs(15);
@@ -162,7 +165,7 @@ impl Cluster {
         self.map.epoch != before
     }
 
-    /// The server at `address` is to have no part any more: each of its shards goes to its backup as soon as there is one. The
+    /// The server at `address` is to have no part any more: each of its shards goes to its backup as soon as one is heard. The
     /// shards that are still there, and whether the map has changed; `None` where nobody is at that address.
     pub fn drain(&mut self, address: &str, now: Instant) -> Option<(Vec<u32>, bool)> {
         let before = self.map.epoch;
@@ -186,17 +189,25 @@ impl Cluster {
         self.processes.values().flat_map(|process| &process.seats).map(|(_, address, _)| &**address).collect()
     }
 
-    /// Takes parts from processes that are about to end. A primary keeps its own until it has a backup.
-    fn relieve(&mut self) {
+    /// Takes parts from processes that are about to end. A primary keeps its own until it has a backup, and that was heard lately:
+    /// who hands over to one that is dead has lost what it had.
+    fn relieve(&mut self, now: Instant) {
         for shard in 0..self.map.shards.len() as u32 {
             let leaves = |who: &Seating| self.processes.get(&who.process).is_some_and(|it| it.leaving);
             for (seat, part) in self.those(shard, leaves) {
-                // A primary keeps its own until it has a backup.
-                if part != Part::Primary || !self.map.shards[shard as usize].backups.is_empty() {
+                let next = self.map.shards[shard as usize].backups.first();
+                if part != Part::Primary || next.is_some_and(|next| self.was_heard(next, now)) {
                     self.remove(shard, seat);
                 }
             }
         }
+    }
+
+    /// Whether a seat is there, and its process has said so lately.
+    fn was_heard(&self, who: &Seating, now: Instant) -> bool {
+        let is_there = |it: &Process| it.seats.iter().any(|(seat, ..)| *seat == who.seat);
+        let heard = |it: &Process| now.saturating_duration_since(it.heard) < LATELY;
+        self.processes.get(&who.process).is_some_and(|it| heard(it) && is_there(it))
     }
 
     /// Seats of a shard's chain that `are` something, the last one first.
@@ -341,7 +352,7 @@ impl Cluster {
 
     /// Gives parts to seats that have none.
     fn assign(&mut self, now: Instant) {
-        self.relieve();
+        self.relieve(now);
         if self.map.shards.is_empty() {
             let wanted = self.shards as usize * (1 + self.map.replicas as usize);
             if self.spare_seats() < wanted || self.processes.len() <= self.map.replicas as usize {

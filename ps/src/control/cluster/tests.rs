@@ -147,6 +147,34 @@ fn who_leaves_hands_its_shards_over_and_an_only_copy_is_copied_first() {
 }
 
 #[test]
+fn a_primary_that_is_drained_keeps_its_shard_while_its_backup_is_silent() {
+    let drained = || {
+        let mut bench = Bench::formed();
+        bench.now += LATELY;
+        bench.join(1, &[10]);
+        assert_eq!(bench.cluster.drain("host:10", bench.now), Some((vec![0], true)));
+        assert_eq!(bench.seats(0), [10, 20, 0], "its backup may be dead, and all with it");
+        bench
+    };
+    let mut late = drained();
+    assert!(late.join(2, &[20]) && late.seats(0) == [20, 0, 0]);
+    let mut dead = drained();
+    dead.now += LEASE - LATELY;
+    dead.join(1, &[10]);
+    assert!(dead.cluster.tick(dead.now) && dead.seats(0) == [10, 0, 0]);
+    assert!(dead.join(3, &[30]) && dead.seats(0) == [10, 0, 30]);
+    dead.cluster.report(Sighting::Synced { shard: 0, by: 10, whom: 30 }, dead.now);
+    assert_eq!(dead.seats(0), [30, 0, 0]);
+    // A coordinator that has just begun has heard nobody.
+    let map = drained().cluster.map().clone();
+    let mut next = Bench::new(1);
+    next.cluster.restore(map, next.now).unwrap();
+    next.join(1, &[10]);
+    assert_eq!(next.seats(0), [10, 20, 0]);
+    assert!(next.join(2, &[20]) && next.seats(0) == [20, 0, 0]);
+}
+
+#[test]
 fn a_coordinator_started_anew_learns_the_map_from_any_server() {
     let mut bench = Bench::formed();
     bench.cluster.report(Sighting::Lost { shard: 0, by: 20, whom: 10 }, bench.now);
