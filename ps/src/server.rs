@@ -15,6 +15,7 @@ use crate::protocol::{
 };
 use crate::replica::{PRIMARY, Seat};
 use crate::shard::{Action, Limits, Shard};
+use crate::shard_map::MAX_PART_BYTES;
 use crate::{Dialer, PsError, dial};
 use gradwire_transport::{
     Completion, Config, CreditSettings, Envelope, LossCause, PeerId, RecvLoan, RegionSlice, Tag, TransportError, Wake,
@@ -29,6 +30,9 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(250);
 /// How long an idle server without clients sleeps. Anything that happens wakes it earlier.
 const NAP: Duration = Duration::from_secs(60);
+/// Bytes of values that may wait for a client to read them: beyond, no more are made for it until it has. Twice what is posted
+/// to the wire at once, so that no link waits for the shard.
+const MOST_UNREAD: usize = 2 * POSTED_SENDS * MAX_PART_BYTES;
 /// How long clients are said goodbye to.
 const FAREWELL: Duration = Duration::from_millis(300);
 
@@ -110,6 +114,8 @@ struct Connection {
     payloads: VecDeque<RecvLoan>,
     values: VecDeque<(Header, RegionSlice)>,
     sending: usize,
+    /// Bytes of values that were made for it and have not gone.
+    unread: usize,
     /// Entries of our log that have not gone.
     log: VecDeque<Arc<Vec<u8>>>,
 }
@@ -293,14 +299,10 @@ impl Server {
                 }
             }
             Completion::Arrived(arrival) if arrival.from.tag == LOG => self.take_entry(arrival, now),
-            Completion::Sent { to, slice } => {
-                drop(slice);
-                self.sent(to.peer);
-            }
+            Completion::Sent { to, slice } => self.sent(to.peer, slice, now),
             Completion::SendFailed { to, slice, error } => {
-                drop(slice);
                 tracing::debug!(peer = to.peer.0, %error, "a value could not be sent");
-                self.sent(to.peer);
+                self.sent(to.peer, slice, now);
             }
             Completion::RecvFailed { peer, error: TransportError::MessageTooLong { bytes, capacity, .. }, .. } => {
                 self.close(peer, format!("a request of {bytes} bytes, of which {capacity} are taken"));
@@ -366,6 +368,10 @@ impl Server {
                 self.copying.stalled = true;
                 return;
             }
+            if header.kind.pulls() && connection.unread >= MOST_UNREAD {
+                // It is served again once something has gone.
+                return;
+            }
             let apart = !header.is_inline() && header.payload_bytes > 0;
             if apart && connection.payloads.is_empty() {
                 return;
@@ -401,6 +407,7 @@ impl Server {
                         gauges.answer(to, &header, Instant::now());
                     }
                     if let Some(connection) = self.connections.get_mut(&to) {
+                        connection.unread += slice.len();
                         connection.values.push_back((header, slice));
                         self.send_values(to);
                     }
@@ -471,10 +478,14 @@ impl Server {
         }
     }
 
-    fn sent(&mut self, to: PeerId) {
+    /// A value has gone, or never will.
+    fn sent(&mut self, to: PeerId, slice: RegionSlice, now: Instant) {
         if let Some(connection) = self.connections.get_mut(&to) {
             connection.sending = connection.sending.saturating_sub(1);
+            connection.unread = connection.unread.saturating_sub(slice.len());
+            drop(slice);
             self.send_values(to);
+            self.serve(to, now);
         }
     }
 

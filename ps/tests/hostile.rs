@@ -336,3 +336,49 @@ fn a_sparse_table_that_would_outgrow_the_server_is_refused_and_keeps_what_it_has
     push(0).expect("rows that are there may be pushed to");
     all_is_well(&servers);
 }
+
+#[test]
+fn who_asks_and_does_not_read_is_owed_no_more_than_a_link_holds_and_gets_all_once_it_reads() {
+    const ASKED: u32 = 600;
+    let servers = servers();
+    let client = Client::connect(servers.addresses(), ClientSettings::default()).unwrap();
+    // A row is an answer of 256 KiB: all of them together are 150 MiB, and the bound is 32 MiB.
+    client.sparse("s", 1 << 16, DType::F32, SparseOptions::default()).unwrap();
+    let mut liar = Liar::new(&servers);
+    liar.say(REQUEST, &hello());
+    liar.answers(1);
+    let mut done = Vec::new();
+    for slot in 0..ASKED {
+        let mut pull = Header::decode(&sparse(Kind::SparsePull, 1, &7u64.to_le_bytes())).unwrap();
+        pull.slot = slot;
+        liar.say(REQUEST, &with_body(pull, &7u64.to_le_bytes()));
+        liar.0.poll(Instant::now(), &mut done);
+    }
+    let mut served = || {
+        liar.0.poll(Instant::now(), &mut done);
+        client.status().unwrap()[0].sparse[0].pulls
+    };
+    let until = Instant::now() + Duration::from_secs(20);
+    while served() < 128 {
+        assert!(Instant::now() < until, "{} are served", served());
+    }
+    let more = (0..50).map(|_| served()).max();
+    // Some lie in the wire's own buffers.
+    assert!(more < Some(256), "{more:?} of {ASKED} are made, which nobody reads");
+    for slot in 0..ASKED {
+        liar.0.post_recv_loan(PeerId(0), Tag(1 << 32 | u64::from(slot)), 1 << 18).unwrap();
+    }
+    let mut come = 0;
+    while come < ASKED {
+        assert!(Instant::now() < until, "{come} of {ASKED} have come");
+        liar.0.poll(Instant::now(), &mut done);
+        for completion in done.drain(..) {
+            if let Completion::Arrived(arrival) = completion {
+                assert_eq!(arrival.loan.len(), 1 << 18);
+                come += 1;
+            }
+        }
+        liar.0.park(until.min(Instant::now() + Duration::from_millis(50)));
+    }
+    all_is_well(&servers);
+}
