@@ -431,8 +431,9 @@ impl Shard {
         }
     }
 
-    /// Refuses what has waited too long. Cheap while nothing waits; to be called some times a second.
-    pub fn expire(&mut self, now: Instant, out: &mut Vec<Action>) {
+    /// Refuses what has waited too long, and evicts rows whose time is up. Cheap while nothing waits; to be called some times a
+    /// second. Whether rows are gone that copies must let go of at the same time.
+    pub fn expire(&mut self, now: Instant, out: &mut Vec<Action>) -> bool {
         self.expire_snapshot(now, out);
         let mut late = |wait: Wait, refusal: Refusal| refuse(wait.to, &wait.header, &refusal, out);
         self.members.expire(now, &mut late);
@@ -440,7 +441,10 @@ impl Shard {
         let memory = &mut self.memory;
         let waiting = self.tables.values_mut().filter(|table| table.waiting() > 0);
         waiting.for_each(|table| table.expire(now, memory, &mut late));
-        self.sparse.values_mut().for_each(|table| table.expire(now, memory, &mut late));
+        let replicated = |table: &SparseTable| table.spec.recovery.replicates();
+        let expired = self.sparse.values_mut().map(|table| table.expire(now, memory, &mut late) && replicated(table));
+        // All of them, not up to the first.
+        expired.filter(|&evicted| evicted).count() > 0
     }
 
     /// The clients that are connected, with their connections.

@@ -233,7 +233,9 @@ impl Backup {
                 }
             }
             What::Gone => shard.gone(peer, mine),
-            What::Expire => shard.expire(at, mine),
+            What::Expire => {
+                shard.expire(at, mine);
+            }
             What::TookOver => shard.forget_connections(),
             What::Prepare(_) if !shard.make_ready_to_copy(mine) => {
                 return Err("the primary was ready to be copied, and this copy is not".to_owned());

@@ -199,9 +199,15 @@ impl Lead {
         );
     }
 
-    /// `shard` has refused what had waited too long, if anything.
-    pub(super) fn expired(&mut self, shard: &Shard, now: Instant, (first, out): (usize, &mut Vec<Action>)) {
-        if self.logs() && out.len() > first {
+    /// `shard` has refused what had waited too long, if anything, and `evicted` rows whose time was up, or none.
+    pub(super) fn expired(
+        &mut self,
+        shard: &Shard,
+        evicted: bool,
+        now: Instant,
+        (first, out): (usize, &mut Vec<Action>),
+    ) {
+        if self.logs() && (evicted || out.len() > first) {
             self.log(What::Expire, PeerId(0), now, out);
         }
         self.hold(shard, first, out);

@@ -37,7 +37,7 @@ pub(crate) enum What<'a> {
     Request(Header, &'a [u8]),
     /// A connection was closed.
     Gone,
-    /// Requests that had waited too long were refused.
+    /// Requests that had waited too long were refused, and rows evicted whose time was up.
     Expire,
     /// Nothing has happened.
     Beat,

@@ -157,7 +157,9 @@ impl Seat {
     /// Time passes; to be called some times a second.
     pub fn tick(&mut self, now: Instant, out: &mut Vec<Action>) {
         match &mut self.part {
-            Part::Alone => self.shard.expire(now, out),
+            Part::Alone => {
+                self.shard.expire(now, out);
+            }
             Part::Spare => {}
             Part::Backup(backup) => {
                 let follow = backup.tick(self.id, now);
@@ -167,8 +169,8 @@ impl Seat {
             }
             Part::Primary(lead) => {
                 let first = out.len();
-                self.shard.expire(now, out);
-                lead.expired(&self.shard, now, (first, out));
+                let evicted = self.shard.expire(now, out);
+                lead.expired(&self.shard, evicted, now, (first, out));
                 lead.tick(now, out);
             }
         }

@@ -444,8 +444,10 @@ impl SparseTable {
         waits
     }
 
-    /// Evicts what is too old, and takes out the requests that have waited too long, with who they waited for.
-    pub(crate) fn expire(&mut self, now: Instant, memory: &mut Memory, mut refuse: impl FnMut(Wait, Refusal)) {
+    /// Evicts what is too old, and takes out the requests that have waited too long, with who they waited for. Whether rows are
+    /// gone.
+    pub(crate) fn expire(&mut self, now: Instant, memory: &mut Memory, mut refuse: impl FnMut(Wait, Refusal)) -> bool {
+        let before = self.rows.told().0.count();
         self.rows.expire(self.now_ms(now));
         for wait in self.kept_out(|wait| wait.until <= now, memory) {
             let (clock, missing): (u64, Vec<u32>) = match &self.order {
@@ -459,6 +461,7 @@ impl SparseTable {
             };
             refuse(wait, waited(self.spec.subject(), format!("clock {clock}"), &missing));
         }
+        self.rows.told().0.count() != before
     }
 
     /// The ids that were evicted from number `from` on: how many are lost, the ids, the next number.

@@ -1,6 +1,7 @@
 //! Does: kills servers of a simulated cluster at any point, breaks its connections, repeats its messages, and counts.
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
+mod pair;
 mod script;
 mod world;
 
