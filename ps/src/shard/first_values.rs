@@ -2,6 +2,7 @@
 
 use super::{Action, Shard, Wait, done, expect_elements};
 use crate::dense::Init;
+use crate::header::Kind;
 use crate::refusal::Refusal;
 use gradwire_transport::PeerId;
 
@@ -19,10 +20,7 @@ impl Shard {
             }
             _ if table.init.done || !untouched => done(wait, 0, out),
             None => grant_init(&mut table.init, wait, out),
-            Some(_) => {
-                table.init.waits.retain(|other| other.header.client != header.client);
-                table.init.waits.push(*wait);
-            }
+            Some(_) => wait_for_values(&mut table.init, wait),
         }
         Ok(())
     }
@@ -38,19 +36,29 @@ impl Shard {
         Ok(())
     }
 
-    /// Answers with the claim's number, or 0 when it was given to somebody else meanwhile.
+    /// Answers with the claim's number, or 0 when it was given to somebody else meanwhile: once that one's values are there.
     pub(super) fn end_init(&mut self, wait: &Wait, out: &mut Vec<Action>) -> Result<(), Refusal> {
         let header = wait.header;
-        let init = &mut self.table(&header)?.init;
-        let current = header.sequence == init.claim;
-        if current {
+        let table = self.table(&header)?;
+        let untouched = table.is_untouched();
+        let init = &mut table.init;
+        if header.sequence == init.claim {
             init.done = true;
             init.holder = None;
             init.waits.drain(..).for_each(|wait| done(&wait, 0, out));
+            done(wait, init.claim, out);
+        } else if init.done || !untouched {
+            done(wait, 0, out);
+        } else {
+            wait_for_values(init, wait);
         }
-        done(wait, if current { init.claim } else { 0 }, out);
         Ok(())
     }
+}
+
+fn wait_for_values(init: &mut Init, wait: &Wait) {
+    init.waits.retain(|other| other.header.client != wait.header.client);
+    init.waits.push(*wait);
 }
 
 fn grant_init(init: &mut Init, wait: &Wait, out: &mut Vec<Action>) {
@@ -61,9 +69,13 @@ fn grant_init(init: &mut Init, wait: &Wait, out: &mut Vec<Action>) {
 
 /// The connection `peer` is gone. What it claimed is the next one's, whether that waits already or is to come.
 pub(super) fn release_init(init: &mut Init, peer: PeerId, out: &mut Vec<Action>) {
-    if init.holder.take_if(|(.., holder)| *holder == peer).is_some() && !init.waits.is_empty() {
-        let next = init.waits.remove(0);
-        grant_init(init, &next, out);
+    if init.holder.take_if(|(.., holder)| *holder == peer).is_some() {
+        // Who has lost a claim waits too, and is given no other.
+        let next = init.waits.iter().position(|wait| wait.header.kind == Kind::ClaimInit);
+        if let Some(at) = next {
+            let next = init.waits.remove(at);
+            grant_init(init, &next, out);
+        }
     }
 }
 

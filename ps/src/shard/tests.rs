@@ -127,13 +127,32 @@ fn who_comes_back_and_dies_again_is_missed_under_its_new_connection() {
     bench.first(7, 0, 1, 3.0);
     bench.gone(7);
     assert_eq!(bench.init(1, 1, Kind::ClaimInit, 1), Some(2));
-    // It was not gone for ever: what it still says is of a claim that is over.
+    // It was not gone for ever: what it still says is of a claim that is over, and it waits for the values that count.
     bench.hello(8, 0, 3);
     bench.first(1, 1, 2, 5.0);
     bench.first(8, 0, 1, 9.0);
-    assert_eq!(bench.init(8, 0, Kind::EndInit, 1), Some(0));
-    assert_eq!(bench.init(1, 1, Kind::EndInit, 2), Some(2));
-    assert_eq!(bench.value(1), 5.0);
+    assert_eq!(bench.init(8, 0, Kind::EndInit, 1), None);
+    let header = bench.about(Kind::EndInit, 1, 2);
+    let header = Header { incarnation: 1, epoch: Epoch(1), ..header };
+    let mut out = Vec::new();
+    bench.shard.handle(PeerId(1), &header, &[], Instant::now(), &mut out);
+    let told = out.iter().map(|it| match it {
+        Action::Reply { to, header, .. } => (to.0, header.clock),
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(told.collect::<Vec<_>>(), [(8, 0), (1, 2)]);
+    assert_eq!((bench.value(1), bench.init(8, 0, Kind::EndInit, 1)), (5.0, Some(0)), "told again, if asked again");
+}
+
+#[test]
+fn who_has_lost_its_claim_is_given_no_other_in_its_place() {
+    let mut bench = abandoned();
+    assert_eq!(bench.init(1, 1, Kind::ClaimInit, 1), Some(2));
+    bench.hello(7, 0, 2);
+    assert_eq!(bench.init(7, 0, Kind::EndInit, 1), None);
+    bench.gone(1);
+    bench.hello(9, 1, 2);
+    assert_eq!(bench.init(9, 1, Kind::ClaimInit, 1), Some(3), "nobody holds it");
 }
 
 /// A table of 1 MiB, in a shard that has room for nothing beside it and three contributions that were held once.
