@@ -344,3 +344,38 @@ fn a_client_of_the_process_before_is_told_that_it_lost_its_server() {
         other => panic!("{other:?}"),
     }
 }
+
+#[test]
+fn who_asks_for_one_so_often_goes_on_after_the_servers_were_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().to_str().unwrap();
+    let first = Process::start(&["--checkpoint-dir", place]);
+    let address = first.address.clone();
+    let client = Client::connect(std::slice::from_ref(&address), ClientSettings::default()).unwrap();
+    client.dense("w", &[10], DType::F32, TableOptions::default()).unwrap();
+    let mut asking = Command::new(env!("CARGO_BIN_EXE_gradwire-ps"))
+        .args(["snapshot", "--json", "--every", "1s", "--servers", &address])
+        .env_remove("GRADWIRE_TOKEN")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut told = BufReader::new(asking.stdout.take().unwrap()).lines();
+    let mut wrong = BufReader::new(asking.stderr.take().unwrap()).lines();
+    assert!(told.next().unwrap().unwrap().contains("checkpoint-"));
+    drop(first);
+    let error = wrong.next().unwrap().unwrap();
+    assert!(error.contains("no checkpoint was written") && error.contains(&address), "{error}");
+    let names = || std::fs::read_dir(place).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+    let before: Vec<String> = names().collect();
+    let _second = Process::start(&["--checkpoint-dir", place, "--restore", "latest", "--listen", &address]);
+    // What had been written before it was lost may be told of first.
+    loop {
+        let line: serde_json::Value = serde_json::from_str(&told.next().unwrap().unwrap()).unwrap();
+        if !before.iter().any(|name| line["name"] == **name) {
+            break;
+        }
+    }
+    asking.kill().unwrap();
+    asking.wait().unwrap();
+}

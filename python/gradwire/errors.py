@@ -46,15 +46,26 @@ class CollectiveTimeoutError(GradwireError):
 
     Attributes:
         missing: the ranks that did not come; empty where all came, but no data moved.
+        hosts: the host of each.
+        pids: the process id of each, on its host.
         waited_s: the deadline that passed, in seconds.
         operation: what was under way here.
     """
 
     def __init__(
-        self, message: str, *, missing: Sequence[int] = (), waited_s: float = 0.0, operation: str = ""
+        self,
+        message: str,
+        *,
+        missing: Sequence[int] = (),
+        hosts: Sequence[str] = (),
+        pids: Sequence[int] = (),
+        waited_s: float = 0.0,
+        operation: str = "",
     ) -> None:
         super().__init__(message)
         self.missing = list(missing)
+        self.hosts = list(hosts)
+        self.pids = list(pids)
         self.waited_s = waited_s
         self.operation = operation
 
@@ -66,15 +77,21 @@ class CollectiveMismatchError(GradwireError):
     Attributes:
         expected: what the others called.
         got: what the rank called.
-        rank: the rank that differs.
+        rank: the rank that differs, or that gave another length.
+        host: its host.
+        pid: its process id there.
         operation: what was under way here.
     """
 
-    def __init__(self, message: str, *, expected: str, got: str, rank: int, operation: str = "") -> None:
+    def __init__(
+        self, message: str, *, expected: str, got: str, rank: int, host: str = "", pid: int = 0, operation: str = ""
+    ) -> None:
         super().__init__(message)
         self.expected = expected
         self.got = got
         self.rank = rank
+        self.host = host
+        self.pid = pid
         self.operation = operation
 
 

@@ -22,6 +22,8 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
         CollectiveError::Timeout { operation, missing, waited } => {
             raise(py, "CollectiveTimeoutError", &text, |fields| {
                 fields.set_item("missing", missing.iter().map(|member| member.rank.0).collect::<Vec<_>>())?;
+                fields.set_item("hosts", missing.iter().map(|member| member.host.clone()).collect::<Vec<_>>())?;
+                fields.set_item("pids", missing.iter().map(|member| member.pid).collect::<Vec<_>>())?;
                 fields.set_item("waited_s", waited.as_secs_f64())?;
                 fields.set_item("operation", operation.to_string())
             })
@@ -31,6 +33,8 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
                 fields.set_item("expected", expected)?;
                 fields.set_item("got", got)?;
                 fields.set_item("rank", rank.rank.0)?;
+                fields.set_item("host", &rank.host)?;
+                fields.set_item("pid", rank.pid)?;
                 fields.set_item("operation", operation.to_string())
             })
         }
@@ -39,6 +43,8 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
                 fields.set_item("expected", format!("{awaited} elements for {}", receiver.rank))?;
                 fields.set_item("got", format!("{sent} elements for {}", receiver.rank))?;
                 fields.set_item("rank", sender.rank.0)?;
+                fields.set_item("host", &sender.host)?;
+                fields.set_item("pid", sender.pid)?;
                 fields.set_item("operation", operation.to_string())
             })
         }

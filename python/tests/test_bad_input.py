@@ -61,7 +61,9 @@ def splits_wrongly(rank: int, size: int, url: str, wire: str) -> Any:
     with pytest.raises(gradwire.CollectiveMismatchError) as caught:
         dist.all_to_all_single(output, give, [3, 3], kept)
         dist.barrier()
-    return caught.value.rank, caught.value.got, caught.value.expected, str(caught.value)
+    error = caught.value
+    assert f"rank {error.rank} (host {error.host}, pid {error.pid}) gives 4 elements" in str(error)
+    return error.rank, error.got, error.expected, str(error)
 
 
 @pytest.mark.parametrize("wire", ["shm", "tcp"])

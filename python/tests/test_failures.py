@@ -74,6 +74,7 @@ def until_it_is_late(rank: int, size: int, url: str, wire: str, gate: str, front
                 with open(f"{gate}.{rank}", "w"):
                     pass
     except gradwire.CollectiveTimeoutError as error:
+        assert f"rank {error.missing[0]} (host {error.hosts[0]}, pid {error.pids[0]}) did not come" in str(error)
         return time.time(), error.missing, error.waited_s, error.operation, str(error), ended
 
 
@@ -131,6 +132,7 @@ def differ(rank: int, size: int, url: str, wire: str, kind: str) -> Any:
         else:
             group.all_reduce(tensor)
     error = caught.value
+    assert f"rank {error.rank} (host {error.host}, pid {error.pid}) called" in str(error)
     return (error.rank, error.expected, error.got), error.operation, str(error), os.getpid()
 
 

@@ -222,8 +222,8 @@ impl Forming {
                 Completion::PeerUp(up) => self.came(up),
                 other => {
                     if let Completion::PeerDown { peer, error } = &other {
-                        // Who has left in order had all it needed.
-                        self.here[peer.index()] &= is_goodbye(error);
+                        // Who has left in order, or gave the group up and said so, had all it needed.
+                        self.here[peer.index()] &= said_why(error);
                     }
                     self.done.push(other);
                 }
@@ -372,8 +372,8 @@ pub fn home() -> HostIdentity {
     }
 }
 
-fn is_goodbye(error: &TransportError) -> bool {
-    matches!(error, TransportError::PeerLost { cause: LossCause::Goodbye, .. })
+fn said_why(error: &TransportError) -> bool {
+    matches!(error, TransportError::PeerLost { cause: LossCause::Goodbye | LossCause::Aborted(_), .. })
 }
 
 fn encode_offer(offer: &SegmentOffer) -> String {
@@ -446,14 +446,22 @@ mod tests {
     }
 
     #[test]
-    fn who_had_all_it_needed_and_left_in_order_counts_as_here() {
-        let mut zero = Forming::begin(spec(&Arc::default(), 0)).unwrap();
-        zero.publish().unwrap();
-        let mut one = calls(&mut zero);
-        let leaves = std::thread::spawn(move || one.shutdown(Instant::now() + Duration::from_secs(20)));
-        until(&mut zero, |zero| losses(zero) == 1);
-        assert!(zero.here[1], "{:?}", zero.done);
-        leaves.join().unwrap();
+    fn who_had_all_it_needed_and_left_in_order_or_gave_up_counts_as_here() {
+        for gives_up in [false, true] {
+            let mut zero = Forming::begin(spec(&Arc::default(), 0)).unwrap();
+            zero.publish().unwrap();
+            let mut one = calls(&mut zero);
+            let leaves = std::thread::spawn(move || {
+                if gives_up {
+                    let (peer, cause) = (Box::new(one.name(PeerId(0))), LossCause::Aborted("enough".to_owned()));
+                    one.disconnect(PeerId(0), TransportError::PeerLost { peer, cause });
+                }
+                one.shutdown(Instant::now() + Duration::from_secs(20));
+            });
+            until(&mut zero, |zero| losses(zero) == 1);
+            assert!(zero.here[1], "gives up: {gives_up}: {:?}", zero.done);
+            leaves.join().unwrap();
+        }
     }
 
     #[test]

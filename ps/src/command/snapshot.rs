@@ -3,7 +3,7 @@
 use super::servers::Servers;
 use super::{parse_duration, show_bytes};
 use clap::Args;
-use gradwire_ps::{Checkpoint, ClientSettings, ShardStatus};
+use gradwire_ps::{Checkpoint, Client, ClientSettings, ShardStatus};
 use serde_json::json;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ pub(crate) struct Snapshot {
     /// The longest that a checkpoint may take: its clock must come, and it must be written
     #[arg(long, default_value = "10m", value_parser = parse_duration, value_name = "TIME")]
     timeout: Duration,
-    /// Go on, and write one so often, or as often as a table asks for
+    /// Go on, and write one so often, or as often as a table asks for; once one was written, also after servers were lost
     #[arg(long, value_parser = parse_duration, value_name = "TIME")]
     every: Option<Duration>,
     /// Print JSON: an object for each checkpoint
@@ -28,23 +28,40 @@ pub(crate) struct Snapshot {
 
 impl Snapshot {
     pub(crate) fn run(self) -> Result<(), String> {
+        // What is wrong from the start ends it; later there may be nobody for a while.
+        let mut last = self.once()?;
+        let Some(every) = self.every else { return Ok(()) };
         loop {
-            let (client, begun) = (self.servers.connect(ClientSettings::default())?, Instant::now());
-            let checkpoint = client.snapshot(self.timeout).map_err(|error| error.to_string())?;
-            if self.json {
-                let (name, bytes, clocks) = (&checkpoint.name, checkpoint.bytes, &checkpoint.clocks);
-                let seconds = checkpoint.took.as_secs_f64();
-                println!("{}", json!({ "name": name, "bytes": bytes, "seconds": seconds, "clocks": clocks }));
-            } else {
-                println!("{}", told(&checkpoint));
-            }
-            let Some(every) = self.every else { return Ok(()) };
+            let (client, begun) = &last;
             // Servers that cannot be asked now are called again for the next one.
             let soonest = || client.status().map_or(every, |shards| wanted(&shards).map_or(every, |it| it.min(every)));
-            while let Some(left) = left(soonest(), begun) {
+            while let Some(left) = left(soonest(), *begun) {
                 std::thread::sleep(left.min(LOOK));
             }
+            last = loop {
+                match self.once() {
+                    Ok(next) => break next,
+                    Err(error) => {
+                        eprintln!("gradwire-ps: no checkpoint was written, and the next is asked for at once: {error}");
+                        std::thread::sleep(LOOK);
+                    }
+                }
+            };
         }
+    }
+
+    /// Has one written, and tells of it; who was asked, and when.
+    fn once(&self) -> Result<(Client, Instant), String> {
+        let (client, begun) = (self.servers.connect(ClientSettings::default())?, Instant::now());
+        let checkpoint = client.snapshot(self.timeout).map_err(|error| error.to_string())?;
+        if self.json {
+            let (name, bytes, clocks) = (&checkpoint.name, checkpoint.bytes, &checkpoint.clocks);
+            let seconds = checkpoint.took.as_secs_f64();
+            println!("{}", json!({ "name": name, "bytes": bytes, "seconds": seconds, "clocks": clocks }));
+        } else {
+            println!("{}", told(&checkpoint));
+        }
+        Ok((client, begun))
     }
 }
 
