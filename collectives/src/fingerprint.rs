@@ -19,6 +19,8 @@ const ORDERED: u64 = 8;
 const LEN_BITS: u32 = 40;
 const ROOT_BITS: u32 = 11;
 const MOST: u64 = (1 << LEN_BITS) - 1;
+/// Number of what is said in place of a call by who would give NaN in it.
+const NOT_A_NUMBER: u64 = 13;
 /// Numbers of the collectives whose parts all ranks list alike, for unequal parts.
 const UNEQUAL: [(u64, &str); 2] = [(14, "all_gather"), (15, "reduce_scatter")];
 
@@ -46,6 +48,16 @@ impl Fingerprint {
         };
         let digest = lens.iter().fold(lens.len() as u64, mix) & MOST;
         Self(even.0 & !(15 << (20 + LEN_BITS)) | number << (20 + LEN_BITS) | digest)
+    }
+
+    /// What a rank says in place of its call where the first NaN of what it would give is `element`.
+    pub(crate) fn of_nan(element: u64) -> Self {
+        Self(NOT_A_NUMBER << (20 + LEN_BITS) | element.min(MOST))
+    }
+
+    /// The element, where it says so.
+    pub(crate) const fn nan(self) -> Option<u64> {
+        if self.0 >> (20 + LEN_BITS) == NOT_A_NUMBER { Some(self.len()) } else { None }
     }
 
     /// The same call, of `len` elements.
@@ -102,6 +114,9 @@ impl fmt::Display for Fingerprint {
         let unequal = UNEQUAL.iter().find(|(number, _)| *number == head >> 20).map(|(_, name)| *name);
         let even = || usize::try_from(head >> 20).ok().and_then(|code| NAMES.get(code)).copied();
         let name = unequal.or_else(even);
+        if let Some(element) = self.nan() {
+            return write!(f, "a call with NaN, first at element {element}");
+        }
         let Some(name) = name else { return write!(f, "an unknown call ({:#x})", self.0) };
         f.write_str(name)?;
         let reduction = head >> ROOT_BITS & 15;
@@ -138,6 +153,8 @@ mod tests {
         assert_eq!(words(Collective::Barrier, DType::F32, 0), "barrier");
         let ordered = Fingerprint::of(&Collective::AllReduce { op: Reduction::Max }, DType::F64, 3, true);
         assert_eq!(ordered.to_string(), "all_reduce max in rank order of 3 float64");
+        assert_eq!((ordered.nan(), Fingerprint::of_nan(7).nan()), (None, Some(7)));
+        assert_eq!(Fingerprint::of_nan(7).to_string(), "a call with NaN, first at element 7");
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Does: carries out collectives of a group whose ranks are all on one host, by the segment that they share.
 
-use crate::CollectiveError;
 use crate::call::Piece;
 use crate::engine::{Job, Stop};
 use crate::same_host::{SameHost, Stopped, Turn};
 use crate::verdict::Verdict;
+use crate::{Collective, CollectiveError, Fingerprint};
 use gradwire_transport::shm::{Deadline, WaitError};
 use gradwire_transport::{GroupSegment, Overlap, Rank, RegionSlice, RegionSliceMut, WorldSize};
 
@@ -48,6 +48,12 @@ impl Local {
         self.run_with(job, &given, &mut taken, meanwhile)
     }
 
+    /// Tells all, as they come to `job`, that this rank would give NaN in it, as its element `element`.
+    pub(crate) fn refuse(&mut self, job: &Job, element: u64, meanwhile: Meanwhile<'_>) -> Result<(), Stop> {
+        let turn = Turn { fingerprint: Fingerprint::of_nan(element).0, ..turn(job, meanwhile) };
+        self.host.run(&Collective::Barrier, &[], &mut [], turn).map_err(|stopped| stop(stopped, job))
+    }
+
     fn run_with(
         &mut self,
         job: &Job,
@@ -56,14 +62,9 @@ impl Local {
         meanwhile: Meanwhile<'_>,
     ) -> Result<(), Stop> {
         let bytes = given.iter().map(|slice| slice.len()).chain(taken.iter().map(|slice| slice.len())).max();
-        let turn = Turn {
-            dtype: job.call.dtype,
-            fingerprint: job.fingerprint.0,
-            deadline: Deadline::At(job.deadline()),
-            idle: meanwhile,
-            greeted: false,
-        };
-        self.host.run(&job.call.collective, given, taken, turn).map_err(|stopped| stop(stopped, job))?;
+        self.host
+            .run(&job.call.collective, given, taken, turn(job, meanwhile))
+            .map_err(|stopped| stop(stopped, job))?;
         self.bytes += bytes.unwrap_or(0) as u64;
         Ok(())
     }
@@ -71,6 +72,16 @@ impl Local {
     /// Releases everybody who waits at the segment.
     pub(crate) fn abort(&mut self) {
         self.host.segment.poison();
+    }
+}
+
+fn turn<'a>(job: &Job, meanwhile: Meanwhile<'a>) -> Turn<'a, Stop> {
+    Turn {
+        dtype: job.call.dtype,
+        fingerprint: job.fingerprint.0,
+        deadline: Deadline::At(job.deadline()),
+        idle: meanwhile,
+        greeted: false,
     }
 }
 
@@ -85,6 +96,7 @@ fn stop(stopped: Stopped<Stop>, job: &Job) -> Stop {
         Stopped::Wait(WaitError::Timeout(missing)) => Stop::Verdict(Verdict::Late { missing, waited: job.timeout }),
         Stopped::Wait(WaitError::Poisoned) => Stop::Poisoned,
         Stopped::Differs { rank, expected, got } => Stop::Verdict(Verdict::Differs { rank, expected, got }),
+        Stopped::NotANumber { rank, element } => Stop::Verdict(Verdict::NotANumber { rank, element }),
         Stopped::Parts { sender, receiver, sent, awaited } => {
             let elements = |bytes: u64| bytes / job.call.dtype.bytes() as u64;
             Stop::Verdict(Verdict::Parts { sender, receiver, sent: elements(sent), awaited: elements(awaited) })

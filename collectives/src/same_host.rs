@@ -9,7 +9,7 @@ use crate::call::Call;
 use crate::chunk::chunk;
 use crate::pieces::{part, within};
 use crate::reduce::{UnsupportedReduction, finish, fold};
-use crate::{Collective, DType, Reduction};
+use crate::{Collective, DType, Fingerprint, Reduction};
 use gradwire_transport::GroupSegment;
 use gradwire_transport::shm::{Deadline, Storing, WaitError, Way, copy_streaming};
 use gradwire_transport::{Rank, WorldSize};
@@ -30,6 +30,8 @@ pub(crate) enum Stopped<E> {
     Wait(WaitError<E>),
     /// A rank called something else.
     Differs { rank: Rank, expected: u64, got: u64 },
+    /// A rank would have given NaN.
+    NotANumber { rank: Rank, element: u64 },
     /// A rank gave another as many bytes as that one did not await.
     Parts { sender: Rank, receiver: Rank, sent: u64, awaited: u64 },
     /// The reduction means nothing for the type.
@@ -144,8 +146,13 @@ impl SameHost {
             return Ok(());
         }
         let said = |rank: Rank| self.segment.arrived(rank);
-        if self.world_size.ranks().all(|rank| said(rank) == turn.fingerprint) {
+        let own = Fingerprint(turn.fingerprint);
+        if own.nan().is_none() && self.world_size.ranks().all(|rank| said(rank) == turn.fingerprint) {
             return Ok(());
+        }
+        let gives_nan = |rank| Fingerprint(said(rank)).nan().map(|element| Stopped::NotANumber { rank, element });
+        if let Some(stopped) = self.world_size.ranks().find_map(gives_nan) {
+            return Err(stopped);
         }
         let count = |call: u64| self.world_size.ranks().filter(|&rank| said(rank) == call).count();
         // Most are taken to be right; at a tie, the lowest rank.

@@ -179,6 +179,19 @@ fn who_gives_nan_is_named_by_all_that_look_for_it() {
 }
 
 #[test]
+fn where_all_give_nan_all_name_the_same_rank() {
+    let settings = Settings { check_nan: true, ..Settings::default() };
+    for way in WAYS {
+        let errors =
+            group(3, way, settings.clone(), |c| c.run(call(SUM, &[], &[&floats(vec![f32::NAN; 5000])])).unwrap_err());
+        assert!(errors.iter().all(|error| matches!(error, CollectiveError::NotANumber { element: 0, .. })), "{way:?}");
+        let named: Vec<_> = errors.iter().map(blamed).collect();
+        // Over messages, each that finds one ends the group; at the segment all hear of all.
+        assert!(way != Way::Segment || named.iter().all(|blamed| *blamed == [Rank(0)]), "{way:?}: {named:?}");
+    }
+}
+
+#[test]
 fn nan_passes_where_nobody_looks_for_it() {
     group(2, Way::Segment, Settings::default(), |c| {
         let buffer = floats(vec![f32::NAN; 10]);

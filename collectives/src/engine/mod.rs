@@ -260,16 +260,18 @@ impl Engine {
     }
 
     fn run_at_segment(&mut self, job: &Job) -> Result<(), CollectiveError> {
-        if let Some(verdict) = self.not_a_number(job) {
-            return Err(self.end_at_segment(job, Some(verdict)));
-        }
+        let nan = self.first_nan(job);
         let Some(mut local) = self.local.take() else {
             let reason = "the group's shared memory is in use".to_owned();
             return Err(CollectiveError::Aborted { reason });
         };
         self.at_segment = Some(job.sequence);
         self.absent = None;
-        let outcome = local.run(job, &mut |missing| self.while_waiting(missing));
+        let meanwhile = &mut |missing: &[Rank]| self.while_waiting(missing);
+        let outcome = match nan {
+            None => local.run(job, meanwhile),
+            Some(element) => local.refuse(job, element, meanwhile),
+        };
         self.at_segment = None;
         self.local = Some(local);
         outcome.map_err(|stop| match stop {
@@ -284,17 +286,16 @@ impl Engine {
         })
     }
 
-    /// The verdict on what this rank gives in `job`, where it is looked at. Sums of several ranks are not this one's.
-    fn not_a_number(&self, job: &Job) -> Option<Verdict> {
-        let looked_at = self.checks_nan && !job.shape.across;
-        let element = looked_at.then(|| nan::first_of(&job.call, self.rank)).flatten()?;
-        Some(Verdict::NotANumber { rank: self.rank, element })
+    /// The first NaN of what this rank gives in `job`, where it is looked for. Sums of several ranks are not this one's.
+    fn first_nan(&self, job: &Job) -> Option<u64> {
+        let looked_for = self.checks_nan && !job.shape.across;
+        looked_for.then(|| nan::first_of(&job.call, self.rank)).flatten()
     }
 
     fn begin(&mut self, queued: Queued, now: Instant) {
-        if let Some(verdict) = self.not_a_number(&queued.job) {
+        if let Some(element) = self.first_nan(&queued.job) {
             self.queue.push_front(queued);
-            return self.end_group(verdict, true);
+            return self.end_group(Verdict::NotANumber { rank: self.rank, element }, true);
         }
         let Queued { ticket, job } = queued;
         let plan = self.plans.plan(&job.call, &job.shape, self.rank, self.world_size);
