@@ -1,6 +1,6 @@
 //! Does: raises the engine's errors as the package's exception classes, with the same fields.
 
-use gradwire_collectives::CollectiveError;
+use gradwire_collectives::{CollectiveError, Member};
 use gradwire_ps::PsError;
 use gradwire_transport::cuda::CudaError;
 use gradwire_transport::{RegisterError, TransportError};
@@ -13,17 +13,13 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
     let text = error.to_string();
     match error {
         CollectiveError::RankFailed { operation, ranks, cause } => raise(py, "RankFailedError", &text, |fields| {
-            fields.set_item("ranks", ranks.iter().map(|member| member.rank.0).collect::<Vec<_>>())?;
-            fields.set_item("hosts", ranks.iter().map(|member| member.host.clone()).collect::<Vec<_>>())?;
-            fields.set_item("pids", ranks.iter().map(|member| member.pid).collect::<Vec<_>>())?;
+            tell_all(fields, "ranks", ranks)?;
             fields.set_item("cause", cause)?;
             fields.set_item("operation", operation.to_string())
         }),
         CollectiveError::Timeout { operation, missing, waited } => {
             raise(py, "CollectiveTimeoutError", &text, |fields| {
-                fields.set_item("missing", missing.iter().map(|member| member.rank.0).collect::<Vec<_>>())?;
-                fields.set_item("hosts", missing.iter().map(|member| member.host.clone()).collect::<Vec<_>>())?;
-                fields.set_item("pids", missing.iter().map(|member| member.pid).collect::<Vec<_>>())?;
+                tell_all(fields, "missing", missing)?;
                 fields.set_item("waited_s", waited.as_secs_f64())?;
                 fields.set_item("operation", operation.to_string())
             })
@@ -32,9 +28,7 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
             raise(py, "CollectiveMismatchError", &text, |fields| {
                 fields.set_item("expected", expected)?;
                 fields.set_item("got", got)?;
-                fields.set_item("rank", rank.rank.0)?;
-                fields.set_item("host", &rank.host)?;
-                fields.set_item("pid", rank.pid)?;
+                tell(fields, rank)?;
                 fields.set_item("operation", operation.to_string())
             })
         }
@@ -42,9 +36,7 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
             raise(py, "CollectiveMismatchError", &text, |fields| {
                 fields.set_item("expected", format!("{awaited} elements for {}", receiver.rank))?;
                 fields.set_item("got", format!("{sent} elements for {}", receiver.rank))?;
-                fields.set_item("rank", sender.rank.0)?;
-                fields.set_item("host", &sender.host)?;
-                fields.set_item("pid", sender.pid)?;
+                tell(fields, sender)?;
                 fields.set_item("operation", operation.to_string())
             })
         }
@@ -72,6 +64,20 @@ pub(crate) fn collective(py: Python<'_>, error: &CollectiveError) -> PyErr {
         CollectiveError::Cuda(error) => cuda(py, error),
         _ => raise(py, "GradwireError", &text, |_| Ok(())),
     }
+}
+
+/// Who it is, in fields of their own.
+fn tell(fields: &Bound<'_, PyDict>, member: &Member) -> PyResult<()> {
+    fields.set_item("rank", member.rank.0)?;
+    fields.set_item("host", &member.host)?;
+    fields.set_item("pid", member.pid)
+}
+
+/// The same of several, their ranks in the field `ranks`.
+fn tell_all(fields: &Bound<'_, PyDict>, ranks: &str, members: &[Member]) -> PyResult<()> {
+    fields.set_item(ranks, members.iter().map(|member| member.rank.0).collect::<Vec<_>>())?;
+    fields.set_item("hosts", members.iter().map(|member| member.host.clone()).collect::<Vec<_>>())?;
+    fields.set_item("pids", members.iter().map(|member| member.pid).collect::<Vec<_>>())
 }
 
 /// The exception for an error of the transport, or of the making of a group.
