@@ -58,6 +58,22 @@ pub(crate) enum Ran {
     Queued(Arc<Ticket>),
 }
 
+/// A caller drives, until this is dropped: also where it panics, so that nobody waits for it for ever.
+struct Driven<'a>(&'a AtomicBool);
+
+impl<'a> Driven<'a> {
+    fn begin(flag: &'a AtomicBool) -> Self {
+        flag.store(true, Ordering::Release);
+        Self(flag)
+    }
+}
+
+impl Drop for Driven<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 impl Shared {
     pub(crate) fn new(engine: Engine, waker: Arc<dyn Wake>, patience: Patience, timeout: Duration) -> Self {
         let shared = Self {
@@ -142,11 +158,10 @@ impl Shared {
         let job = make(inbox.sequence);
         inbox.sequence += 1;
         drop(inbox);
-        self.driven.store(true, Ordering::Release);
+        let driven = Driven::begin(&self.driven);
         let outcome = engine.run_now(&job);
         let others = std::mem::take(&mut engine.ended) > 0;
-        self.driven.store(false, Ordering::Release);
-        drop(engine);
+        drop((driven, engine));
         if others || self.unfinished.load(Ordering::Acquire) > 0 {
             self.ring_waiters();
             self.ring_thread();
@@ -200,10 +215,9 @@ impl Shared {
                 self.wait_for_driver(ticket, || true);
                 continue;
             };
-            self.driven.store(true, Ordering::Release);
+            let driven = Driven::begin(&self.driven);
             self.drive(&mut engine, &|| over() || self.claimants.load(Ordering::SeqCst) > 0, until);
-            self.driven.store(false, Ordering::Release);
-            drop(engine);
+            drop((driven, engine));
             // Who aborts or describes the group wants it for a moment, and must not wait for our operation to end.
             while self.claimants.load(Ordering::SeqCst) > 0 && !over() {
                 std::thread::yield_now();

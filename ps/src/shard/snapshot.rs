@@ -215,27 +215,16 @@ mod tests {
     use super::*;
     use crate::body::Writer;
     use crate::shard_map::{MAX_PART_BYTES, part_elements};
-    use crate::{Combine, Compression, DType, Epoch, Limits, Mode, Recovery, TableSpec, UpdateRule, open_body};
+    use crate::{DType, Epoch, Limits, Mode, TableSpec, open_body};
 
     /// What a shard answers to who asks for a snapshot of one table as the part `asked`, of which it has the part `has`.
     fn answer(has: (u32, u32), asked: (u32, u32)) -> Vec<Action> {
         let now = Instant::now();
         let mut shard = Shard::new(Limits::default(), 7);
         let header = |kind| Header { client: 0, incarnation: 1, epoch: Epoch(1), sequence: 1, ..Header::new(kind) };
-        let spec = TableSpec {
-            name: "w".into(),
-            shape: vec![10],
-            dtype: DType::F32,
-            rule: UpdateRule::Sum,
-            mode: Mode::Async,
-            combine: Combine::Sum,
-            clipped: false,
-            recovery: Recovery::None,
-            compression: Compression::default(),
-            shards: has.1,
-            shard: has.0,
-            part_elements: part_elements(10, has.1, DType::F32, MAX_PART_BYTES),
-        };
+        let part_elements = part_elements(10, has.1, DType::F32, MAX_PART_BYTES);
+        let whole = crate::shard::tests::spec("w", 10, Mode::Async);
+        let spec = TableSpec { shards: has.1, shard: has.0, part_elements, ..whole };
         let mut body = Writer::default();
         body.text("checkpoint-1");
         [asked.0.into(), asked.1.into(), 1, spec.id().0, 0].into_iter().for_each(|number| body.number(number));

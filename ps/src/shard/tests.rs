@@ -3,7 +3,8 @@
 use super::*;
 use crate::{Combine, Compression, DType, Initializer, KeyRange, Mode, UpdateRule, open_body, open_sparse_body};
 
-fn spec(name: &str, elements: u64, mode: Mode) -> TableSpec {
+/// A table of so many elements, all of it in one part of one shard.
+pub(super) fn spec(name: &str, elements: u64, mode: Mode) -> TableSpec {
     TableSpec {
         name: name.into(),
         shape: vec![elements],
