@@ -204,11 +204,14 @@ fn nan_passes_where_nobody_looks_for_it() {
 fn a_group_is_closed_within_the_time_also_while_another_rank_does_not_come() {
     for way in WAYS {
         let gate = std::sync::Barrier::new(2);
-        group(2, way, Settings::default(), |c| {
+        let settings = Settings { timeout: Duration::from_secs(20), ..Settings::default() };
+        group(2, way, settings, |c| {
             let buffer = floats(vec![1.0; 10]);
             c.run(call(SUM, &[], &[&buffer])).unwrap();
             if c.rank() == Rank(0) {
                 let pending = c.start(call(SUM, &[], &[&buffer])).unwrap();
+                // Until the progress thread is in it.
+                std::thread::sleep(Duration::from_millis(200));
                 let began = Instant::now();
                 c.close(Duration::from_millis(200));
                 assert!(began.elapsed() < Duration::from_secs(5), "{way:?}: {:?}", began.elapsed());
