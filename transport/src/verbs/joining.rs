@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// How long a stopped queue pair may take to tell what became of its receives.
 const DRAIN: Duration = Duration::from_millis(50);
-/// How long a peer has to answer the first proposal, which it awaits; later it may rest meanwhile, for the whole timeout.
+/// How long a peer has to answer a proposal.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long nothing may come of a peer that something is awaited of before its device is asked.
 const PROBE: Duration = Duration::from_secs(2);
@@ -68,12 +68,10 @@ impl VerbsWire {
 
     /// Sees to a link whose queue pairs have failed, or whose peer does not answer.
     pub(super) fn see_to(&mut self, at: usize, now: Instant, done: &mut Vec<Completion>) {
-        let timeout = self.config.timeout;
         let Some(link) = self.at(at).filter(|link| link.lost.is_none()) else { return };
-        let patience = patience(link.epoch, timeout);
         match link.phase {
-            Phase::Apart { since: Some(since) } if now.saturating_duration_since(since) >= patience => {
-                self.end(at, LossCause::Silent(patience), done);
+            Phase::Apart { since: Some(since) } if now.saturating_duration_since(since) >= ANSWER => {
+                self.end(at, LossCause::Silent(ANSWER), done);
             }
             Phase::Up if link.fault.is_some() => {
                 self.break_off(at, now, done);
@@ -264,7 +262,7 @@ impl Beside for VerbsWire {
     fn deadline(&self) -> Option<Instant> {
         let apart = |link: &Link| match link.phase {
             _ if link.lost.is_some() => None,
-            Phase::Apart { since: Some(since) } => Some(since + patience(link.epoch, self.config.timeout)),
+            Phase::Apart { since: Some(since) } => Some(since + ANSWER),
             Phase::Up if link.is_waiting() && !link.probing => Some(link.heard + PROBE),
             _ => None,
         };
@@ -315,99 +313,5 @@ impl Beside for VerbsWire {
             }
         }
         self.pending = done;
-    }
-}
-
-/// How long a peer has to answer a proposal of `epoch`.
-fn patience(epoch: u32, timeout: Duration) -> Duration {
-    if epoch == 0 { ANSWER } else { timeout }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::loopback::Fabric;
-    use super::*;
-    use crate::{Config, Envelope, Region, Tag, Wire};
-
-    fn ends(fabric: &Fabric, now: Instant) -> [VerbsWire; 2] {
-        let config = Config { timeout: Duration::from_secs(100), ..Config::default() };
-        [1, 0].map(|peer| {
-            let mut wire = VerbsWire::new(&config, Box::new(fabric.adapter()));
-            let name = PeerName { rank: None, host: String::new(), pid: peer, address: String::new() };
-            wire.attach(PeerId(peer), name, now).unwrap();
-            wire
-        })
-    }
-
-    /// Carries what the ends say to each other, until they have nothing more to say.
-    fn talk(ends: &mut [VerbsWire; 2], now: Instant) {
-        while ends.iter().any(|end| !end.words.is_empty()) {
-            for from in [0, 1] {
-                while let Some((_, words)) = ends[from].next_words() {
-                    ends[1 - from].hear(PeerId(from as u32), words, now);
-                }
-            }
-        }
-    }
-
-    fn silence(done: &[Completion]) -> Option<Duration> {
-        done.iter().find_map(|completion| match completion {
-            Completion::PeerDown { error: TransportError::PeerLost { cause: LossCause::Silent(time), .. }, .. } => {
-                Some(*time)
-            }
-            _ => None,
-        })
-    }
-
-    #[test]
-    fn a_peer_that_has_been_here_may_rest_for_the_whole_timeout_before_it_answers_a_break() {
-        let (fabric, now) = (Fabric::default(), Instant::now());
-        let mut ends = ends(&fabric, now);
-        talk(&mut ends, now);
-        assert!(ends[0].is_up(PeerId(1)) && ends[1].is_up(PeerId(0)));
-        fabric.fail_at_random(1, 1_000_000, 1);
-        let region = Region::from_vec(vec![7; 100]);
-        let to = Envelope { peer: PeerId(1), tag: Tag(1), note: 0 };
-        ends[0].post_send(to, region.read(0..100).unwrap()).unwrap();
-        let mut done = Vec::new();
-        while ends[0].is_up(PeerId(1)) {
-            ends[0].poll(now, &mut done);
-        }
-        let later = now + Duration::from_secs(99);
-        assert!(ends[0].deadline() > Some(later));
-        (0..2).for_each(|_| ends[0].poll(later, &mut done));
-        assert_eq!(silence(&done), None);
-        // The other one wakes up.
-        talk(&mut ends, later);
-        ends[1].post_recv_loan(PeerId(0), Tag(1), 100).unwrap();
-        let (until, mut came) = (Instant::now() + Duration::from_secs(20), Vec::new());
-        while !came.iter().any(|completion| matches!(completion, Completion::Arrived(_))) {
-            assert!(Instant::now() < until, "{done:?} {came:?}");
-            ends[0].poll(later, &mut done);
-            ends[1].poll(later, &mut came);
-            talk(&mut ends, later);
-        }
-    }
-
-    #[test]
-    fn a_peer_that_never_answers_is_given_up_soon_at_first_and_after_the_timeout_later() {
-        let (fabric, now) = (Fabric::default(), Instant::now());
-        let mut never = ends(&fabric, now);
-        let mut done = Vec::new();
-        (0..2).for_each(|_| never[0].poll(now + ANSWER, &mut done));
-        assert_eq!(silence(&done), Some(ANSWER));
-
-        let mut later = ends(&fabric, now);
-        talk(&mut later, now);
-        fabric.fail_at_random(1, 1_000_000, 1);
-        let region = Region::from_vec(vec![7; 100]);
-        let to = Envelope { peer: PeerId(1), tag: Tag(1), note: 0 };
-        later[0].post_send(to, region.read(0..100).unwrap()).unwrap();
-        done.clear();
-        while later[0].is_up(PeerId(1)) {
-            later[0].poll(now, &mut done);
-        }
-        (0..2).for_each(|_| later[0].poll(now + Duration::from_secs(100), &mut done));
-        assert_eq!(silence(&done), Some(Duration::from_secs(100)));
     }
 }
