@@ -157,7 +157,7 @@ impl SameHost {
             let own = (part(input, rank, size).len() as u64, part_mut(output, rank, size).len() as u64);
             [(rank, me, given, own.1), (me, rank, own.0, awaited)]
         });
-        self.agree(agreed)?;
+        Self::agree(agreed)?;
         if longest <= width {
             part_mut(output, me, size).copy_from_slice(own);
             let letters = self.segment.letters();
@@ -206,11 +206,11 @@ impl SameHost {
         }
         let longest = self.longest(longest, turn)?;
         match me == root {
-            true => self.agree(self.others().map(|rank| {
+            true => Self::agree(self.others().map(|rank| {
                 let given = part(input, rank, size).len() as u64;
                 (root, rank, given, self.said(rank))
             }))?,
-            false => self.agree(std::iter::once((root, me, self.told(root, me, width).0, output.len() as u64)))?,
+            false => Self::agree(std::iter::once((root, me, self.told(root, me, width).0, output.len() as u64)))?,
         }
         if longest <= width {
             match me == root {
@@ -300,15 +300,15 @@ impl SameHost {
     fn compare_gathered<E>(&self, root: Rank, len: usize, output: &mut [&mut [u8]]) -> Done<E> {
         let (me, size) = (self.rank, self.world_size);
         if me != root {
-            return self.agree(std::iter::once((me, root, len as u64, self.told(root, me, 0).1)));
+            return Self::agree(std::iter::once((me, root, len as u64, self.told(root, me, 0).1)));
         }
         let given = |rank| (rank, me, self.said(rank), part_mut(output, rank, size).len() as u64);
-        self.agree(self.others().map(given))
+        Self::agree(self.others().map(given))
     }
 
     /// Whether all that was given was awaited: sender, receiver, bytes given, bytes awaited. All who see a wrong pair name the
     /// lowest.
-    fn agree<E>(&self, pairs: impl Iterator<Item = (Rank, Rank, u64, u64)>) -> Done<E> {
+    fn agree<E>(pairs: impl Iterator<Item = (Rank, Rank, u64, u64)>) -> Done<E> {
         let wrong = pairs.filter(|(.., given, awaited)| given != awaited).min();
         wrong
             .map_or(Ok(()), |(sender, receiver, sent, awaited)| Err(Stopped::Parts { sender, receiver, sent, awaited }))

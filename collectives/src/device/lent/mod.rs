@@ -254,11 +254,17 @@ impl Reached {
 fn fetch(landing: Landing, carry: &Carry) -> Result<(), CollectiveError> {
     let timeout = carry.deadline.saturating_duration_since(Instant::now());
     let begin = |(rank, fetch): (Rank, Fetch)| {
-        let (ticket, piece) = (Arc::new(Ticket::default()), Piece::whole(Region::zeroed(0)));
-        let (kind, fetch, deadline) = (Kind::Fetch(rank), Some(fetch), carry.deadline);
-        let ticket_kept = Arc::clone(&ticket);
-        let message = Message { ticket: ticket_kept, kind, tag: 0, piece, fetch, deadline, timeout, over: false };
-        carry.submitter.shared.submit_message(message);
+        let ticket = Arc::new(Ticket::default());
+        carry.submitter.shared.submit_message(Message {
+            ticket: Arc::clone(&ticket),
+            kind: Kind::Fetch(rank),
+            tag: 0,
+            piece: Piece::whole(Region::zeroed(0)),
+            fetch: Some(fetch),
+            deadline: carry.deadline,
+            timeout,
+            over: false,
+        });
         ticket
     };
     let tickets: Vec<_> = landing.reads.into_iter().map(begin).collect();
