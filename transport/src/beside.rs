@@ -129,6 +129,14 @@ pub trait Beside: Wire {
         None
     }
 
+    /// The next peer that does not answer this wire. The sockets say by [`Beside::settle`] whether its host is there.
+    fn next_doubt(&mut self) -> Option<PeerId> {
+        None
+    }
+
+    /// Whether the host of `peer` acknowledges what the sockets send to it: then the process rests, and may be waited for.
+    fn settle(&mut self, _peer: PeerId, _is_there: bool, _now: Instant) {}
+
     /// Words of a peer.
     fn hear(&mut self, _peer: PeerId, _words: Words, _now: Instant) {}
 }

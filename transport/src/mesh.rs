@@ -123,6 +123,15 @@ impl Mesh {
         }
     }
 
+    /// Tells wires whose peers do not answer whether their hosts are there.
+    fn settle_doubts(&mut self, now: Instant) {
+        for wire in &mut self.better {
+            while let Some(peer) = wire.next_doubt() {
+                wire.settle(peer, self.tcp.acknowledges(peer), now);
+            }
+        }
+    }
+
     /// Sends words. Who is lost is told of by its own completion.
     fn say(&mut self, peer: PeerId, words: &Words) {
         let bytes = words.encode();
@@ -367,6 +376,7 @@ impl Wire for Mesh {
         self.turns = self.turns.wrapping_add(1);
         self.tidy_up(now);
         self.poll_better(now, done);
+        self.settle_doubts(now);
         self.carry_words();
         let due = self.posted || self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= SOCKET_PAUSE);
         if due || self.mixed || !self.ending.is_empty() || self.turns.is_multiple_of(SOCKET_TURNS) {

@@ -451,6 +451,11 @@ impl Link {
         }
     }
 
+    /// Whether the peer's host acknowledges what was sent to it some seconds ago.
+    pub(super) fn acknowledges(&self) -> bool {
+        self.lanes.iter().all(|lane| silence::acknowledges(lane.stream.socket()))
+    }
+
     /// Ends everything.
     pub(super) fn fail(&mut self, cause: LossCause, done: &mut Vec<Completion>) {
         if self.lost.is_some() {

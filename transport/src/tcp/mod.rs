@@ -187,6 +187,11 @@ impl TcpWire {
         self.entrance.addresses()
     }
 
+    /// Whether `peer`'s host acknowledges what was sent to it some seconds ago; so it is there, whatever the process does.
+    pub(crate) fn acknowledges(&self, peer: PeerId) -> bool {
+        self.links.get(&peer).is_none_or(|link| link.acknowledges())
+    }
+
     fn dial_one(
         &mut self,
         peer: PeerId,

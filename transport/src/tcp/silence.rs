@@ -18,6 +18,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// one may be on its way.
 const RETRANSMITS: u8 = 3;
 const PROBES: u8 = 2;
+/// Who has been asked something for longer than this, and has let it be sent again so often, does not acknowledge.
+const SOON: Duration = Duration::from_secs(3);
+const SOON_RETRANSMITS: u8 = 2;
 
 /// What the system says of a connection.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +36,15 @@ struct Heard {
 /// For how long nothing has been heard from the other host, where it must have answered if it were there.
 pub(super) fn of(socket: &TcpStream) -> Option<Duration> {
     heard(socket).filter(is_too_long).map(|heard| heard.silent)
+}
+
+/// Whether the other host acknowledges what was sent to it some seconds ago. It does where nothing is under way.
+pub(super) fn acknowledges(socket: &TcpStream) -> bool {
+    heard(socket).as_ref().is_none_or(is_acknowledged)
+}
+
+fn is_acknowledged(heard: &Heard) -> bool {
+    heard.silent < SOON || (heard.retransmits < SOON_RETRANSMITS && heard.probes < PROBES)
 }
 
 fn is_too_long(heard: &Heard) -> bool {
@@ -69,7 +81,14 @@ mod tests {
             assert!(!is_too_long(&here), "{here:?}");
         }
         for gone in [heard(30, 3, 0), heard(30, 0, 2), heard(600, 12, 0)] {
-            assert!(is_too_long(&gone), "{gone:?}");
+            assert!(is_too_long(&gone) && !is_acknowledged(&gone), "{gone:?}");
+        }
+        for soon in [heard(3, 2, 0), heard(5, 0, 2)] {
+            assert!(!is_acknowledged(&soon) && !is_too_long(&soon), "{soon:?}");
+        }
+        // It rests; a packet was lost; it has just answered.
+        for there in [heard(1000, 0, 0), heard(5, 1, 1), heard(2, 9, 9)] {
+            assert!(is_acknowledged(&there), "{there:?}");
         }
     }
 
@@ -85,6 +104,7 @@ mod tests {
         let began = Instant::now();
         let heard = heard(&socket).unwrap();
         assert!(heard.probes < PROBES && heard.retransmits < RETRANSMITS, "{heard:?}");
+        assert!(acknowledges(&socket));
         // Probes are 0.2 s apart at first, then twice that, and so on.
         assert!(heard.silent < Duration::from_millis(1400) + began.elapsed(), "{heard:?}");
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// How long a stopped queue pair may take to tell what became of its receives.
 const DRAIN: Duration = Duration::from_millis(50);
-/// How long a peer has to answer a proposal.
+/// How long a peer has to answer a proposal before its host is asked for. The first one it awaits, and must have answered by then.
 const ANSWER: Duration = Duration::from_secs(5);
 /// How long nothing may come of a peer that something is awaited of before its device is asked.
 const PROBE: Duration = Duration::from_secs(2);
@@ -59,6 +59,7 @@ impl VerbsWire {
     fn propose(&mut self, at: usize, now: Instant) {
         let Some(Some(link)) = self.links.get_mut(at) else { return };
         let proposal = link.propose(now, &mut self.nic);
+        link.patience = ANSWER;
         for (lane, queue_pair) in link.lanes.iter().map(|lane| lane.queue_pair).enumerate() {
             self.routes.extend(queue_pair.map(|queue_pair| (queue_pair, (at, lane))));
         }
@@ -70,8 +71,13 @@ impl VerbsWire {
     pub(super) fn see_to(&mut self, at: usize, now: Instant, done: &mut Vec<Completion>) {
         let Some(link) = self.at(at).filter(|link| link.lost.is_none()) else { return };
         match link.phase {
-            Phase::Apart { since: Some(since) } if now.saturating_duration_since(since) >= ANSWER => {
-                self.end(at, LossCause::Silent(ANSWER), done);
+            Phase::Apart { since: Some(since) } if now.saturating_duration_since(since) >= link.patience => {
+                let (peer, waited) = (link.peer, now.saturating_duration_since(since));
+                if link.epoch == 0 || waited >= self.config.timeout {
+                    self.end(at, LossCause::Silent(waited), done);
+                } else if !self.doubts.contains(&peer) {
+                    self.doubts.push_back(peer);
+                }
             }
             Phase::Up if link.fault.is_some() => {
                 self.break_off(at, now, done);
@@ -262,7 +268,7 @@ impl Beside for VerbsWire {
     fn deadline(&self) -> Option<Instant> {
         let apart = |link: &Link| match link.phase {
             _ if link.lost.is_some() => None,
-            Phase::Apart { since: Some(since) } => Some(since + ANSWER),
+            Phase::Apart { since: Some(since) } => Some(since + link.patience),
             Phase::Up if link.is_waiting() && !link.probing => Some(link.heard + PROBE),
             _ => None,
         };
@@ -289,6 +295,24 @@ impl Beside for VerbsWire {
         self.words.pop_front()
     }
 
+    fn next_doubt(&mut self) -> Option<PeerId> {
+        self.doubts.pop_front()
+    }
+
+    fn settle(&mut self, peer: PeerId, is_there: bool, now: Instant) {
+        let at = peer.index();
+        let Some(Some(link)) = self.links.get_mut(at) else { return };
+        let Phase::Apart { since: Some(since) } = link.phase else { return };
+        let waited = now.saturating_duration_since(since);
+        if is_there {
+            link.patience = waited + ANSWER;
+        } else {
+            let mut done = std::mem::take(&mut self.pending);
+            self.end(at, LossCause::Silent(waited), &mut done);
+            self.pending = done;
+        }
+    }
+
     fn hear(&mut self, peer: PeerId, words: Words, now: Instant) {
         let mut done = std::mem::take(&mut self.pending);
         let at = peer.index();
@@ -313,5 +337,108 @@ impl Beside for VerbsWire {
             }
         }
         self.pending = done;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::loopback::Fabric;
+    use super::*;
+    use crate::{Config, Envelope, Region, Tag, Wire};
+
+    const TIMEOUT: Duration = Duration::from_secs(100);
+
+    fn ends(fabric: &Fabric, now: Instant) -> [VerbsWire; 2] {
+        let config = Config { timeout: TIMEOUT, ..Config::default() };
+        [1, 0].map(|peer| {
+            let mut wire = VerbsWire::new(&config, Box::new(fabric.adapter()));
+            let name = PeerName { rank: None, host: String::new(), pid: peer, address: String::new() };
+            wire.attach(PeerId(peer), name, now).unwrap();
+            wire
+        })
+    }
+
+    /// Carries what the ends say to each other, until they have nothing more to say.
+    fn talk(ends: &mut [VerbsWire; 2], now: Instant) {
+        while ends.iter().any(|end| !end.words.is_empty()) {
+            for from in [0, 1] {
+                while let Some((_, words)) = ends[from].next_words() {
+                    ends[1 - from].hear(PeerId(from as u32), words, now);
+                }
+            }
+        }
+    }
+
+    /// Two ends that were connected; the queue pairs of the first have failed, under a message.
+    fn broken(now: Instant) -> [VerbsWire; 2] {
+        let fabric = Fabric::default();
+        let mut ends = ends(&fabric, now);
+        talk(&mut ends, now);
+        assert!(ends[0].is_up(PeerId(1)) && ends[1].is_up(PeerId(0)));
+        fabric.fail_at_random(1, 1_000_000, 1);
+        let region = Region::from_vec(vec![7; 100]);
+        let to = Envelope { peer: PeerId(1), tag: Tag(1), note: 0 };
+        ends[0].post_send(to, region.read(0..100).unwrap()).unwrap();
+        while ends[0].is_up(PeerId(1)) {
+            ends[0].poll(now, &mut Vec::new());
+        }
+        ends
+    }
+
+    /// What the end says of its peer at `now`, when it is asked twice.
+    fn silence(end: &mut VerbsWire, now: Instant) -> Option<Duration> {
+        let mut done = Vec::new();
+        (0..2).for_each(|_| end.poll(now, &mut done));
+        done.iter().find_map(|completion| match completion {
+            Completion::PeerDown { error: TransportError::PeerLost { cause: LossCause::Silent(time), .. }, .. } => {
+                Some(*time)
+            }
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn a_peer_that_rests_on_a_host_that_is_there_is_waited_for_and_goes_on() {
+        let now = Instant::now();
+        let mut ends = broken(now);
+        let mut later = now;
+        for _ in 0..4 {
+            assert_eq!(ends[0].deadline(), Some(later + ANSWER));
+            later += ANSWER;
+            assert_eq!((silence(&mut ends[0], later), ends[0].next_doubt()), (None, Some(PeerId(1))));
+            assert_eq!(ends[0].next_doubt(), None);
+            ends[0].settle(PeerId(1), true, later);
+            assert_eq!((silence(&mut ends[0], later), ends[0].next_doubt()), (None, None));
+        }
+        // The other one wakes up.
+        talk(&mut ends, later);
+        ends[1].post_recv_loan(PeerId(0), Tag(1), 100).unwrap();
+        let (until, mut came) = (Instant::now() + Duration::from_secs(20), Vec::new());
+        while !came.iter().any(|completion| matches!(completion, Completion::Arrived(_))) {
+            assert!(Instant::now() < until, "{came:?}");
+            ends[0].poll(later, &mut Vec::new());
+            ends[1].poll(later, &mut came);
+            talk(&mut ends, later);
+        }
+    }
+
+    #[test]
+    fn a_peer_whose_host_does_not_acknowledge_is_given_up_at_once() {
+        let now = Instant::now();
+        let [mut end, _] = broken(now);
+        assert_eq!((silence(&mut end, now + ANSWER), end.next_doubt()), (None, Some(PeerId(1))));
+        end.settle(PeerId(1), false, now + ANSWER);
+        assert_eq!(silence(&mut end, now + ANSWER), Some(ANSWER));
+    }
+
+    #[test]
+    fn a_peer_that_never_answers_is_given_up_soon_at_first_and_at_the_timeout_later() {
+        let now = Instant::now();
+        let [mut first, _] = ends(&Fabric::default(), now);
+        assert_eq!(silence(&mut first, now + ANSWER), Some(ANSWER));
+        let [mut end, _] = broken(now);
+        assert_eq!(silence(&mut end, now + TIMEOUT - ANSWER), None);
+        end.settle(PeerId(1), true, now + TIMEOUT - ANSWER);
+        assert_eq!(silence(&mut end, now + TIMEOUT), Some(TIMEOUT));
     }
 }

@@ -24,7 +24,7 @@ use crate::{
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes of a slot: a frame.
 pub(super) const SLOT_BYTES: usize = 8192;
@@ -62,6 +62,8 @@ pub(super) struct Link {
     pub(super) lost: Option<TransportError>,
     pub(super) phase: Phase,
     pub(super) epoch: u32,
+    /// How long its answer to the last proposal is waited for before its host is asked for, again.
+    pub(super) patience: Duration,
     pub(super) ours: Option<Proposal>,
     /// When the queue pairs failed lately.
     pub(super) failures: Vec<Instant>,
@@ -134,6 +136,7 @@ impl Link {
             flights: Flights::default(),
             lost: None,
             phase: Phase::Apart { since: None },
+            patience: Duration::ZERO,
             epoch: 0,
             ours: None,
             failures: Vec::new(),

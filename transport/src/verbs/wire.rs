@@ -53,6 +53,8 @@ pub struct VerbsWire {
     pub(super) pool: Arc<Pool>,
     pub(super) pending: Vec<Completion>,
     pub(super) words: VecDeque<(PeerId, Words)>,
+    /// Peers that do not answer, whose hosts are to be asked for.
+    pub(super) doubts: VecDeque<PeerId>,
     pub(super) count: VerbsCount,
     /// Whether sockets may not take over.
     pub(super) must: bool,
@@ -85,6 +87,7 @@ impl VerbsWire {
             pool: Arc::new(Pool::default()),
             pending: Vec::new(),
             words: VecDeque::new(),
+            doubts: VecDeque::new(),
             count: VerbsCount::default(),
             must: config.wire == crate::WireChoice::Verbs,
             exposed: BTreeMap::new(),
