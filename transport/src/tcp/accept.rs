@@ -1,6 +1,7 @@
 //! Does: the listening side: connections that come, and what becomes of them.
 
 use super::handshake::{Guest, Me, Progress};
+use super::options;
 use super::stream::Stream;
 use crate::hello::{Hello, Identity};
 use crate::{PeerId, TransportError, WorldSize};
@@ -216,7 +217,7 @@ impl Entrance {
 }
 
 fn open(address: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
-    let listener = TcpListener::bind(address)?;
+    let listener = options::listen(address)?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     Ok((listener, address))

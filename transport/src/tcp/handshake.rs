@@ -67,7 +67,7 @@ fn converse(
     deadline: Instant,
 ) -> Result<(Stream, Identity), CallError> {
     let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-    let socket = TcpStream::connect_timeout(&address, left)?;
+    let socket = options::connect(address, left)?;
     options::tune(&socket);
     socket.set_write_timeout(Some(left))?;
     let mut stream = Stream::plain(socket);

@@ -1,11 +1,42 @@
 //! Does: socket options, each with its reason.
 
-use socket2::{SockRef, TcpKeepalive};
-use std::net::TcpStream;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 /// Measured best on loopback between 512 KiB and 4 MiB; a larger one only holds more bytes that nobody has asked for.
 const BUFFER_BYTES: usize = 1 << 20;
+
+/// Connections that may wait to be accepted, where the system lets them: more than the hellos that are read at once.
+const WAITING: i32 = 1024;
+
+/// A connection to `address`, made within `left`.
+pub(super) fn connect(address: SocketAddr, left: Duration) -> io::Result<TcpStream> {
+    let socket = unpaced(address)?;
+    socket.connect_timeout(&address.into(), left)?;
+    Ok(socket.into())
+}
+
+/// Listens at `address`.
+pub(super) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = unpaced(address)?;
+    // As in `TcpListener::bind`: connections that were closed lately do not keep the port.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(WAITING)?;
+    Ok(socket.into())
+}
+
+/// A socket whose connections are not paced. bbr, the default of many hosts, has each of them paced by a timer from the moment it is
+/// made, also where another algorithm takes over later; so that comes first. Connections of a listener have its algorithm.
+fn unpaced(address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if let Err(error) = socket.set_tcp_congestion(b"cubic") {
+        tracing::debug!(%error, "a socket option was refused");
+    }
+    Ok(socket)
+}
 
 /// Sets what a stream needs. Every option is best effort: a connection without it is slower, not wrong.
 pub(super) fn tune(stream: &TcpStream) {
@@ -15,8 +46,6 @@ pub(super) fn tune(stream: &TcpStream) {
     let set = [
         // A frame is sent whole or not at all; waiting for more only costs latency.
         socket.set_tcp_nodelay(true),
-        // bbr, the default of many hosts, paces a loopback or LAN stream to a quarter of what cubic gives.
-        socket.set_tcp_congestion(b"cubic"),
         socket.set_send_buffer_size(BUFFER_BYTES),
         socket.set_recv_buffer_size(BUFFER_BYTES),
         // A host that vanishes is found, after 30 s, though nothing is being sent to it; while something is, by `silence.rs`. No
@@ -31,7 +60,17 @@ pub(super) fn tune(stream: &TcpStream) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
+
+    #[test]
+    fn both_ends_of_a_connection_have_never_had_an_algorithm_that_paces() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let here = connect(listener.local_addr().unwrap(), Duration::from_secs(5)).unwrap();
+        let (there, _) = listener.accept().unwrap();
+        for stream in [&here, &there] {
+            let algorithm = SockRef::from(stream).tcp_congestion().unwrap();
+            assert!(algorithm.starts_with(b"cubic"), "{}", String::from_utf8_lossy(&algorithm));
+        }
+    }
 
     #[test]
     fn a_host_that_vanishes_is_found_within_half_a_minute_and_one_that_does_not_read_never_counts_as_gone() {
