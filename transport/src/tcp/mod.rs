@@ -26,7 +26,7 @@ use handshake::{CallError, Me};
 use link::Link;
 use rustix::event::EventfdFlags;
 use rustix::fd::OwnedFd;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -54,8 +54,8 @@ pub struct TcpWire {
     turns: u32,
     /// When the system was last asked who is silent.
     asked: Instant,
-    /// Whose turn it is in the next poll, or the next one's after that.
-    turn: PeerId,
+    /// Who is still to be looked at before the system is asked again.
+    round: VecDeque<PeerId>,
     /// At which of a peer's addresses the next call begins: the last good one's place, or after a failure the next.
     first: usize,
     credit: Option<Credit>,
@@ -92,7 +92,7 @@ impl TcpWire {
             pending: Vec::new(),
             turns: 0,
             asked: Instant::now(),
-            turn: PeerId(0),
+            round: VecDeque::new(),
             first: 0,
             credit: config.credit.map(Credit::new),
             grants: Vec::new(),

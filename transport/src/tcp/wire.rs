@@ -10,7 +10,6 @@ use crate::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::BorrowedFd;
-use std::ops::Bound::{Excluded, Included, Unbounded};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -117,35 +116,38 @@ impl TcpWire {
         fds
     }
 
-    /// Finds which links have something to read or write, by the system's word.
-    fn look_at_links(&mut self) {
-        let Self { watch, links, .. } = self;
-        watch.ready(|peer| {
-            if let Some(link) = links.get_mut(&peer) {
-                link.ready = true;
-            }
-        });
+    /// Lists the links to be looked at: all where they are few, else those that have something to do, by the system's word too.
+    fn begin_round(&mut self) {
+        let Self { watch, links, round, .. } = self;
+        let few = links.len() <= FEW;
+        if !few {
+            watch.ready(|peer| {
+                if let Some(link) = links.get_mut(&peer) {
+                    link.ready = true;
+                }
+            });
+        }
+        round.extend(links.iter_mut().filter_map(|(&peer, link)| (few || link.is_busy()).then_some(peer)));
     }
 
-    /// Moves what can be moved, from the link on whose turn it is, and stops where enough has been handed over.
+    /// Moves what can be moved, by the links that are left of the last round and then by a new one, and stops where enough has been
+    /// handed over: so each has its turn, and the system is asked once a round.
     fn progress(&mut self, done: &mut Vec<Completion>) {
-        let few = self.links.len() <= FEW;
-        if !few {
-            self.look_at_links();
-        }
-        let (mut handed, turn) = (0, self.turn);
-        for part in [(Included(turn), Unbounded), (Unbounded, Excluded(turn))] {
-            for (&peer, link) in self.links.range_mut(part) {
-                if !few && !link.is_busy() {
-                    continue;
-                }
-                let before = link.incoming.received.0;
-                link.progress(done);
-                handed += link.incoming.received.0 - before;
-                if handed >= POLL_BYTES {
-                    self.turn = PeerId(peer.0.wrapping_add(1));
+        let (mut handed, mut fresh) = (0, false);
+        loop {
+            let Some(peer) = self.round.pop_front() else {
+                if std::mem::replace(&mut fresh, true) {
                     return;
                 }
+                self.begin_round();
+                continue;
+            };
+            let Some(link) = self.links.get_mut(&peer) else { continue };
+            let before = link.incoming.received.0;
+            link.progress(done);
+            handed += link.incoming.received.0 - before;
+            if handed >= POLL_BYTES {
+                return;
             }
         }
     }
