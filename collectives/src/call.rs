@@ -28,8 +28,8 @@ impl Piece {
 /// All-reduce, reduce and broadcast work in place in `output[0]`, with no input. All-gather and gather take `input[0]` and
 /// fill one output per rank, of any lengths, or one output that holds all ranks' parts (gather: only at the root).
 /// Reduce-scatter and scatter take one input per rank, or one that holds all (scatter: only at the root), and fill
-/// `output[0]`. All-to-all takes and fills one piece per rank, of any lengths, or one that holds equal parts for all, which
-/// says that all ranks do the same. Inputs may lie within outputs: all-gather takes its own part of the output as it is, all
+/// `output[0]`. All-to-all takes and fills one piece per rank, of any lengths, or one that holds equal parts for all. Which of
+/// the two a rank does is its own affair. Inputs may lie within outputs: all-gather takes its own part of the output as it is, all
 /// else is copied first.
 #[derive(Clone, Debug)]
 pub struct Call {
@@ -79,7 +79,6 @@ impl Shape {
     pub(crate) fn fingerprint(&self, collective: &Collective, dtype: DType, ordered: bool) -> Fingerprint {
         let parts = if matches!(collective, Collective::AllGather) { &self.output } else { &self.input };
         match collective {
-            Collective::AllToAll if self.packed => Fingerprint::of(collective, dtype, self.len, ordered),
             Collective::Gather { .. } | Collective::Scatter { .. } | Collective::AllToAll => {
                 Fingerprint::of(collective, dtype, 0, ordered)
             }

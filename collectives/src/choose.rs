@@ -16,7 +16,7 @@ use std::ops::Range;
 const SHORT_BYTES: usize = 16 << 10;
 const SHORT_RANKS: u32 = 8;
 /// Bytes of a segment: it stays in the second-level cache between the socket and the sum.
-const SEGMENT_BYTES: usize = 128 << 10;
+pub(crate) const SEGMENT_BYTES: usize = 128 << 10;
 
 /// Chooses, with the user's wishes in hand.
 #[derive(Clone, Debug, Default)]
@@ -118,9 +118,21 @@ impl Chooser {
             + if self.deterministic { "; deterministic" } else { "" }
     }
 
-    /// Whether an all-to-all of equal parts is packed.
-    pub(crate) fn packs(&self, collective: &Collective, dtype: DType, shape: &Shape, world_size: WorldSize) -> bool {
-        self.algorithm(collective, dtype, shape.longest() * dtype.bytes(), world_size) == Algorithm::Bruck
+    /// Whether an all-to-all of which all parts have `len` elements is packed: such parts fit a segment, also one by one.
+    pub(crate) fn packs(&self, dtype: DType, len: usize, world_size: WorldSize) -> bool {
+        let bytes = len * dtype.bytes();
+        let short = (1..=SEGMENT_BYTES).contains(&bytes);
+        short && self.algorithm(&Collective::AllToAll, dtype, bytes, world_size) == Algorithm::Bruck
+    }
+
+    /// Whether `peer` may pack, in an all-to-all in which this rank does not: for all that is known here, it may have parts of one
+    /// length.
+    fn may_pack(&self, asked: Asked<'_>, peer: Rank, world_size: WorldSize) -> bool {
+        let Asked { collective, dtype, shape } = asked;
+        let len = |lens: &[usize]| lens.get(peer.index()).copied();
+        let even = len(&shape.input).filter(|given| len(&shape.output) == Some(*given));
+        let alone = *collective == Collective::AllToAll && !shape.packed && !shape.across;
+        alone && even.is_some_and(|len| self.packs(dtype, len, world_size))
     }
 
     /// This rank's part of a call, ready to run.
@@ -129,7 +141,9 @@ impl Chooser {
         match across().filter(|_| asked.shape.across) {
             None => {
                 let members: Vec<Rank> = world_size.ranks().collect();
-                Plan::new(self.schedule(asked, rank, world_size), rank.index(), &members)
+                let mut plan = Plan::new(self.schedule(asked, rank, world_size), rank.index(), &members);
+                plan.links.iter_mut().for_each(|link| link.may_pack = self.may_pack(asked, link.rank, world_size));
+                plan
             }
             // To each other they are a group of which each is on a host of its own.
             Some((members, me)) => {
@@ -165,7 +179,10 @@ impl Chooser {
             Collective::AllGather => make.all_gather(len, &parts(&shape.output)),
             Collective::ReduceScatter { op } if n == 1 => copy_and_finish(len, op),
             Collective::ReduceScatter { .. } => make.reduce_scatter(&parts(&shape.input)),
-            Collective::AllToAll if shape.packed => bruck::all_to_all(rank, world_size, len, segment),
+            // Of whole parts, so that one alone fits wherever such a message does.
+            Collective::AllToAll if shape.packed => {
+                bruck::all_to_all(rank, world_size, len, (segment / len.max(1)).max(1) * len)
+            }
             Collective::AllToAll => exchange(&all(&shape.input), &all(&shape.output)),
             Collective::Gather { root } => {
                 let mut give = nothing();

@@ -23,6 +23,16 @@ impl fmt::Display for Operation {
     }
 }
 
+/// What to do, where `calls` may differ only by who gave split sizes.
+fn about_splits(calls: &[&String]) -> &'static str {
+    if calls.iter().any(|call| call.starts_with("all_to_all")) {
+        ". An all_to_all of CUDA tensors of more than 4 MiB, in and out, goes in parts only where no rank gives split sizes: give them \
+         on all ranks, or on none"
+    } else {
+        ""
+    }
+}
+
 /// Why a collective, send or receive did not complete.
 ///
 /// After `RankFailed`, `Timeout`, `Mismatch`, `PartsDiffer`, `NotANumber` and `Aborted` of a collective the group is over: every later call fails with
@@ -57,7 +67,8 @@ pub enum CollectiveError {
     },
     /// Ranks called different things.
     #[error(
-        "{operation}: {rank} called {got} where the others called {expected}: every rank must make the same calls in the same order"
+        "{operation}: {rank} called {got} where the others called {expected}: every rank must make the same calls in the same order{}",
+        about_splits(&[expected, got])
     )]
     Mismatch {
         /// What was under way here.
@@ -72,7 +83,8 @@ pub enum CollectiveError {
     /// Two ranks do not agree how much goes from one to the other, in a call in which others need not know.
     #[error(
         "{operation}: {sender} gives {sent} elements to {receiver}, which awaits {awaited}: what a rank gives another must be as \
-         long as that one's place for it (in all-to-all, input splits of the one and output splits of the other)"
+         long as that one's place for it (in all-to-all, input splits of the one and output splits of the other){}",
+        about_splits(&[&operation.call])
     )]
     PartsDiffer {
         /// What was under way here.

@@ -1,7 +1,7 @@
 //! Does: runs one schedule on a wire, step by step as messages come; any schedule, any wire.
 
 use crate::call::Buffers;
-use crate::fingerprint::Notes;
+use crate::fingerprint::{Notes, Said};
 use crate::plan::Plan;
 use crate::reduce::{finish, fold, reduce_into};
 use crate::{Action, CollectiveError, DType, Reduction, Span, StepId};
@@ -10,6 +10,8 @@ use gradwire_transport::{
     Wire, WorldSize,
 };
 use std::sync::{Arc, LazyLock};
+
+mod unpacking;
 
 /// Messages posted and not yet ended, per link and direction: with segments of 128 KiB a megabyte, as much as a socket takes in one
 /// call, which is quicker than in several, and enough to keep a wire busy while a segment is reduced.
@@ -20,6 +22,8 @@ const IN_FLIGHT: usize = 8;
 pub(crate) enum Halt {
     /// A rank's message carries another fingerprint or length than ours: it called something else.
     Differs,
+    /// A rank gives its part of an all-to-all alone, where this one packs: so must this one do, by [`Execution::unpack`].
+    Alone,
     /// A rank sent us another number of elements than we awaited, in a call in which only we two can know.
     Parts { from: Rank, sent: u64, awaited: u64 },
     /// The wire failed.
@@ -49,6 +53,8 @@ pub(crate) struct Execution {
     links: Vec<Link>,
     folds: Vec<Fold>,
     local: Vec<StepId>,
+    /// What came before this rank could put it in its place.
+    early: Vec<(Rank, u64, RegionSliceMut, usize)>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -57,6 +63,9 @@ struct Link {
     sends_ended: usize,
     recvs_posted: usize,
     recvs_ended: usize,
+    /// Of what was posted while this rank packed, and has not ended.
+    packed_sends: usize,
+    packed_recvs: usize,
 }
 
 struct Fold {
@@ -79,17 +88,13 @@ impl Execution {
     /// Gets ready; nothing is posted before the first [`Execution::advance`].
     pub(crate) fn new(order: Order, world_size: WorldSize) -> Self {
         let Order { plan, buffers, tag, notes, dtype, op } = order;
-        let local = (0u32..)
-            .zip(&plan.schedule.steps)
-            .filter(|(id, step)| plan.waits_for[*id as usize] == 0 && is_local(&step.action))
-            .map(|(id, _)| id)
-            .collect();
         Self {
             waits_for: plan.waits_for.clone(),
             remaining: plan.schedule.steps.len(),
             links: vec![Link::default(); plan.links.len()],
             folds: Vec::new(),
-            local,
+            local: first_local(&plan),
+            early: Vec::new(),
             plan,
             buffers,
             tag,
@@ -105,9 +110,9 @@ impl Execution {
         self.tag
     }
 
-    /// Whether every step has ended.
+    /// Whether every step has ended, and all that was posted.
     pub(crate) fn is_done(&self) -> bool {
-        self.remaining == 0
+        self.remaining == 0 && self.links.iter().all(|link| link.packed_sends + link.packed_recvs == 0)
     }
 
     /// The ranks that messages are exchanged with.
@@ -138,12 +143,22 @@ impl Execution {
     pub(crate) fn on_message(&mut self, peer: PeerId, came: Came) -> Result<(), Halt> {
         let Some(at) = self.plan.link(Rank(peer.0)) else { return Err(Halt::Differs) };
         match came {
+            Came::Sent if self.links[at].packed_sends > 0 => self.links[at].packed_sends -= 1,
             Came::Sent => {
                 let step = self.plan.links[at].sends[self.links[at].sends_ended];
                 self.links[at].sends_ended += 1;
                 self.end(step);
             }
+            Came::Received { note, bytes, slice } if self.links[at].packed_recvs > 0 => {
+                self.links[at].packed_recvs -= 1;
+                self.take_alone(at, note, &slice[..bytes])?;
+            }
             Came::Received { note, bytes, slice } => {
+                if self.said(at, note) == Said::Alone {
+                    self.links[at].recvs_ended += 1;
+                    self.early.push((Rank(peer.0), note, slice, bytes));
+                    return Err(Halt::Alone);
+                }
                 self.compare(at, note)?;
                 if bytes != slice.len() {
                     return Err(Halt::Differs);
@@ -151,6 +166,10 @@ impl Execution {
                 drop(slice);
                 let step = self.next_recv(at);
                 self.end(step);
+            }
+            Came::Arrived { note, loan } if self.plan.links[at].may_pack => {
+                self.links[at].recvs_posted -= 1;
+                self.take_alone(at, note, &loan)?;
             }
             Came::Arrived { note, loan } => {
                 self.compare(at, note)?;
@@ -167,13 +186,16 @@ impl Execution {
         compared.and_then(Result::err).unwrap_or(Halt::Differs)
     }
 
+    fn said(&self, at: usize, note: u64) -> Said {
+        self.notes.said(self.plan.links[at].number, note)
+    }
+
     fn compare(&self, at: usize, note: u64) -> Result<(), Halt> {
-        let link = &self.plan.links[at];
-        if note == self.notes.from(link.number) {
-            return Ok(());
+        match self.said(at, note) {
+            Said::Same => Ok(()),
+            Said::Len { sent, awaited } => Err(Halt::Parts { from: self.plan.links[at].rank, sent, awaited }),
+            Said::Packed | Said::Alone | Said::Other => Err(Halt::Differs),
         }
-        let parts = |(sent, awaited)| Halt::Parts { from: link.rank, sent, awaited };
-        Err(self.notes.other_len(link.number, note).map_or(Halt::Differs, parts))
     }
 
     fn next_recv(&mut self, at: usize) -> StepId {
@@ -275,10 +297,14 @@ impl Execution {
         let (steps, peer) = (&plan.links[at].recvs, PeerId::from(plan.links[at].rank));
         while let Some(&step) = steps.get(self.links[at].recvs_posted) {
             let link = self.links[at];
-            if self.waits_for[step as usize] > 0 || link.recvs_posted - link.recvs_ended >= IN_FLIGHT {
+            let full = link.recvs_posted - link.recvs_ended >= IN_FLIGHT || link.packed_recvs > 0;
+            if self.waits_for[step as usize] > 0 || full {
                 break;
             }
             let posted = match plan.schedule.steps[step as usize].action {
+                Action::Recv { .. } if plan.links[at].may_pack => {
+                    refused(wire.post_recv_loan(peer, self.tag, unpacking::MOST_BYTES))
+                }
                 Action::Recv { span, .. } => refused(wire.post_recv(peer, self.tag, self.write(span)?)),
                 Action::RecvToken { .. } => refused(wire.post_recv(peer, self.tag, empty())),
                 Action::RecvReduce { span, .. } | Action::FoldAll { span, .. } => {
@@ -345,6 +371,12 @@ impl Execution {
         let call = format!("{:?} of {}", self.op, self.dtype.name());
         Halt::Call(CollectiveError::Invalid { call, reason: error.to_string() })
     }
+}
+
+/// The steps of `plan` that can be done at once, without a message.
+fn first_local(plan: &Plan) -> Vec<StepId> {
+    let steps = (0u32..).zip(&plan.schedule.steps);
+    steps.filter(|(id, step)| plan.waits_for[*id as usize] == 0 && is_local(&step.action)).map(|(id, _)| id).collect()
 }
 
 /// Whether a step needs no message.

@@ -19,6 +19,9 @@ const ORDERED: u64 = 8;
 const LEN_BITS: u32 = 40;
 const ROOT_BITS: u32 = 11;
 const MOST: u64 = (1 << LEN_BITS) - 1;
+/// Number of an all-to-all in messages that hold parts of several ranks, and the collective's own.
+const PACKED: u64 = 12;
+const ALL_TO_ALL: u64 = 5;
 /// Number of what is said in place of a call by who would give NaN in it.
 const NOT_A_NUMBER: u64 = 13;
 /// Numbers of the collectives whose parts all ranks list alike, for unequal parts.
@@ -65,6 +68,20 @@ impl Fingerprint {
         Self(self.0 & !MOST | (len as u64).min(MOST))
     }
 
+    /// What goes with the messages of this all-to-all where a rank packs parts for several others in one.
+    pub(crate) const fn packed(self) -> Self {
+        self.numbered(PACKED)
+    }
+
+    /// The all-to-all of which such a message is.
+    const fn unpacked(self) -> Self {
+        if self.0 >> (20 + LEN_BITS) == PACKED { self.numbered(ALL_TO_ALL) } else { self }
+    }
+
+    const fn numbered(self, number: u64) -> Self {
+        Self(self.0 & !(15 << (20 + LEN_BITS)) | number << (20 + LEN_BITS))
+    }
+
     /// The elements.
     pub(crate) const fn len(self) -> u64 {
         self.0 & MOST
@@ -78,6 +95,23 @@ pub(crate) enum Notes {
     All(Fingerprint),
     /// For each other rank that takes part what goes to it, and what comes from it.
     Each(Vec<(Fingerprint, Fingerprint)>),
+    /// With all the same, of an all-to-all whose parts have so many elements each: it is packed.
+    Packed(Fingerprint),
+}
+
+/// What a note says of the message that it came with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    /// It is of this call, as it goes here.
+    Same,
+    /// It is of this call and packed, where this rank does not pack: the part alone comes after it.
+    Packed,
+    /// It is one part alone of this call, where this rank packs.
+    Alone,
+    /// It is of this call, but of so many elements where so many are awaited.
+    Len { sent: u64, awaited: u64 },
+    /// It is of another call.
+    Other,
 }
 
 impl Notes {
@@ -86,24 +120,27 @@ impl Notes {
         match self {
             Self::All(note) => note.0,
             Self::Each(notes) => notes[at].0.0,
+            Self::Packed(call) => call.packed().0,
         }
     }
 
-    /// With what comes from it.
-    pub(crate) fn from(&self, at: usize) -> u64 {
-        match self {
-            Self::All(note) => note.0,
-            Self::Each(notes) => notes[at].1.0,
+    /// What `note` from the rank at `at` says. Lengths are told of where not all ranks must know them.
+    pub(crate) fn said(&self, at: usize, note: u64) -> Said {
+        let told = Fingerprint(note);
+        let (awaited, packs) = match self {
+            Self::All(call) => return if told == *call { Said::Same } else { Said::Other },
+            Self::Each(notes) => (notes[at].1, false),
+            Self::Packed(call) => (*call, true),
+        };
+        match (told == awaited, told == awaited.packed()) {
+            (true, _) if packs => Said::Alone,
+            (_, true) if !packs => Said::Packed,
+            (false, false) if awaited.of_len(0) == told.unpacked().of_len(0) => {
+                Said::Len { sent: told.len(), awaited: awaited.len() }
+            }
+            (false, false) => Said::Other,
+            _ => Said::Same,
         }
-    }
-
-    /// The elements that `note` from the rank at `at` tells of, and those awaited, where that is all that differs, and only the
-    /// two can know.
-    pub(crate) fn other_len(&self, at: usize, note: u64) -> Option<(u64, u64)> {
-        let Self::Each(notes) = self else { return None };
-        let (awaited, told) = (notes[at].1, Fingerprint(note));
-        let same = awaited.of_len(0) == told.of_len(0) && awaited != told;
-        same.then_some((told.len(), awaited.len()))
     }
 }
 
@@ -112,7 +149,8 @@ impl fmt::Display for Fingerprint {
         let (head, len) = (self.0 >> LEN_BITS, self.len());
         let byte = |value: u64| u8::try_from(value).unwrap_or(u8::MAX);
         let unequal = UNEQUAL.iter().find(|(number, _)| *number == head >> 20).map(|(_, name)| *name);
-        let even = || usize::try_from(head >> 20).ok().and_then(|code| NAMES.get(code)).copied();
+        let number = self.unpacked().0 >> (20 + LEN_BITS);
+        let even = || usize::try_from(number).ok().and_then(|code| NAMES.get(code)).copied();
         let name = unequal.or_else(even);
         if let Some(element) = self.nan() {
             return write!(f, "a call with NaN, first at element {element}");
@@ -178,12 +216,33 @@ mod tests {
     fn two_ranks_see_that_only_their_lengths_differ() {
         let call = Fingerprint::of(&Collective::AllToAll, DType::F32, 0, false);
         let notes = Notes::Each(vec![(call.of_len(3), call.of_len(5))]);
-        assert_eq!((notes.to(0), notes.from(0)), (call.of_len(3).0, call.of_len(5).0));
-        assert_eq!(notes.other_len(0, call.of_len(7).0), Some((7, 5)));
-        assert_eq!(notes.other_len(0, call.of_len(5).0), None);
+        assert_eq!(notes.to(0), call.of_len(3).0);
+        assert_eq!(notes.said(0, call.of_len(7).0), Said::Len { sent: 7, awaited: 5 });
+        assert_eq!(notes.said(0, call.of_len(5).0), Said::Same);
         let other = Fingerprint::of(&Collective::AllToAll, DType::F64, 7, false);
-        assert_eq!(notes.other_len(0, other.0), None);
-        assert_eq!(Notes::All(call).other_len(0, call.of_len(7).0), None);
+        assert_eq!(notes.said(0, other.0), Said::Other);
+        assert_eq!(Notes::All(call).said(0, call.of_len(7).0), Said::Other);
+        assert_eq!(Notes::All(call).said(0, call.0), Said::Same);
+    }
+
+    #[test]
+    fn an_all_to_all_is_known_as_the_same_call_packed_or_not() {
+        let call = Fingerprint::of(&Collective::AllToAll, DType::F32, 5, false);
+        let (packs, alone) = (Notes::Packed(call), Notes::Each(vec![(call, call)]));
+        assert_eq!(packs.to(3), call.packed().0);
+        assert_eq!((packs.said(3, packs.to(3)), alone.said(0, alone.to(0))), (Said::Same, Said::Same));
+        assert_eq!((packs.said(3, alone.to(0)), alone.said(0, packs.to(3))), (Said::Alone, Said::Packed));
+        let longer = call.of_len(7);
+        for notes in [&packs, &alone] {
+            for told in [longer, longer.packed()] {
+                assert_eq!(notes.said(0, told.0), Said::Len { sent: 7, awaited: 5 });
+            }
+            let other = Fingerprint::of(&Collective::AllToAll, DType::F64, 5, false);
+            assert_eq!((notes.said(0, other.0), notes.said(0, other.packed().0)), (Said::Other, Said::Other));
+        }
+        assert_eq!(call.packed().to_string(), call.to_string());
+        let gather = Fingerprint::of(&Collective::Gather { root: Rank(0) }, DType::F32, 5, false);
+        assert_eq!(Notes::Each(vec![(gather, gather)]).said(0, call.packed().0), Said::Other);
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub(crate) struct PlanLink {
     pub(crate) number: usize,
     pub(crate) sends: Vec<StepId>,
     pub(crate) recvs: Vec<StepId>,
+    /// Whether, in an all-to-all, that rank may begin with packed messages, after which its part comes alone.
+    pub(crate) may_pack: bool,
 }
 
 impl Plan {
@@ -70,7 +72,7 @@ impl Plan {
 }
 
 fn links(schedule: &Schedule, me: usize, members: &[Rank]) -> Vec<PlanLink> {
-    let link = |(number, &rank)| PlanLink { rank, number, sends: vec![], recvs: vec![] };
+    let link = |(number, &rank)| PlanLink { rank, number, sends: vec![], recvs: vec![], may_pack: false };
     let mut links: Vec<PlanLink> = members.iter().enumerate().map(link).collect();
     for (id, step) in (0u32..).zip(&schedule.steps) {
         match step.action {

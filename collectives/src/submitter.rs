@@ -63,7 +63,7 @@ impl Submitter {
     /// Checks `call`, and tells how its job is made once it has a number.
     fn prepare(&self, call: Call) -> Result<impl FnOnce(u64) -> Job + use<>, CollectiveError> {
         let mut shape = call.shape(self.rank.index(), self.world_size)?;
-        shape.packed = shape.packed && self.chooser.packs(&call.collective, call.dtype, &shape, self.world_size);
+        shape.packed = shape.packed && self.chooser.packs(call.dtype, shape.len, self.world_size);
         let ordered = self.chooser.orders(&call.collective, call.dtype);
         let fingerprint = shape.fingerprint(&call.collective, call.dtype, ordered);
         let timeout = call.timeout.unwrap_or_else(|| self.shared.timeout());

@@ -233,3 +233,37 @@ fn a_stream_that_never_comes_to_it_is_a_time_out_and_mistakes_are_told_before_an
     });
     assert_eq!(double.held(), [0; 7]);
 }
+
+/// An all-to-all in which rank 0 alone gives no lengths, of `len` elements a part.
+fn one_gives_no_lengths(c: &Communicator, stream: &Stream, len: usize) -> Result<Vec<u8>, CollectiveError> {
+    let (rank, n) = (c.rank().0, c.world_size().get() as usize);
+    let (given, zeros) = (thirds(rank, len * n), vec![0; len * n * 4]);
+    let pieces = if rank == 0 { 1 } else { n };
+    let place = |bytes: &[u8]| bytes.chunks(bytes.len() / pieces).map(|part| put(stream, part)).unzip();
+    let ((ins, _coming), (outs, _going)): ((Vec<_>, Vec<_>), (Vec<_>, Vec<_>)) = (place(&given), place(&zeros));
+    let (ins, outs): (Vec<_>, Vec<_>) = (ins.iter().collect(), outs.iter().collect());
+    on_device(c, stream, &Collective::AllToAll, &ins, &outs)?.wait(None).unwrap()?;
+    Ok(outs.iter().flat_map(|memory| get(stream, memory)).collect())
+}
+
+#[test]
+fn short_tensors_need_not_all_be_given_lengths_and_long_ones_say_so() {
+    let double = Double::new(1);
+    for (way, cuda_direct) in [(Way::Tcp, true), (Way::Tcp, false), (Way::Segment, true)] {
+        let algorithms = Some("all_to_all:bruck".to_owned());
+        let settings = Settings { nvrtc: Some(double.path()), algorithms, cuda_direct, ..Settings::default() };
+        let errors = group(3, way, settings, |c| {
+            let stream = Stream::new(&device(&double, 0)).unwrap();
+            for len in [1, 1000, 100_000] {
+                let first = c.rank().index() * len * 4;
+                let expected: Vec<u8> =
+                    (0..3).flat_map(|rank| thirds(rank, len * 3)[first..first + len * 4].to_vec()).collect();
+                assert!(one_gives_no_lengths(c, &stream, len).unwrap() == expected, "{way:?} {len}");
+            }
+            one_gives_no_lengths(c, &stream, LONG).unwrap_err().to_string()
+        });
+        for error in errors {
+            assert!(error.contains("give them on all ranks, or on none"), "{way:?} {cuda_direct}: {error}");
+        }
+    }
+}

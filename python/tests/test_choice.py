@@ -110,6 +110,13 @@ def torch_options(rank: int, size: int, url: str) -> list[bytes]:
     got = torch.empty_like(given)
     dist.all_to_all_single(got, given)
     assert got.tolist() == [source * 10 + rank for source in range(size)]
+    os.environ["GRADWIRE_ALGO"] = "all_to_all:bruck"
+    packing = dist.new_group()
+    del os.environ["GRADWIRE_ALGO"]
+    for one in range(size):
+        splits = [1] * size if rank == one else None
+        dist.all_to_all_single(got.zero_(), given, splits, splits, group=packing)
+        assert got.tolist() == [source * 10 + rank for source in range(size)]
     # A ring adds up from another rank in each chunk.
     assert "ring" in candidates(dist.new_group())
     found = []

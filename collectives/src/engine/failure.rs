@@ -346,6 +346,9 @@ impl Engine {
         else {
             return;
         };
+        if matches!(error, TransportError::Cancelled) && self.running[at].execution.on_cancelled(peer) {
+            return;
+        }
         if matches!(error, TransportError::MessageTooLong { .. }) {
             self.odd_length = Some(Rank(peer.0));
             self.halt(at, Halt::Differs, now);
@@ -373,7 +376,7 @@ impl Engine {
             return self.end_group(verdict, true);
         }
         match halt {
-            Halt::Differs => self.inquire(at, Duration::ZERO, now),
+            Halt::Differs | Halt::Alone => self.inquire(at, Duration::ZERO, now),
             Halt::Parts { from, sent, awaited } => {
                 self.end_group(Verdict::Parts { sender: from, receiver: self.rank, sent, awaited }, true);
             }

@@ -330,6 +330,9 @@ impl Engine {
     /// What goes with the messages of `job`.
     fn notes(&self, job: &Job) -> Notes {
         let between = |peer| job.shape.between(&job.call.collective, self.rank, peer);
+        if job.shape.packed && !job.shape.across {
+            return Notes::Packed(job.fingerprint.of_len(job.shape.len));
+        }
         if job.shape.across || self.world_size.ranks().all(|peer| between(peer).is_none()) {
             return Notes::All(job.fingerprint);
         }
@@ -406,12 +409,25 @@ impl Engine {
         else {
             return;
         };
-        if let Err(halt) = self.running[at].execution.on_message(peer, came) {
+        let mut moved = self.running[at].execution.on_message(peer, came);
+        if matches!(moved, Err(Halt::Alone)) {
+            moved = self.unpack(at);
+        }
+        if let Err(halt) = moved {
             if matches!(halt, Halt::Differs) {
                 self.odd_length = Some(Rank(peer.0));
             }
             self.halt(at, halt, now);
         }
+    }
+
+    /// A rank gives its part of an all-to-all alone, so this one does, too.
+    fn unpack(&mut self, at: usize) -> Result<(), Halt> {
+        let job = &mut self.running[at].job;
+        job.shape.packed = false;
+        let plan = self.plans.plan(&job.call, &job.shape, self.rank, self.world_size);
+        let notes = self.notes(&self.running[at].job);
+        self.running[at].execution.unpack(plan, notes, &mut *self.wire)
     }
 
     fn advance(&mut self) {

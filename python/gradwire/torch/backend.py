@@ -240,7 +240,7 @@ class GradwireBackend(c10d.Backend):
         outputs = rank_views(output, output_splits, self.size(), "output")
         inputs = rank_views(input, input_splits, self.size(), "input")
         if not (output_splits or input_splits) and output.is_contiguous() and input.is_contiguous():
-            # Without splits all ranks' parts are of one length, and short ones can travel together.
+            # Parts of one length, as far as this rank knows: short ones can travel together, where all ranks say so.
             inputs, outputs = [input], [output]
         return self._each("all_to_all", [(inputs, outputs)], [output], opts)
 
