@@ -37,6 +37,8 @@ mod pieces;
 mod plan;
 mod plans;
 mod recorder;
+#[doc(hidden)]
+pub mod recording;
 pub mod recursive_doubling;
 pub mod reduce;
 pub mod ring;
