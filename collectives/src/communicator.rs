@@ -16,7 +16,7 @@ use crate::pending::{Outcome, Ticket};
 use crate::plans::Plans;
 use crate::settings::Settings;
 use crate::submitter::Submitter;
-use crate::trace::Trace;
+use crate::trace::{Trace, TraceWriter};
 use crate::{Collective, CollectiveError, DType};
 use gradwire_transport::cuda::Stream;
 use gradwire_transport::{Group, Link, PeerName, Rank, TransportError, WireKind, WorldSize};
@@ -279,6 +279,11 @@ impl Communicator {
     /// The last operations, [`Settings::REMEMBERED`] at most, with their times, as JSON. Answers also while ranks are late.
     pub fn trace(&self) -> String {
         self.trace.to_json()
+    }
+
+    /// Writes the same where [`Settings::trace`] says, whenever it is asked to.
+    pub fn trace_writer(&self) -> TraceWriter {
+        TraceWriter(Arc::downgrade(&self.trace))
     }
 
     /// The error that ended the group, if it is over.

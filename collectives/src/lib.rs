@@ -65,6 +65,7 @@ pub use pending::Done;
 pub use reduce::Reduction;
 pub use schedule::{Action, Place, Schedule, Span, Step, StepId};
 pub use settings::Settings;
+pub use trace::TraceWriter;
 pub use verdict::{Answer, Member, Verdict};
 
 /// Makers of schedules by themselves, for benchmarks.

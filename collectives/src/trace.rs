@@ -5,8 +5,9 @@ use crate::messages::Message;
 use crate::recorder::{Recorder, What};
 use gradwire_transport::{PeerName, Rank};
 use serde_json::{Value, json};
+use std::io;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// What a rank remembers of its group.
@@ -19,6 +20,27 @@ pub(crate) struct Trace {
     made_at: Duration,
     recorder: Recorder,
     verdict: Mutex<Option<String>>,
+    writing: Mutex<()>,
+}
+
+/// Writes a group's record where its settings say, at any time; it does not keep the group alive.
+#[derive(Clone)]
+pub struct TraceWriter(pub(crate) Weak<Trace>);
+
+impl TraceWriter {
+    /// Writes it, in place of an earlier one, also while ranks are late; the file. `None` where the group is gone, or no folder was
+    /// given.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn write(&self) -> Option<io::Result<PathBuf>> {
+        self.0.upgrade()?.write()
+    }
+
+    /// Whether the group is still there.
+    pub fn is_live(&self) -> bool {
+        self.0.strong_count() > 0
+    }
 }
 
 impl Trace {
@@ -26,8 +48,8 @@ impl Trace {
     pub(crate) fn new(group: String, rank: Rank, members: Vec<PeerName>, folder: Option<PathBuf>) -> Self {
         // A clock before 1970 makes all times of this rank small; their order stays.
         let made_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let (recorder, verdict) = (Recorder::default(), Mutex::default());
-        Self { group, rank, members, folder, made: Instant::now(), made_at, recorder, verdict }
+        let (recorder, verdict, writing) = (Recorder::default(), Mutex::default(), Mutex::default());
+        Self { group, rank, members, folder, made: Instant::now(), made_at, recorder, verdict, writing }
     }
 
     /// Remembers a call that was made at `called`; its number is for [`Trace::end`]. For who has the engine, as all that writes.
@@ -50,14 +72,24 @@ impl Trace {
     /// Remembers why the group failed, and writes all down where a folder was given.
     pub(crate) fn fail(&self, verdict: String) {
         lock(&self.verdict).get_or_insert(verdict);
-        let Some(folder) = &self.folder else { return };
+        if let Some(Err(error)) = self.write() {
+            let (group, folder) = (&self.group, &self.folder);
+            tracing::warn!(group, ?folder, %error, "the record of the last operations is not written");
+        }
+    }
+
+    /// Writes all down where a folder was given; a reader sees the whole file, or the one before it.
+    fn write(&self) -> Option<io::Result<PathBuf>> {
+        let folder = self.folder.as_ref()?;
         let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '-' };
         let group: String = self.group.chars().map(plain).collect();
         let path = folder.join(format!("{group}.rank{}.pid{}.json", self.rank.0, std::process::id()));
-        let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&path, self.to_json()));
-        if let Err(error) = written {
-            tracing::warn!(path = %path.display(), %error, "the record of the last operations is not written");
-        }
+        let part = path.with_extension("part");
+        let _alone = lock(&self.writing);
+        let written = std::fs::create_dir_all(folder)
+            .and_then(|()| std::fs::write(&part, self.to_json()))
+            .and_then(|()| std::fs::rename(&part, &path));
+        Some(written.map(|()| path))
     }
 
     /// All of it, as JSON: times in microseconds since 1970.

@@ -34,6 +34,7 @@ NAMES = {
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
     "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
     "GRADWIRE_TRACE": "folder for the record of the last operations of a group that fails; default none",
+    "GRADWIRE_TRACE_SIGNAL": "signal on which the records go to GRADWIRE_TRACE while the program goes on, as USR2 or 12; default none",
     "GRADWIRE_ETCD": "addresses of etcd, by which several `gradwire-ps coordinate` agree who leads; default none",
     "GRADWIRE_IB_HCA": "RDMA devices, in NCCL's grammar: `mlx5_0:1,mlx5_1`, `=exact`, `^not`; default any",
     "GRADWIRE_IB_GID_INDEX": "index of the port's GID; default the RoCE v2 one of the routed address",
@@ -83,6 +84,7 @@ class Config:
         deterministic: floats are combined in rank order: the same bits for every algorithm, wire and cut of a buffer.
         check_nan: what this rank gives collectives is looked through for NaN, which ends the group with who gave it.
         trace: folder that the record of the last operations goes to when the group fails.
+        trace_signal: signal on which the record goes there too, while the program goes on: "USR2", or its number.
         cuda_direct: whether ranks lend each other memory of their CUDA devices, on one host and over RDMA.
         nvrtc: file of NVRTC, which compiles what folds on a device; None: that of NVIDIA's wheel, or as the system finds it.
         timeout_s: seconds after which an operation fails.
@@ -109,6 +111,7 @@ class Config:
     deterministic: bool | None = None
     check_nan: bool | None = None
     trace: str | None = None
+    trace_signal: str | None = None
     cuda_direct: bool | None = None
     nvrtc: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -125,6 +128,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} (GRADWIRE_{name.upper()}): {value} is not from {least} to {most}")
+        if self.trace_signal and not self.trace:
+            raise ValueError("GRADWIRE_TRACE_SIGNAL: there is no folder for the records: set GRADWIRE_TRACE, too")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Config:
@@ -148,6 +153,7 @@ class Config:
             deterministic=_switch(environment, "GRADWIRE_DETERMINISTIC"),
             check_nan=_switch(environment, "GRADWIRE_CHECK_NAN"),
             trace=environment.get("GRADWIRE_TRACE"),
+            trace_signal=environment.get("GRADWIRE_TRACE_SIGNAL") or None,
             cuda_direct=_switch(environment, "GRADWIRE_CUDA_DIRECT"),
             nvrtc=environment.get("GRADWIRE_NVRTC_LIBRARY"),
             timeout_s=_seconds(environment, "GRADWIRE_TIMEOUT") or DEFAULT_TIMEOUT_S,
@@ -169,6 +175,7 @@ class Config:
             "deterministic": self.deterministic,
             "check_nan": self.check_nan,
             "trace": self.trace,
+            "trace_signal": self.trace_signal,
             "cuda_direct": self.cuda_direct,
             "nvrtc": self.nvrtc or _nvrtc_of_wheels(),
             "cores": len(os.sched_getaffinity(0)),

@@ -6,7 +6,7 @@ use crate::operation::{Operation, Part};
 use crate::settings::Options;
 use crate::store::PythonStore;
 use crate::wait::{Interruption, apart, by_turns, maybe_seconds, seconds};
-use crate::{errors, forked};
+use crate::{errors, forked, on_signal};
 use gradwire_collectives::{
     Call, Collective, CollectiveError, Communicator, DType, Description, DeviceCall, Explanation, Pending, Piece,
     Reduction,
@@ -52,7 +52,9 @@ impl Group {
         environment: HashMap<String, String>,
     ) -> PyResult<Self> {
         let timeout = seconds(timeout_s, "timeout_s")?;
+        let signal = options.trace_signal()?;
         let (config, settings) = options.parse(timeout)?;
+        signal.map(on_signal::listen).transpose()?;
         let label = name.clone();
         let formed = apart(py, move || {
             let meeting = match store {
@@ -71,6 +73,9 @@ impl Group {
             Ok(communicator) => {
                 let interruption = Interruption::default();
                 communicator.set_watch(interruption.watch());
+                if signal.is_some() {
+                    on_signal::add(communicator.trace_writer());
+                }
                 Ok(Self { communicator: Arc::new(communicator), interruption, generation: forked::generation() })
             }
             Err(error) => Err(errors::collective(py, &error)),

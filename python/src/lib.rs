@@ -9,6 +9,7 @@ mod device;
 mod element;
 mod errors;
 mod forked;
+mod on_signal;
 mod one_sided;
 mod operation;
 mod ps;

@@ -1,5 +1,6 @@
 //! Does: settings as Python names them, turned into those of the crates; reads the certificates that they name.
 
+use crate::on_signal;
 use gradwire_collectives::Settings;
 use gradwire_transport::{Config, CreditSettings, Tls, TlsFiles, VerbsConfig, WireChoice};
 use pyo3::exceptions::PyValueError;
@@ -24,6 +25,7 @@ pub(crate) struct Options {
     deterministic: Option<bool>,
     check_nan: Option<bool>,
     trace: Option<PathBuf>,
+    trace_signal: Option<String>,
     cuda_direct: Option<bool>,
     nvrtc: Option<PathBuf>,
     cores: usize,
@@ -82,6 +84,15 @@ impl Ib {
 }
 
 impl Options {
+    /// The signal on which the records of the process's groups are written, where one was given.
+    ///
+    /// # Errors
+    /// `ValueError` for what is no signal that can be had for this.
+    pub(crate) fn trace_signal(&self) -> PyResult<Option<i32>> {
+        let parsed = self.trace_signal.as_deref().map(on_signal::parse).transpose();
+        parsed.map_err(|reason| PyValueError::new_err(format!("GRADWIRE_TRACE_SIGNAL: {reason}")))
+    }
+
     /// Settings of the wires and of the communicator.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,75 @@ def test_the_last_operations_are_remembered_and_no_more() -> None:
         assert all(one["well"] and one["called_us"] <= one["ended_us"] <= told["taken_us"] for one in told["records"])
         assert message["call"] == ["send of 3 bytes to rank 1", "recv of 3 bytes from rank 0"][rank]
         assert abs(told["taken_us"] / 1e6 - time.time()) < 600
+
+
+def hangs(rank: int, size: int, url: str, wire: str, folder: str) -> float:
+    os.environ["GRADWIRE_TRACE"], os.environ["GRADWIRE_TRACE_SIGNAL"] = folder, "usr2"
+    group = gradwire.Communicator(url, rank=rank, world_size=size, transport=wire, timeout_s=60)
+    for _ in range(3):
+        group.all_reduce(numpy.ones(10, "float32"))
+    pathlib.Path(folder, f"at-work.{rank}").touch()
+    while rank == 1 and not pathlib.Path(folder, "go").exists():
+        time.sleep(0.01)
+    last = numpy.ones(10, "float32")
+    group.all_reduce(last)
+    group.close()
+    return float(last.sum())
+
+
+@pytest.mark.parametrize("wire", ["auto", "tcp"])
+def test_a_rank_that_hangs_writes_its_record_on_a_signal_and_goes_on(wire: str, tmp_path: pathlib.Path) -> None:
+    ranks = Ranks(2, hangs, wire, str(tmp_path))
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("at-work.*"))) < 2:
+        assert time.monotonic() < deadline, "the ranks did not meet"
+        time.sleep(0.01)
+
+    def last_of(rank: int, number: int) -> dict[str, Any]:
+        """The record of `rank`, once its last call is `number`."""
+        while True:
+            os.kill(ranks.processes[rank].pid, signal.SIGUSR2)
+            time.sleep(0.05)
+            records = trace.read([str(tmp_path)]).get("world", {})
+            if rank in records and records[rank]["records"][-1]["number"] == number:
+                return dict(records[rank]["records"][-1])
+            assert time.monotonic() < deadline, f"rank {rank} wrote no record of number {number}"
+
+    assert last_of(0, 3)["ended_us"] is None, "it hangs"
+    text = trace.diverged(trace.read([str(tmp_path)])["world"])
+    assert text.startswith("rank 1 (host ") and "has left no record; number 3, all_reduce sum of 10 float32" in text
+    assert last_of(1, 2)["well"]
+    command = [sys.executable, "-m", "gradwire", "trace", "merge", str(tmp_path)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert text.startswith("group world: rank 1 (host ")
+    assert "did not come to number 3, all_reduce sum of 10 float32; its last was number 2" in text
+    (tmp_path / "go").touch()
+    assert ranks.results() == [20.0, 20.0]
+
+
+def caught_signals(rank: int, size: int, url: str) -> list[bool]:
+    def is_caught(number: int) -> bool:
+        caught = pathlib.Path("/proc/self/status").read_text().split("SigCgt:")[1].split()[0]
+        return bool(int(caught, 16) >> (number - 1) & 1)
+
+    found = []
+    for name in ["", "10"]:
+        os.environ["GRADWIRE_TRACE_SIGNAL"], os.environ["GRADWIRE_TRACE"] = name, "/nowhere"
+        gradwire.Communicator(f"{url}/{name}", rank=rank, world_size=size, timeout_s=60).close()
+        found.append(is_caught(signal.SIGUSR1))
+    return found
+
+
+def test_signals_are_caught_only_where_one_was_given(monkeypatch: Any, tmp_path: pathlib.Path) -> None:
+    assert run(1, caught_signals) == [[False, True]]
+    monkeypatch.setenv("GRADWIRE_TRACE_SIGNAL", "USR2")
+    with pytest.raises(ValueError, match="set GRADWIRE_TRACE, too"):
+        gradwire.Communicator(f"file://{tmp_path}", rank=0, world_size=1)
+    monkeypatch.setenv("GRADWIRE_TRACE", str(tmp_path))
+    for refused in ["KILL", "9", "SIGSTOP", "SEGV", "TERM", "nonsense", "0", "-12", "SIGSIGUSR"]:
+        monkeypatch.setenv("GRADWIRE_TRACE_SIGNAL", refused)
+        with pytest.raises(ValueError, match=f"GRADWIRE_TRACE_SIGNAL: `{refused}` is not a signal .* USR2 .12."):
+            gradwire.Communicator(f"file://{tmp_path}", rank=0, world_size=1)
 
 
 def test_what_is_no_record_is_refused(tmp_path: pathlib.Path, capsys: Any) -> None:

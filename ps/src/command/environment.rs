@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 const OURS: &str = "GRADWIRE_";
 /// What ranks and clients read, beside the variables of our flags: both may be started with one environment.
 /// `python/gradwire/config.py` has what they mean.
-const OF_OTHERS: [&str; 11] = [
+const OF_OTHERS: [&str; 12] = [
     "GRADWIRE_SOCKET_IFNAME",
     "GRADWIRE_PORT_RANGE",
     "GRADWIRE_LANES",
@@ -15,6 +15,7 @@ const OF_OTHERS: [&str; 11] = [
     "GRADWIRE_DETERMINISTIC",
     "GRADWIRE_TIMEOUT",
     "GRADWIRE_TRACE",
+    "GRADWIRE_TRACE_SIGNAL",
     "GRADWIRE_CUDA_LIBRARY",
     "GRADWIRE_CUDA_DIRECT",
     "GRADWIRE_NVRTC_LIBRARY",
