@@ -83,6 +83,11 @@ impl Recorder {
         (begun.saturating_sub(self.places.len() as u64)..begun).filter_map(|number| self.place(number).read(number))
     }
 
+    /// Operations so far, with those that have been forgotten.
+    pub(crate) fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Acquire)
+    }
+
     fn place(&self, number: u64) -> &Place {
         &self.places[(number % self.places.len() as u64) as usize]
     }
@@ -134,6 +139,19 @@ impl What {
             _ => Kind::Fetch(rank),
         };
         Self::Message { kind, tag: first as u32, bytes: second as usize }
+    }
+
+    /// Of a message: what is done with it, and with whom, as far as that is known.
+    pub(crate) fn way(&self) -> Option<(&'static str, Option<Rank>)> {
+        match self {
+            Self::Collective { .. } => None,
+            Self::Message { kind, .. } => Some(match kind {
+                Kind::Send(to) => ("send", Some(*to)),
+                Kind::Recv(from) => ("recv", Some(*from)),
+                Kind::RecvAny => ("recv", None),
+                Kind::Fetch(from) => ("fetch", Some(*from)),
+            }),
+        }
     }
 
     /// The call in words.

@@ -1,6 +1,7 @@
 //! Does: keeps the record of a group's last operations apart from the engine, which a thread may hold for as long as ranks are
 //! late, and writes it down: on demand, and when the group fails.
 
+use crate::Settings;
 use crate::messages::Message;
 use crate::recorder::{Recorder, What};
 use gradwire_transport::{PeerName, Rank};
@@ -94,19 +95,24 @@ impl Trace {
 
     /// All of it, as JSON: times in microseconds since 1970.
     pub(crate) fn to_json(&self) -> String {
+        let begun = self.recorder.begun();
         let at = |since: Duration| u64::try_from((self.made_at + since).as_micros()).unwrap_or(u64::MAX);
         let records: Vec<Value> = self
             .recorder
             .records()
             .map(|record| {
-                let (kind, number) = match record.what {
-                    What::Collective { number, .. } => ("collective", number),
-                    What::Message { tag, .. } => ("message", u64::from(tag)),
+                let (kind, number, bytes) = match record.what {
+                    What::Collective { number, .. } => ("collective", number, None),
+                    What::Message { tag, bytes, .. } => ("message", u64::from(tag), Some(bytes)),
                 };
+                let (way, peer) = record.what.way().unzip();
                 json!({
                     "kind": kind,
                     "number": number,
                     "call": record.what.words(),
+                    "way": way,
+                    "peer": peer.flatten().map(|rank| rank.0),
+                    "bytes": bytes,
                     "called_us": at(record.called),
                     "ended_us": record.ended.map(|(when, _)| at(when)),
                     "well": record.ended.map(|(_, well)| well),
@@ -121,6 +127,7 @@ impl Trace {
             "members": self.members.iter().map(member).collect::<Vec<_>>(),
             "taken_us": at(self.made.elapsed()),
             "verdict": *lock(&self.verdict),
+            "forgotten": begun.saturating_sub(Settings::REMEMBERED as u64),
             "records": records,
         });
         all.to_string()

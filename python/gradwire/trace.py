@@ -1,4 +1,5 @@
-"""Puts the records of all ranks of a group together: who was first to do something else, or nothing.
+"""Puts the records of all ranks of a group together: who was first to do something else, or nothing; which sends and receives met
+nothing.
 
     gradwire trace merge FOLDER_OR_FILES... [--chrome timeline.json]
 
@@ -17,8 +18,12 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .unmatched import unmatched
+
 #: The record of one rank, as the engine writes it.
 Record = dict[str, Any]
+#: Lines about sends and receives of a group, at most.
+_MOST_LINES = 20
 #: Ranks that came later than this are told of, though nothing else is wrong.
 _LATE_US = 1_000_000
 
@@ -135,6 +140,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for group, records in sorted(groups.items()):
         print(f"group {group}: {diverged(records)}")
+        lines = unmatched(records)
+        for line in lines[:_MOST_LINES]:
+            print(f"  {line}")
+        if len(lines) > _MOST_LINES:
+            print(f"  Of {len(lines) - _MOST_LINES} other senders, receivers and tags, too, something met nothing.")
         for rank, record in sorted(records.items()):
             if record["verdict"]:
                 print(f"  rank {rank} says: {record['verdict']}")

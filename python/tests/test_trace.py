@@ -15,6 +15,7 @@ import gradwire
 import numpy
 import pytest
 from gradwire import trace
+from gradwire.unmatched import unmatched
 from ranks import Ranks, run
 
 
@@ -142,6 +143,65 @@ def test_a_rank_that_hangs_writes_its_record_on_a_signal_and_goes_on(wire: str, 
     assert "did not come to number 3, all_reduce sum of 10 float32; its last was number 2" in text
     (tmp_path / "go").touch()
     assert ranks.results() == [20.0, 20.0]
+
+
+def calls(way: str, peer: int | None, *messages: tuple[int, int | None, bool | None], tag: int = 7) -> list[dict[str, Any]]:
+    """Records of sends or receives: bytes, when each ended, and whether well; the n-th is called at n."""
+    return [
+        {"kind": "message", "number": tag, "way": way, "peer": peer, "bytes": bytes, "called_us": at, "ended_us": ended, "well": well}
+        for at, (bytes, ended, well) in enumerate(messages)
+    ]
+
+
+def test_sends_and_receives_that_met_nothing_are_named() -> None:
+    def told(first: list[dict[str, Any]], second: list[dict[str, Any]], forgotten: int = 0) -> list[str]:
+        return unmatched({0: {"records": first}, 1: {"records": second, "forgotten": forgotten}})
+
+    sent, got, hangs, late = (8, 5, True), (8, 9, True), (8, None, None), (8, 1, False)
+    assert told(calls("send", 1, sent, sent), calls("recv", 0, got, got)) == []
+    never = "rank 1 waits for 8 bytes from rank 0 with tag 7, which that one never sent"
+    assert told(calls("send", 1, sent), calls("recv", 0, got, hangs)) == [never + "."]
+    assert told([], calls("recv", 0, hangs, hangs)) == [never + "; and 1 more."]
+    assert told(calls("send", 1, sent, tag=6), calls("recv", 0, hangs)) == [
+        "rank 0 sent 8 bytes to rank 1 with tag 6, for which that one has no receive.",
+        never + ".",
+    ]
+    # One that gave up before it was sent takes nothing; the next one has it.
+    assert told([{**calls("send", 1, sent)[0], "called_us": 4}], calls("recv", 0, late, got)) == []
+    longer = "rank 1 awaits 8 bytes from rank 0 with tag 7, which sent 16."
+    assert told(calls("send", 1, (16, 5, False), sent), calls("recv", 0, (8, 9, False), got)) == [longer]
+    assert told(calls("send", 1, sent), calls("recv", 0, got, hangs), forgotten=3) == [
+        "rank 1 waits for 8 bytes from rank 0 with tag 7; whether it has met its other end is not known."
+    ]
+    assert unmatched({1: {"records": calls("recv", 0, hangs)}}) == [
+        "rank 1 waits for 8 bytes from rank 0 with tag 7; no record of rank 0."
+    ]
+    assert told([], calls("recv", None, hangs)) == ["rank 1 waits for 8 bytes of any rank with tag 7, and none came."]
+    assert told(calls("send", 1, sent), calls("recv", None, got)) == []
+
+
+def waits_in_vain(rank: int, size: int, url: str, folder: str) -> None:
+    os.environ["GRADWIRE_TRACE"] = folder
+    group = gradwire.Communicator(url, rank=rank, world_size=size, timeout_s=60)
+    group.barrier()
+    if rank == 0:
+        group.send(numpy.ones(1, "uint8"), 1, tag=6)
+    else:
+        with pytest.raises(gradwire.GradwireError):
+            group.recv(numpy.zeros(1), 0, tag=7, timeout_s=0.3)
+    group.barrier()
+    pathlib.Path(folder, f"{rank}.json").write_text(group.trace())
+    group.close()
+
+
+def test_who_waits_for_what_was_never_sent_is_named_with_peer_and_tag(tmp_path: pathlib.Path, capsys: Any) -> None:
+    run(2, waits_in_vain, str(tmp_path))
+    assert trace.main(["merge", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "group world: no rank diverged in numbers 0 to 1.",
+        "  rank 0 sent 1 bytes to rank 1 with tag 6, for which that one has no receive.",
+        "  rank 1 waits for 8 bytes from rank 0 with tag 7, which that one never sent.",
+    ]
 
 
 def caught_signals(rank: int, size: int, url: str) -> list[bool]:
