@@ -131,13 +131,17 @@ impl Verdict {
 
     /// Decides from all ranks' answers (index = rank; `None`: no answer) about collective number `sequence`.
     ///
-    /// A rank that differs from the majority is at fault (at a tie, from the lowest rank that answered); where none
+    /// Of the ranks that gave NaN the lowest is at fault. Else a rank that differs from the majority is at fault (at a tie, from the lowest rank that answered); where none
     /// differs, those who have not come, or do not answer, are missing.
     pub fn conclude(sequence: u64, answers: &[Option<Answer>], waited: Duration) -> Self {
         let calls: Vec<(Rank, u64)> = (0u32..)
             .zip(answers)
             .filter_map(|(rank, answer)| Some((Rank(rank), answer.as_ref()?.fingerprint?)))
             .collect();
+        let nan = calls.iter().find_map(|&(rank, call)| Some((rank, Fingerprint(call).nan()?)));
+        if let Some((rank, element)) = nan {
+            return Self::NotANumber { rank, element };
+        }
         if let Some(expected) = majority(&calls)
             && let Some(&(rank, got)) = calls.iter().find(|(_, call)| *call != expected)
         {
@@ -180,6 +184,14 @@ mod tests {
             Verdict::conclude(5, &answers, SECOND),
             Verdict::Late { missing: vec![Rank(1), Rank(2)], waited: SECOND }
         );
+    }
+
+    #[test]
+    fn of_those_who_gave_nan_the_lowest_is_named_also_where_they_are_most() {
+        let nan = |element| at(6, Some(Fingerprint::of_nan(element).0));
+        let named = Verdict::NotANumber { rank: Rank(1), element: 7 };
+        assert_eq!(Verdict::conclude(5, &[at(6, Some(1)), nan(7), nan(3), None], SECOND), named);
+        assert_eq!(Verdict::conclude(5, &[at(5, None), nan(7), nan(7), nan(7)], SECOND), named);
     }
 
     #[test]

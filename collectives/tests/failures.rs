@@ -186,8 +186,40 @@ fn where_all_give_nan_all_name_the_same_rank() {
             group(3, way, settings.clone(), |c| c.run(call(SUM, &[], &[&floats(vec![f32::NAN; 5000])])).unwrap_err());
         assert!(errors.iter().all(|error| matches!(error, CollectiveError::NotANumber { element: 0, .. })), "{way:?}");
         let named: Vec<_> = errors.iter().map(blamed).collect();
-        // Over messages, each that finds one ends the group; at the segment all hear of all.
-        assert!(way != Way::Segment || named.iter().all(|blamed| *blamed == [Rank(0)]), "{way:?}: {named:?}");
+        assert!(named.iter().all(|blamed| *blamed == [Rank(0)]), "{way:?}: {named:?}");
+    }
+}
+
+#[test]
+fn of_several_that_give_nan_all_name_one_and_the_lowest_that_is_not_late() {
+    let settings = Settings { check_nan: true, ..Settings::default() };
+    // How much later the first of them comes: not, within what the others wait for it, and beyond.
+    for (way, late_ms) in WAYS.into_iter().flat_map(|way| [0, 0, 0, 20, 20, 600].map(|late_ms| (way, late_ms))) {
+        let errors = group(4, way, settings.clone(), |c| {
+            let (me, first) = (c.rank().index(), c.rank() == Rank(1));
+            let mut values = vec![1.0; 5000];
+            c.run(call(SUM, &[], &[&floats(values.clone())])).unwrap();
+            if first || me == 3 {
+                values[10 * me] = f32::NAN;
+            }
+            if first {
+                std::thread::sleep(Duration::from_millis(late_ms));
+            }
+            // With others after it, which must not end well anywhere.
+            let calls: Vec<_> = (0..6).map(|_| call(SUM, &[], &[&floats(values.clone())])).collect();
+            let begun: Vec<_> = calls.into_iter().map(|call| c.start(call).unwrap()).collect();
+            let errors: Vec<_> = begun.iter().map(|pending| pending.wait(None).unwrap().unwrap_err()).collect();
+            errors.into_iter().next().unwrap()
+        });
+        let named: Vec<_> = errors.iter().map(blamed).collect();
+        assert!(named.iter().all(|blamed| *blamed == named[0]), "{way:?}, {late_ms} ms: {named:?}");
+        // At the segment all wait for all.
+        let lowest = if late_ms < 200 || way == Way::Segment { 1 } else { 3 };
+        assert_eq!(named[0], [Rank(lowest)], "{way:?}, {late_ms} ms");
+        for error in &errors {
+            let CollectiveError::NotANumber { element, .. } = error else { panic!("{way:?}: {error}") };
+            assert_eq!(*element, 10 * u64::from(lowest), "{way:?}");
+        }
     }
 }
 

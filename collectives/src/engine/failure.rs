@@ -80,6 +80,13 @@ impl Engine {
     pub(super) fn on_control(&mut self, from: Rank, message: Option<Control>) {
         match message {
             Some(Control::Inquiry { sequence }) => {
+                // What has not begun has not been looked through yet.
+                if let Some(at) = self.queue.iter().position(|queued| queued.job.sequence == sequence)
+                    && let Some(queued) = self.queue.remove(at)
+                {
+                    self.look_ahead(&queued.job);
+                    self.queue.insert(at, queued);
+                }
                 let answer = self.answer(sequence);
                 self.tell(from.into(), &Control::Answer { sequence, answer });
                 if answer.fingerprint.is_none() {
@@ -259,7 +266,7 @@ impl Engine {
     }
 
     /// Asks all ranks how far they are.
-    fn inquire(&mut self, at: usize, waited: Duration, now: Instant) {
+    pub(super) fn inquire(&mut self, at: usize, waited: Duration, now: Instant) {
         if self.inquiry.is_some() {
             return;
         }

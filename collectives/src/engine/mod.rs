@@ -88,6 +88,8 @@ pub(crate) struct Engine {
     asked: Vec<(PeerId, u64)>,
     watched: Instant,
     odd_length: Option<Rank>,
+    /// Whether what this rank was to give has NaN, so that the group is about to end.
+    found_nan: bool,
     lost: Vec<Option<LossCause>>,
     at_segment: Option<u64>,
     heard: Option<(u64, Verdict, Instant)>,
@@ -130,6 +132,7 @@ impl Engine {
             remembered: VecDeque::with_capacity(REMEMBERED),
             inquiry: None,
             odd_length: None,
+            found_nan: false,
             lost: vec![None; world_size.get() as usize],
             at_segment: None,
             heard: None,
@@ -175,6 +178,7 @@ impl Engine {
         }
         self.remembered.push_back((job.sequence, job.fingerprint.0));
         if !self.asked.is_empty() {
+            self.look_ahead(job);
             self.answer_late(job.sequence);
         }
         let what = What::Collective { number: job.sequence, fingerprint: job.fingerprint };
@@ -246,7 +250,7 @@ impl Engine {
 
     fn begin_queued(&mut self, now: Instant) -> bool {
         let mut moved = false;
-        while self.running.len() < CONCURRENT {
+        while self.running.len() < CONCURRENT && !self.found_nan {
             let Some(queued) = self.queue.pop_front() else { break };
             moved = true;
             if self.local.is_some() {
@@ -292,11 +296,16 @@ impl Engine {
         looked_for.then(|| nan::first_of(&job.call, self.rank)).flatten()
     }
 
+    /// Says of `job` from now on that this rank would give NaN in it, where it would; whether it does.
+    fn look_ahead(&mut self, job: &Job) -> bool {
+        let Some(element) = self.first_nan(job) else { return false };
+        let said = self.remembered.iter_mut().find(|(number, _)| *number == job.sequence);
+        said.into_iter().for_each(|(_, call)| *call = Fingerprint::of_nan(element).0);
+        true
+    }
+
     fn begin(&mut self, queued: Queued, now: Instant) {
-        if let Some(element) = self.first_nan(&queued.job) {
-            self.queue.push_front(queued);
-            return self.end_group(Verdict::NotANumber { rank: self.rank, element }, true);
-        }
+        self.found_nan = self.look_ahead(&queued.job);
         let Queued { ticket, job } = queued;
         let plan = self.plans.plan(&job.call, &job.shape, self.rank, self.world_size);
         let scratch_bytes = plan.schedule.scratch_len * job.call.dtype.bytes();
@@ -314,14 +323,18 @@ impl Engine {
             self.wire.mark(execution.tag(), true);
         }
         let needed: Vec<Rank> = execution.peers().map(|peer| Rank(peer.0)).collect();
-        self.running.push(Running { ticket, job, execution, stopped: false });
+        self.running.push(Running { ticket, job, execution, stopped: self.found_nan });
+        let at = self.running.len() - 1;
+        if self.found_nan {
+            // Others may have found one, too: all name the same rank. Nothing more begins here.
+            return self.inquire(at, Duration::ZERO, now);
+        }
         // Who left in good order may have sent all that it had to send before.
         let died = |rank: Rank| self.lost[rank.index()].clone().filter(|cause| !matches!(cause, LossCause::Goodbye));
         let lost: Vec<(Rank, LossCause)> = needed.into_iter().filter_map(|rank| Some((rank, died(rank)?))).collect();
         if !lost.is_empty() {
             return self.end_for_lost(&lost);
         }
-        let at = self.running.len() - 1;
         if let Err(halt) = self.running[at].execution.advance(&mut *self.wire) {
             self.halt(at, halt, now);
         }
