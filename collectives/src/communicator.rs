@@ -91,6 +91,18 @@ impl Pending {
         self.ticket.outcome()
     }
 
+    /// As [`wait`](Self::wait) with a time-out, which is kept also where this thread would be the one to begin the operation at the
+    /// shared segment and to stay there until all ranks have come: it is left to the group's progress thread then, at the cost of a
+    /// hand-over.
+    pub fn wait_at_most(&self, timeout: Duration) -> Option<Outcome> {
+        let until = Instant::now() + timeout;
+        match &self.driver {
+            PendingDriver::Engine(shared) => shared.wait_at_most(&self.ticket, until),
+            PendingDriver::Device(bell) => bell.wait(&self.ticket, Some(until)),
+        }
+        self.ticket.outcome()
+    }
+
     /// Whether the operation has ended.
     pub fn is_done(&self) -> bool {
         self.ticket.is_done()
@@ -367,6 +379,7 @@ impl Communicator {
             *thread = std::thread::Builder::new()
                 .name(name.chars().take(15).collect())
                 .spawn(move || shared.run_progress())
+                .inspect(|_| self.shared.set_has_thread())
                 .map_err(|error| tracing::warn!(%error, "no progress thread"))
                 .ok();
         }

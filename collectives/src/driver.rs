@@ -35,6 +35,10 @@ pub(crate) struct Shared {
     parked: AtomicBool,
     closing: AtomicBool,
     driven: AtomicBool,
+    /// Whether collectives go by the segment, where who begins one stays until all have come.
+    at_segment: bool,
+    /// Whether there is a progress thread.
+    has_thread: AtomicBool,
     unfinished: Arc<AtomicUsize>,
     wishes: Arc<Wishes>,
     timeout_ms: AtomicU64,
@@ -79,6 +83,8 @@ impl Shared {
         let shared = Self {
             unfinished: Arc::clone(&engine.unfinished),
             wishes: Arc::clone(&engine.wishes),
+            at_segment: engine.local.is_some(),
+            has_thread: AtomicBool::new(false),
             engine: Mutex::new(engine),
             inbox: Mutex::new(Inbox::default()),
             bell: Condvar::new(),
@@ -208,11 +214,11 @@ impl Shared {
         while !over() {
             if self.driven.load(Ordering::Acquire) {
                 // Another caller drives until its own operation ends; it rings then, and whenever something ends.
-                self.wait_for_driver(ticket, || self.driven.load(Ordering::Acquire));
+                self.wait_for_driver(ticket, None, || self.driven.load(Ordering::Acquire));
                 continue;
             }
             let Some(mut engine) = self.take_over(&over) else {
-                self.wait_for_driver(ticket, || true);
+                self.wait_for_driver(ticket, None, || true);
                 continue;
             };
             let driven = Driven::begin(&self.driven);
@@ -227,6 +233,23 @@ impl Shared {
                 self.ring_thread();
             }
         }
+    }
+
+    /// Waits for who drives until `ticket` has ended or `until` has passed, and not longer: drives only where that can be left again,
+    /// or nobody else would.
+    pub(crate) fn wait_at_most(&self, ticket: &Ticket, until: Instant) {
+        if !self.at_segment || !self.has_thread.load(Ordering::Acquire) {
+            return self.wait(ticket, Some(until));
+        }
+        self.ring_thread();
+        while !ticket.is_done() && Instant::now() < until {
+            self.wait_for_driver(ticket, Some(until), || true);
+        }
+    }
+
+    /// Says that there is a progress thread.
+    pub(crate) fn set_has_thread(&self) {
+        self.has_thread.store(true, Ordering::Release);
     }
 
     /// The engine, from the progress thread where that one has it; None where it does not let go: it waits for ranks at the
@@ -255,13 +278,14 @@ impl Shared {
     }
 
     /// Who drives rings when its own operation ends, and whenever something ends.
-    fn wait_for_driver(&self, ticket: &Ticket, still: impl Fn() -> bool) {
+    fn wait_for_driver(&self, ticket: &Ticket, until: Option<Instant>, still: impl Fn() -> bool) {
+        let nap = until.map_or(NAP, |until| NAP.min(until.saturating_duration_since(Instant::now())));
         let mut inbox = self.inbox();
         if ticket.is_done() || !still() {
             return;
         }
         inbox.waiters += 1;
-        let (mut inbox, _) = self.ended.wait_timeout(inbox, NAP).unwrap_or_else(PoisonError::into_inner);
+        let (mut inbox, _) = self.ended.wait_timeout(inbox, nap).unwrap_or_else(PoisonError::into_inner);
         inbox.waiters -= 1;
     }
 

@@ -258,6 +258,33 @@ fn a_group_is_closed_within_the_time_also_while_another_rank_does_not_come() {
 }
 
 #[test]
+fn a_wait_of_so_long_ends_then_also_where_it_would_begin_the_call_and_the_call_goes_on() {
+    for way in WAYS {
+        let gate = std::sync::Barrier::new(2);
+        let settings = Settings { timeout: Duration::from_secs(20), ..Settings::default() };
+        group(2, way, settings, |c| {
+            for turn in 0..10 {
+                let buffer = floats(vec![1.0; 10]);
+                c.run(call(SUM, &[], &[&buffer])).unwrap();
+                if c.rank() == Rank(0) {
+                    let pending = c.start(call(SUM, &[], &[&buffer])).unwrap();
+                    let began = Instant::now();
+                    let outcome = pending.wait_at_most(Duration::from_millis(20));
+                    let took = began.elapsed();
+                    gate.wait();
+                    assert!(outcome.is_none() && took < Duration::from_secs(5), "{way:?}, turn {turn}: {took:?}");
+                    pending.wait_at_most(Duration::from_secs(20)).unwrap().unwrap();
+                } else {
+                    gate.wait();
+                    c.run(call(SUM, &[], &[&buffer])).unwrap();
+                }
+                assert_eq!(common::values(&buffer), [4.0; 10], "{way:?}, turn {turn}");
+            }
+        });
+    }
+}
+
+#[test]
 fn what_was_sent_before_the_group_was_closed_arrives() {
     for (way, _) in WAYS.into_iter().flat_map(|way| (0..20).map(move |turn| (way, turn))) {
         group(2, way, Settings::default(), |c| {

@@ -22,10 +22,11 @@ pub(crate) enum Ended {
 }
 
 impl Part {
-    fn wait(&self, timeout: Duration) -> Option<Ended> {
-        match self {
-            Self::Collective(pending, _) => pending.wait(Some(timeout)).map(Ended::Collective),
-        }
+    /// Waits for a turn of `slice`, which is kept to where the wait is `bounded`: who waits as long as it takes need not hand over.
+    fn wait(&self, slice: Duration, bounded: bool) -> Option<Ended> {
+        let Self::Collective(pending, _) = self;
+        let outcome = if bounded { pending.wait_at_most(slice) } else { pending.wait(Some(slice)) };
+        outcome.map(Ended::Collective)
     }
 
     fn is_done(&self) -> bool {
@@ -58,7 +59,7 @@ impl Operation {
         let mut failure = None;
         for part in &self.parts {
             let left = timeout.map(|timeout| timeout.saturating_sub(began.elapsed()));
-            match by_turns(py, left, |slice| part.wait(slice))? {
+            match by_turns(py, left, |slice| part.wait(slice, left.is_some()))? {
                 None => return Ok(false),
                 Some(Ended::Collective(Err(error))) => {
                     let Part::Collective(_, interruption) = part;
@@ -81,7 +82,7 @@ impl Operation {
     }
 
     fn first(&self) -> Option<collectives::Done> {
-        match self.parts.first()?.wait(Duration::ZERO)? {
+        match self.parts.first()?.wait(Duration::ZERO, false)? {
             Ended::Collective(done) => done.ok(),
         }
     }
