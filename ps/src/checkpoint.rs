@@ -81,16 +81,18 @@ pub(crate) fn frame(chunk: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(chunk);
 }
 
+/// The length of the chunk whose frame begins with `head`.
+pub(crate) fn chunk_bytes(head: &[u8]) -> Result<usize, &'static str> {
+    let length = head.first_chunk().map_or(0, |length| u32::from_le_bytes(*length)) as usize;
+    if length > MAX_CHUNK_BYTES { Err("a chunk is longer than there may be") } else { Ok(length) }
+}
+
 /// The chunk at the head of `bytes` and what it takes; `None` where it has not all come.
 pub(crate) fn unframe(bytes: &[u8]) -> Result<Option<(&[u8], usize)>, &'static str> {
-    let Some((head, rest)) = bytes.split_first_chunk::<FRAME_BYTES>() else { return Ok(None) };
-    let number = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    let length = number(0) as usize;
-    if length > MAX_CHUNK_BYTES {
-        return Err("a chunk is longer than there may be");
-    }
+    let Some(([_, _, _, _, sum @ ..], rest)) = bytes.split_first_chunk::<FRAME_BYTES>() else { return Ok(None) };
+    let length = chunk_bytes(bytes)?;
     let Some(chunk) = rest.get(..length) else { return Ok(None) };
-    if crc32c::crc32c(chunk) != number(4) {
+    if crc32c::crc32c(chunk) != u32::from_le_bytes(*sum) {
         return Err("a chunk's checksum does not fit: the file was changed");
     }
     Ok(Some((chunk, FRAME_BYTES + length)))

@@ -3,18 +3,19 @@
 //! A table's values have its name; what else is kept of it has a name behind that: `w::exp_avg`. A sparse table is a tensor of
 //! ids and tensors with a row for each. All that is not numbers lies as frames of chunks in `w::state`.
 
+mod layout;
 mod read;
 
+pub(crate) use layout::{Source, header};
 pub(crate) use read::shard_of_file;
 
-use crate::checkpoint::{BadCheckpoint, frame};
+use crate::checkpoint::{BadCheckpoint, FRAME_BYTES, frame};
 use crate::chunk::{ChunkKind, open};
 use crate::state::Image;
 use crate::values::{Field, bytes_of};
 use crate::{DType, SparseSpec, TableSpec, UpdateRule};
-use safetensors::tensor::{Dtype, View};
+use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
-use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 
 /// The key of what we say about a file of ours.
@@ -38,29 +39,20 @@ struct Column {
     width: Option<usize>,
 }
 
-/// A tensor, whose bytes are made when they are written.
+/// A tensor, whose bytes are made when they are written, in pieces of at most a chunk.
 pub(crate) struct Tensor<'a> {
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: usize,
-    make: Box<dyn Fn() -> Vec<u8> + 'a>,
+    make: Box<dyn Fn() -> Pieces<'a> + 'a>,
 }
 
-impl View for Tensor<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
+pub(crate) type Pieces<'a> = Box<dyn Iterator<Item = Vec<u8>> + 'a>;
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned((self.make)())
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes
+impl<'a> Tensor<'a> {
+    /// Its bytes, one piece after the other.
+    pub(crate) fn pieces(&self) -> Pieces<'a> {
+        (self.make)()
     }
 }
 
@@ -128,7 +120,7 @@ pub(crate) fn tensors<'a>(
     images: &'a [Image],
     clients: &'a [Vec<u8>],
 ) -> Result<Vec<(String, Tensor<'a>)>, BadCheckpoint> {
-    let mut all = vec![(CLIENTS.to_owned(), framed(clients.iter().cloned()))];
+    let mut all = vec![(CLIENTS.to_owned(), framed(|| Box::new(clients.iter().cloned())))];
     for image in images {
         match image {
             Image::Dense(state) => {
@@ -138,9 +130,9 @@ pub(crate) fn tensors<'a>(
                 all.extend(state.0.fields().map(|(known, _)| {
                     let (name, dtype) = field(spec, known);
                     let bytes = elements * bytes_of(known, spec.dtype);
-                    let make = move || {
+                    let make = move || -> Pieces<'a> {
                         let found = state.0.fields().find(|(field, _)| *field == known);
-                        found.into_iter().flat_map(|(_, parts)| parts).collect::<Vec<_>>().concat()
+                        Box::new(found.into_iter().flat_map(|(_, parts)| parts))
                     };
                     (name, Tensor { dtype, shape: shape.clone(), bytes, make: Box::new(make) })
                 }));
@@ -151,12 +143,15 @@ pub(crate) fn tensors<'a>(
                 all.extend(columns.into_iter().map(|column| {
                     let shape = std::iter::once(rows).chain(column.width).collect();
                     let (dtype, bytes) = (column.dtype, rows * column.bytes);
-                    let make = move || column_of(image, column, record, bytes);
+                    let make = move || column_of(image, column, record);
                     (named(image.name(), column.name), Tensor { dtype, shape, bytes, make: Box::new(make) })
                 }));
             }
         }
-        all.push((named(image.name(), "state"), framed(image.chunks().filter(|chunk| !is_numbers(chunk)))));
+        all.push((
+            named(image.name(), "state"),
+            framed(|| Box::new(image.chunks().filter(|chunk| !is_numbers(chunk)))),
+        ));
     }
     let mut names = BTreeSet::new();
     match all.iter().find(|(name, _)| !names.insert(name.as_str())) {
@@ -169,21 +164,26 @@ fn is_numbers(chunk: &[u8]) -> bool {
     matches!(open(chunk), Ok((ChunkKind::Numbers | ChunkKind::Rows, ..)))
 }
 
-fn framed<'a>(chunks: impl Iterator<Item = Vec<u8>>) -> Tensor<'a> {
-    let mut all = Vec::new();
-    chunks.for_each(|chunk| frame(&chunk, &mut all));
-    Tensor { dtype: Dtype::U8, shape: vec![all.len()], bytes: all.len(), make: Box::new(move || all.clone()) }
+/// A tensor of chunks. They are made twice, so that they need not be held: to know how long they are, and to be written.
+fn framed<'a>(chunks: impl Fn() -> Pieces<'a> + 'a) -> Tensor<'a> {
+    let bytes = chunks().map(|chunk| FRAME_BYTES + chunk.len()).sum();
+    let make = move || -> Pieces<'a> {
+        Box::new(chunks().map(|chunk| {
+            let mut framed = Vec::with_capacity(FRAME_BYTES + chunk.len());
+            frame(&chunk, &mut framed);
+            framed
+        }))
+    };
+    Tensor { dtype: Dtype::U8, shape: vec![bytes], bytes, make: Box::new(make) }
 }
 
-fn column_of(image: &Image, column: Column, record: usize, bytes: usize) -> Vec<u8> {
-    let mut all = Vec::with_capacity(bytes);
-    for chunk in image.chunks() {
-        if let Ok((ChunkKind::Rows, _, mut body)) = open(&chunk) {
-            let rows = body.rest().chunks_exact(record);
-            rows.for_each(|row| all.extend_from_slice(&row[column.offset..column.offset + column.bytes]));
-        }
-    }
-    all
+fn column_of(image: &Image, column: Column, record: usize) -> Pieces<'_> {
+    Box::new(image.chunks().filter_map(move |chunk| {
+        let (ChunkKind::Rows, _, mut body) = open(&chunk).ok()? else { return None };
+        let rows = body.rest().chunks_exact(record);
+        let of_column = rows.map(|row| &row[column.offset..column.offset + column.bytes]);
+        Some(of_column.collect::<Vec<_>>().concat())
+    }))
 }
 
 /// What is said about the file, for people and for [`shard_of_file`].

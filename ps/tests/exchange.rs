@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use gradwire_ps::{
-    Adagrad, Adam, Checkpoints, Client, ClientSettings, DType, DenseTable, Eviction, LocalServers, Mode,
+    Adagrad, Adam, Checkpoints, Client, ClientSettings, DType, DenseTable, Eviction, LocalServers, Mode, PsError,
     ServerSettings, Sgd, SparseOptions, SparseTable, TableOptions, UpdateRule, export_checkpoint, import_checkpoint,
 };
 use gradwire_transport::{Region, RegionSlice};
@@ -202,4 +202,54 @@ fn what_was_cut_changed_or_is_another_program_s_is_refused_by_name_and_writes_no
     std::fs::create_dir(&other).unwrap();
     let empty = export_checkpoint(&other, &bad, MEMORY).unwrap_err().to_string();
     assert!(empty.contains("there is no whole checkpoint"), "{empty}");
+}
+
+#[test]
+fn a_header_that_promises_what_the_file_has_not_is_refused_with_the_file_and_the_tensor() {
+    let home = tempfile::tempdir().unwrap();
+    let (bad, other) = (home.path().join("b.safetensors"), home.path().join("two"));
+    let write = |length: u64, header: &str, data: usize| {
+        std::fs::write(&bad, [&length.to_le_bytes(), header.as_bytes(), &vec![0; data]].concat()).unwrap();
+    };
+    let refused = |what: &str| {
+        let error = import_checkpoint(&bad, &other, MEMORY).unwrap_err();
+        assert!(matches!(error, PsError::Invalid { .. }));
+        let error = error.to_string();
+        assert!(error.contains("b.safetensors") && error.contains(what), "{error}");
+        assert!(!other.exists(), "nothing is written");
+    };
+    let one = |info: &str, data: usize| {
+        let header =
+            format!(r#"{{"__metadata__":{{}},"a":{{"dtype":"U8","shape":[4],"data_offsets":[0,4]}},"w":{info}}}"#);
+        write(header.len() as u64, &header, data);
+    };
+    for length in [u64::MAX, 1 << 40, (16 << 20) + 1] {
+        write(length, "{}", 64);
+        refused(&format!("its header would have {length} bytes"));
+    }
+    write(67, "{}", 64);
+    refused("its header would end at byte 75, and it has 74");
+    write(2, "{]", 64);
+    refused("it is no safetensors file");
+    one(r#"{"dtype":"F32","shape":[4],"data_offsets":[4,20]}"#, 15);
+    refused("w: it would end at byte 20, and the file has 15");
+    one(r#"{"dtype":"F32","shape":[4],"data_offsets":[2,18]}"#, 18);
+    refused("w: it lies on another tensor");
+    one(r#"{"dtype":"F32","shape":[4],"data_offsets":[6,22]}"#, 22);
+    refused("w: it lies behind a gap");
+    one(r#"{"dtype":"F32","shape":[0],"data_offsets":[9,4]}"#, 16);
+    refused("w: it would end at byte 4, before it begins at 9");
+    let most = u64::MAX;
+    one(&format!(r#"{{"dtype":"F32","shape":[4],"data_offsets":[4,{most}]}}"#), 16);
+    refused(&format!("w: it would end at byte {most}"));
+    one(r#"{"dtype":"F32","shape":[5],"data_offsets":[4,20]}"#, 20);
+    refused("w: it has 16 bytes, which F32 of shape [5] does not take");
+    one(&format!(r#"{{"dtype":"F32","shape":[{most},{most}],"data_offsets":[4,20]}}"#), 20);
+    refused("w: it has 16 bytes");
+    for wrong in [r#"{"dtype":"F31","shape":[4],"data_offsets":[4,20]}"#, r#"{"dtype":"F32","shape":[-4]}"#, "7"] {
+        one(wrong, 20);
+        refused("w: it cannot be read what it is");
+    }
+    one(r#"{"dtype":"F32","shape":[4],"data_offsets":[4,20]}"#, 21);
+    refused("it was cut, or more was written behind it");
 }

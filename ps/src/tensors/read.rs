@@ -1,15 +1,15 @@
 //! Pure: a shard made of the tensors of a file, of which nothing is trusted.
 
+use super::layout::{Bytes, Layout, Source};
 use super::{CLIENTS, Column, MARK, columns, field, named, tensors};
-use crate::checkpoint::{BadCheckpoint, unframe};
+use crate::checkpoint::{BadCheckpoint, FRAME_BYTES, chunk_bytes, unframe};
 use crate::chunk::{BadState, ChunkKind, PIECE_BYTES, chunk, open};
 use crate::shard::Shard;
 use crate::state::Builder;
 use crate::values::{self, bytes_of};
 use crate::{KeyRange, SparseSpec, TableSpec};
-use safetensors::tensor::{Dtype, View};
-use safetensors::{SafeTensorError, SafeTensors};
-use std::collections::{BTreeMap, BTreeSet};
+use safetensors::tensor::Dtype;
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// What of a table is being read.
@@ -18,34 +18,23 @@ enum Table {
     Sparse(SparseSpec),
 }
 
-/// A file's tensors.
-struct File<'a> {
-    tensors: SafeTensors<'a>,
-}
+/// A file's tensors, read piece by piece.
+struct File<'a>(Layout<'a>);
 
-/// Makes the shard that `builder` is for out of the bytes of a file.
+/// Makes the shard that `builder` is for out of a file. Beside the shard it holds the file's header, at most
+/// [`MAX_HEADER_BYTES`](super::layout::MAX_HEADER_BYTES), and what is told to the builder at once, at most two chunks.
 ///
 /// # Errors
 /// What is wrong, and with which tensor: of a file that was cut, of another program, or changed so that it means nothing.
-pub(crate) fn shard_of_file(bytes: &[u8], mut builder: Builder, now: Instant) -> Result<Shard, BadCheckpoint> {
-    let whole = |error: SafeTensorError| {
-        let what = match error {
-            SafeTensorError::MetadataIncompleteBuffer | SafeTensorError::InvalidHeaderLength => {
-                "it is not as long as it says: it was cut, or more was written behind it".to_owned()
-            }
-            other => format!("it is no safetensors file: {other}"),
-        };
-        BadCheckpoint::new("the file", what)
-    };
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(whole)?;
-    let told = header.metadata().as_ref().and_then(|metadata| metadata.get(MARK));
+pub(crate) fn shard_of_file(source: &dyn Source, mut builder: Builder, now: Instant) -> Result<Shard, BadCheckpoint> {
+    let file = File(Layout::read(source)?);
     let foreign = || BadCheckpoint::new("the file", "it was not written by `gradwire-ps export`");
-    let told: serde_json::Value = serde_json::from_str(told.ok_or_else(foreign)?).map_err(|_| foreign())?;
+    let told: serde_json::Value =
+        serde_json::from_str(file.0.told.get(MARK).ok_or_else(foreign)?).map_err(|_| foreign())?;
     if told["version"] != 1 {
         let what = format!("it is of version {}, and this program reads version 1", told["version"]);
         return Err(BadCheckpoint::new("the file", what));
     }
-    let file = File { tensors: SafeTensors::deserialize(bytes).map_err(whole)? };
     let tables = told["tables"].as_object().ok_or_else(foreign)?;
     file.replay(CLIENTS, |chunk| builder.take(chunk).map_err(|bad| BadCheckpoint::new(CLIENTS, bad)))?;
     for name in tables.keys() {
@@ -56,28 +45,26 @@ pub(crate) fn shard_of_file(bytes: &[u8], mut builder: Builder, now: Instant) ->
     Ok(shard)
 }
 
-impl<'a> File<'a> {
-    fn bytes(&self, name: &str, dtype: Dtype) -> Result<&'a [u8], BadCheckpoint> {
-        let found = self.tensors.tensor(name).map_err(|_| BadCheckpoint::new(name, "the tensor is missing"))?;
-        if found.dtype() != dtype {
-            let what = format!("its type is {}, and must be {dtype}", found.dtype());
-            return Err(BadCheckpoint::new(name, what));
-        }
-        Ok(found.data())
-    }
-
+impl File<'_> {
     /// Goes through the chunks in tensor `name`.
     fn replay(
         &self,
         name: &str,
         mut take: impl FnMut(&[u8]) -> Result<(), BadCheckpoint>,
     ) -> Result<(), BadCheckpoint> {
-        let mut rest = self.bytes(name, Dtype::U8)?;
-        while let Some((chunk, taken)) = unframe(rest).map_err(|what| BadCheckpoint::new(name, what))? {
+        let bytes = self.0.tensor(name, Dtype::U8)?;
+        let wrong = |what: &str| BadCheckpoint::new(name, what);
+        let (mut at, mut frame) = (0, Vec::new());
+        while at < bytes.len() {
+            frame.clear();
+            bytes.append(at, FRAME_BYTES, &mut frame)?;
+            let chunk = chunk_bytes(&frame).map_err(wrong)?;
+            bytes.append(at + FRAME_BYTES as u64, chunk, &mut frame)?;
+            let (chunk, taken) = unframe(&frame).map_err(wrong)?.ok_or_else(|| wrong("it ends too early"))?;
             take(chunk)?;
-            rest = &rest[taken..];
+            at += taken as u64;
         }
-        if rest.is_empty() { Ok(()) } else { Err(BadCheckpoint::new(name, "it ends too early")) }
+        Ok(())
     }
 
     /// Tells a table to `builder` as a shard would, its numbers where they belong among the rest.
@@ -115,14 +102,13 @@ impl<'a> File<'a> {
         for (known, _) in values::new(spec.dtype, &spec.rule, 1).image(false) {
             let (name, dtype) = field(spec, known);
             let each = bytes_of(known, spec.dtype) as u64;
-            let place = |key: u64| key.checked_mul(each).and_then(|at| usize::try_from(at).ok());
-            let range = place(keys.start).zip(place(keys.end)).map(|(start, end)| start..end);
-            let bytes = range.and_then(|range| self.bytes(&name, dtype).map(|bytes| bytes.get(range)).transpose());
-            let bytes =
-                bytes.unwrap_or_else(|| Err(BadCheckpoint::new(&*name, "it has fewer elements than the table")))?;
-            for piece in bytes.chunks(PIECE_BYTES) {
+            let bytes = self.0.tensor(&name, dtype)?;
+            let short = || BadCheckpoint::new(&*name, "it has fewer elements than the table");
+            let range = keys.start.checked_mul(each).zip(keys.end.checked_mul(each));
+            let (start, end) = range.filter(|&(_, end)| end <= bytes.len()).ok_or_else(short)?;
+            for at in (start..end).step_by(PIECE_BYTES) {
                 let mut out = chunk(ChunkKind::Numbers, spec.id());
-                out.0.extend_from_slice(piece);
+                bytes.append(at, (end - at).min(PIECE_BYTES as u64) as usize, &mut out.0)?;
                 builder.take(&out.0).map_err(|bad| BadCheckpoint::new(&*name, bad))?;
             }
         }
@@ -131,14 +117,14 @@ impl<'a> File<'a> {
 
     fn rows(&self, spec: &SparseSpec, builder: &mut Builder) -> Result<(), BadCheckpoint> {
         let (columns, record) = columns(spec);
-        let all: Result<Vec<(Column, &[u8])>, BadCheckpoint> = columns
+        let all: Result<Vec<(Column, Bytes<'_>)>, BadCheckpoint> = columns
             .into_iter()
-            .map(|column| Ok((column, self.bytes(&named(&spec.name, column.name), column.dtype)?)))
+            .map(|column| Ok((column, self.0.tensor(&named(&spec.name, column.name), column.dtype)?)))
             .collect();
         let all = all?;
-        let rows = all[0].1.len() / all[0].0.bytes;
+        let rows = all[0].1.len() / all[0].0.bytes as u64;
         if let Some((column, _)) =
-            all.iter().find(|(column, bytes)| Some(bytes.len()) != column.bytes.checked_mul(rows))
+            all.iter().find(|(column, bytes)| Some(bytes.len()) != rows.checked_mul(column.bytes as u64))
         {
             return Err(BadCheckpoint::new(
                 named(&spec.name, column.name),
@@ -146,15 +132,17 @@ impl<'a> File<'a> {
             ));
         }
         let at_once = (PIECE_BYTES / record).max(1);
+        let mut piece = Vec::new();
         for first in (0..rows).step_by(at_once) {
+            let count = (rows - first).min(at_once as u64) as usize;
             let mut out = chunk(ChunkKind::Rows, spec.id());
-            for row in first..rows.min(first + at_once) {
-                let at = out.0.len();
-                out.0.resize(at + record, 0);
-                for (column, bytes) in &all {
-                    let (from, to) = (row * column.bytes, at + column.offset);
-                    out.0[to..to + column.bytes].copy_from_slice(&bytes[from..from + column.bytes]);
-                }
+            let head = out.0.len();
+            out.0.resize(head + count * record, 0);
+            for (column, bytes) in &all {
+                piece.clear();
+                bytes.append(first * column.bytes as u64, count * column.bytes, &mut piece)?;
+                let rows = out.0[head..].chunks_exact_mut(record).zip(piece.chunks_exact(column.bytes));
+                rows.for_each(|(row, from)| row[column.offset..column.offset + column.bytes].copy_from_slice(from));
             }
             builder.take(&out.0).map_err(|bad| BadCheckpoint::new(spec.name.as_str(), bad))?;
         }
@@ -172,17 +160,16 @@ impl<'a> File<'a> {
         }
         let clients = shard.members_chunks();
         let made: BTreeMap<String, Vec<usize>> =
-            tensors(&images, &clients)?.into_iter().map(|(name, tensor)| (name, tensor.shape().to_vec())).collect();
-        let known: BTreeSet<&str> = self.tensors.iter().map(|(name, _)| name).collect();
-        if let Some(extra) = known.iter().find(|name| !made.contains_key(**name)) {
-            return Err(BadCheckpoint::new(*extra, "no table has such a tensor"));
+            tensors(&images, &clients)?.into_iter().map(|(name, tensor)| (name, tensor.shape)).collect();
+        if let Some(extra) = self.0.tensors.keys().find(|name| !made.contains_key(*name)) {
+            return Err(BadCheckpoint::new(extra.as_str(), "no table has such a tensor"));
         }
-        for (name, view) in self.tensors.iter() {
+        for (name, info) in &self.0.tensors {
             // What is not numbers may be told in another way.
             let free = name == CLIENTS || name.ends_with("::state");
-            if let Some(shape) = made.get(name).filter(|shape| !free && shape.as_slice() != view.shape()) {
-                let what = format!("its shape is {:?}, and the table's {shape:?}", view.shape());
-                return Err(BadCheckpoint::new(name, what));
+            if let Some(shape) = made.get(name).filter(|shape| !free && **shape != info.shape) {
+                let what = format!("its shape is {:?}, and the table's {shape:?}", info.shape);
+                return Err(BadCheckpoint::new(name.as_str(), what));
             }
         }
         Ok(())
