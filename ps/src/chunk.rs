@@ -6,7 +6,7 @@ use crate::refusal::Refusal;
 use crate::shard_map::MAX_PART_BYTES;
 
 /// The version that is written.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 /// The longest chunk: what a table has beside its numbers may take as much as its longest part. A client's longest row
 /// with its optimizer's state is shorter.
 pub const MAX_CHUNK_BYTES: usize = 2 * MAX_PART_BYTES + (64 << 10);

@@ -7,6 +7,7 @@ use crate::checkpoint::{Manifest, Object, name_at};
 use crate::header::{HEADER_BYTES, Header, Kind};
 use crate::rally;
 use crate::schedule::{rates_body, read_rates};
+use crate::sparse::Packing;
 use crate::unpacking::Unpacking;
 use crate::{
     Adagrad, Adam, ClientStatus, Codec, Combine, Compression, Course, DType, Epoch, Eviction, Ftrl, Initializer,
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Decoder> {
         Decoder::new("refusal", refusals, refusal, (4 << 10, 4)),
         Decoder::new("status", statuses, status, (64 << 10, 64)),
         Decoder::new("compressed gradient", gradients, gradient, (8 << 10, 0)),
+        Decoder::new("compressed rows", packed_rows, packed, (8 << 10, 8)),
         Decoder { seal: seal_manifest, ..Decoder::new("manifest", manifests, manifest, (16 << 10, 64)) },
     ];
     all.extend(shards::ALL);
@@ -84,6 +86,7 @@ fn dense(rule: UpdateRule, mode: Mode) -> TableSpec {
 fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>) -> SparseSpec {
     SparseSpec {
         recovery: crate::Recovery::None,
+        compression: Compression { push: Codec::Int8, pull: Codec::Bf16 },
         name: "rows".into(),
         dim: 3,
         dtype: DType::F32,
@@ -266,6 +269,36 @@ fn gradient(bytes: &[u8]) {
     let header = Header { codec: push.code(), keys, dtype, ..Header::new(Kind::Push) };
     if let Ok(elements) = Unpacking::default().gradient(&header, payload, &spec) {
         assert_eq!(elements.len() as u64, 4 * ELEMENTS);
+    }
+}
+
+const ROW_CODECS: [Codec; 3] = [Codec::Bf16, Codec::F16, Codec::Int8];
+const ROWS: usize = 3;
+
+/// The payload of a push of some rows to a table of [`sparse`].
+fn packed_push(codec: Codec) -> Vec<u8> {
+    let mut whole: Vec<u8> = [0u32, 1].into_iter().flat_map(u32::to_le_bytes).collect();
+    whole.extend((0..ROWS as u64).flat_map(u64::to_le_bytes));
+    whole.extend((0..3 * ROWS).flat_map(|n| (n as f32 - 3.5).to_le_bytes()));
+    let mut out = Vec::new();
+    Packing::default().pack(codec, (DType::F32, 3), (&whole, ROWS), &mut out).expect("all of them are finite");
+    out
+}
+
+/// A codec's code, how many rows there are said to be, and the payload.
+fn packed_rows() -> Vec<Vec<u8>> {
+    ROW_CODECS.map(|codec| [vec![codec.code(), ROWS as u8], packed_push(codec)].concat()).to_vec()
+}
+
+fn packed(bytes: &[u8]) {
+    let Some((&[code, count], payload)) = bytes.split_first_chunk() else { return };
+    let push = ROW_CODECS[usize::from(code) % ROW_CODECS.len()];
+    let compression = Compression { push, pull: Codec::Whole };
+    let spec = SparseSpec { compression, ..sparse(UpdateRule::Sum, Mode::Async, None) };
+    let (keys, dtype) = (KeyRange { start: 0, end: count.into() }, Some(DType::F32));
+    let header = Header { codec: push.code(), keys, dtype, ..Header::new(Kind::SparsePush) };
+    if let Ok(rows) = Packing::default().unpack(&header, payload, &spec) {
+        assert_eq!(rows.len(), 8 + usize::from(count) * (8 + 4 * 3));
     }
 }
 

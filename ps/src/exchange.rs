@@ -191,6 +191,7 @@ mod tests {
             eviction: None,
             admission: 1,
             recovery: Recovery::None,
+            compression: Compression::NONE,
             shards: 1,
             shard: 0,
         };

@@ -22,7 +22,7 @@ use crate::memory::{Memory, Shelf};
 use crate::rally::Rallies;
 use crate::refusal::{Reason, Refusal};
 use crate::shard_map::{Epoch, MAX_PART_BYTES};
-use crate::sparse::{Means, SparseTable};
+use crate::sparse::{Means, Packing, SparseTable};
 use crate::status::{PAGE, ShardStatus, Standing, TableStatus};
 use crate::unpacking::{Unpacking, check_answer_codec};
 use crate::{Recovery, Schedule, SparseSpec, TableId, TableSpec};
@@ -110,6 +110,7 @@ pub struct Shard {
     shelf: Shelf,
     answers: Vec<Answer>,
     unpacking: Unpacking,
+    packing: Packing,
     awaited: Option<snapshot::Awaited>,
     rallies: Rallies,
     restored: bool,
@@ -129,6 +130,7 @@ impl Shard {
             shelf: Shelf::default(),
             answers: Vec::new(),
             unpacking: Unpacking::default(),
+            packing: Packing::default(),
             awaited: None,
             rallies: Rallies::new(instance),
             restored: false,
@@ -337,7 +339,7 @@ impl Shard {
             }
             _ => self.unpacking.gradient(header, payload, &table.spec)?,
         };
-        check_answer_codec(header, &table.spec)?;
+        check_answer_codec(header, table.spec.compression.pull, || table.spec.subject())?;
         check_pusher(header, table.spec.mode, || table.spec.subject())?;
         check_waiting(table.waiting_at(part), || table.spec.subject(), &self.limits)?;
         if !table.push(part, wait, payload, (&self.members, &mut self.memory), &mut self.answers)? {
@@ -354,7 +356,7 @@ impl Shard {
             let got = header.dtype.map_or("none", |dtype| dtype.name());
             return Err(Refusal::new(Reason::Mismatch, table.spec.subject(), "dtype", table.spec.dtype, got));
         }
-        check_answer_codec(header, &table.spec)?;
+        check_answer_codec(header, table.spec.compression.pull, || table.spec.subject())?;
         check_waiting(table.waiting_at(part), || table.spec.subject(), &self.limits)?;
         table.pull(part, *wait, &mut self.answers);
         Ok(())
@@ -394,10 +396,11 @@ impl Shard {
         if header.keys.start != u64::from(table.spec.shard) {
             return Err(Refusal::new(Reason::Malformed, subject(), "shard", table.spec.shard, header.keys.start));
         }
-        let Self { members, memory, shelf, answers, .. } = self;
+        let Self { members, memory, shelf, answers, packing, .. } = self;
         let mut means = Means { members, memory, shelf, now, out: answers };
         let taken = if header.kind == Kind::SparsePush {
             check_pusher(header, table.spec.mode, subject)?;
+            let payload = packing.unpack(header, payload, &table.spec)?;
             table.push(wait, payload, &mut means)?
         } else {
             table.pull(wait, payload, &mut means)?

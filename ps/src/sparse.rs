@@ -7,6 +7,7 @@ mod evicted;
 mod gathering;
 mod index;
 mod initial;
+mod packing;
 mod rows;
 mod spec;
 mod table;
@@ -17,4 +18,5 @@ pub use initial::Initializer;
 pub use spec::{Eviction, MAX_DIM, SparseSpec, open_sparse_body};
 
 pub(crate) use batch::{Batch, Cut, Gradients, Ids, MAX_PARTS, PART_BYTES};
+pub(crate) use packing::{Packing, unpack_rows};
 pub(crate) use table::{Means, SparseBuilder, SparseImage, SparseTable};

@@ -211,7 +211,7 @@ fn about(image: &Image) -> Value {
                 "kind": "sparse", "clock": clock, "mode": mode, "dim": spec.dim, "dtype": spec.dtype.name(),
                 "rows": state.0.count(), "update_rule": spec.rule.to_string(), "capacity": spec.capacity,
                 "combine": format!("{:?}", spec.combine).to_lowercase(), "initializer": spec.initializer.to_string(),
-                "seed": spec.seed, "admission": spec.admission,
+                "seed": spec.seed, "admission": spec.admission, "compression": spec.compression.to_string(),
             })
         }
     }

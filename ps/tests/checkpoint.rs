@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use gradwire_ps::{
-    Adam, Checkpoints, Client, ClientSettings, DType, DenseTable, LocalServers, Mode, PsError, ServerSettings,
-    SparseOptions, SparseTable, TableOptions, UpdateRule,
+    Adam, Checkpoints, Client, ClientSettings, Codec, Compression, DType, DenseTable, LocalServers, Mode, PsError,
+    ServerSettings, SparseOptions, SparseTable, TableOptions, UpdateRule,
 };
 use gradwire_transport::Region;
 use std::io::{BufRead, BufReader};
@@ -36,7 +36,8 @@ fn workers(addresses: &[String]) -> Vec<Worker> {
         let client = Client::connect(addresses, settings).unwrap();
         let options = TableOptions { rule, mode: MODE, ..TableOptions::default() };
         let dense = client.dense("w", &[ELEMENTS], DType::F32, options).unwrap();
-        let options = SparseOptions { rule, mode: MODE, ..SparseOptions::default() };
+        let compression = Compression { push: Codec::Int8, pull: Codec::Bf16 };
+        let options = SparseOptions { rule, mode: MODE, compression, ..SparseOptions::default() };
         let sparse = client.sparse("rows", DIM, DType::F32, options).unwrap();
         Worker { rank, client, dense, sparse }
     };

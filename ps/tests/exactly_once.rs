@@ -246,10 +246,15 @@ fn rows(table: &SparseTable, count: u64) -> Vec<f32> {
 
 const SPARSE_DIM: usize = 16;
 
+/// Ones, and sums of two of them, are exact in each; 90 of them are in bfloat16.
+fn sparse_options(mode: Mode) -> SparseOptions {
+    let compression = Compression { push: Codec::Int8, pull: Codec::Bf16 };
+    SparseOptions { mode, compression, ..SparseOptions::default() }
+}
+
 /// Pushes ones to ids `0..3000`, every third of them twice in the same push, `times` times.
 fn push_ones(client: &Client, mode: Mode, times: usize) {
-    let options = SparseOptions { mode, ..SparseOptions::default() };
-    let table = client.sparse("rows", SPARSE_DIM, DType::F32, options).unwrap();
+    let table = client.sparse("rows", SPARSE_DIM, DType::F32, sparse_options(mode)).unwrap();
     let ids: Vec<u64> = (0..3000).chain((0..3000).step_by(3)).collect();
     let ones = region((0..ids.len() * SPARSE_DIM).map(|_| 1.0));
     let ids = Region::from_vec(ids.into_iter().flat_map(u64::to_le_bytes).collect());
@@ -270,8 +275,7 @@ fn sparse_pushes_count_once_in_every_mode_though_connections_are_cut() {
         };
         each_worker(&rig, 3, true, run);
         let client = rig.client(2, false);
-        let options = SparseOptions { mode, ..SparseOptions::default() };
-        let table = client.sparse("rows", SPARSE_DIM, DType::F32, options).unwrap();
+        let table = client.sparse("rows", SPARSE_DIM, DType::F32, sparse_options(mode)).unwrap();
         for (n, value) in rows(&table, 3000).into_iter().enumerate() {
             let times = if (n / SPARSE_DIM).is_multiple_of(3) { 2.0 } else { 1.0 };
             assert_eq!(value, 45.0 * times, "{mode}, seed {seed}, element {n}");

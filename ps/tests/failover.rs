@@ -1,7 +1,9 @@
 //! Does: kills real servers of a cluster while workers push ones, and counts: N workers pushing K times make N·K, every time.
 #![allow(clippy::unwrap_used)] // A test that unwraps fails where it should.
 
-use gradwire_ps::{Client, ClientSettings, DType, Mode, PsError, Recovery, SparseOptions, TableOptions};
+use gradwire_ps::{
+    Client, ClientSettings, Codec, Compression, DType, Mode, PsError, Recovery, SparseOptions, TableOptions,
+};
 use gradwire_transport::Region;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -107,7 +109,9 @@ fn dense(mode: Mode) -> TableOptions {
 }
 
 fn sparse(mode: Mode) -> SparseOptions {
-    SparseOptions { mode, recovery: Recovery::Replicate { copies: 1 }, ..SparseOptions::default() }
+    // Small integers are exact in both.
+    let compression = Compression { push: Codec::Bf16, pull: Codec::F16 };
+    SparseOptions { mode, recovery: Recovery::Replicate { copies: 1 }, compression, ..SparseOptions::default() }
 }
 
 /// Pushes ones to both tables `times` times; the longest that one push took.

@@ -455,6 +455,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         eviction: None,
         admission: 1,
         recovery: gradwire_ps::Recovery::None,
+        compression: Compression::NONE,
         shards: 1,
         shard: 0,
     }

@@ -70,6 +70,7 @@ fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>, admission: u
         mode,
         combine: Combine::Sum,
         recovery: Recovery::None,
+        compression: Compression::NONE,
         initializer: Initializer::Uniform { low: -1.0, high: 1.0 },
         seed: 3,
         capacity: eviction.map(|_| 6),

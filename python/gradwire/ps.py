@@ -111,8 +111,8 @@ class TopK:
 class Compression:
     """How the gradients and the values of a table travel, each None, "bf16", "fp16", "int8", or for gradients `TopK(ratio)`.
 
-    fp16 makes magnitudes over 65504 that. int8 has a scale for 128 elements; what gradients lose is added to the worker's
-    next one. A pull is made from the full value, so its errors do not add up.
+    fp16 makes magnitudes over 65504 that. int8 has a scale for 128 elements; what gradients of a dense table lose is added to the
+    worker's next one. A pull is made from the full value, so its errors do not add up.
     """
 
     push: str | TopK | None = None
@@ -312,6 +312,7 @@ class Client:
         staleness=None,
         average=False,
         recovery="none",
+        compression=None,
     ):
         """Makes the sparse table `name`, or finds it; all clients must describe it alike. Blocks.
 
@@ -327,13 +328,16 @@ class Client:
             eviction: which rows make room: None (a push that needs more room is refused), `LRU()`, `LFU()` or `TTL(seconds)`.
             admission: how many pushes an id must come in before it gets a row; until then its gradients are dropped.
             workers, staleness, average, recovery: as for `dense`, but never "workers", none of whom has all rows. With `workers`, every worker pushes at every clock, if only no ids.
+            compression: None, "bf16", "fp16" or "int8" for both directions, or `Compression(push, pull)`. Each row travels by itself,
+                int8 with a scale for 128 of its elements; ids travel whole. What a gradient loses is not added to a later one, for
+                which each worker would need a second table; and `TopK` is refused, since ids have picked the rows already.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         dtype = _dtype(dtype)
-        safe = _recovery(recovery)
-        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average, safe)
+        safe, short = _recovery(recovery), _compression(compression)
+        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average, safe, short)
         native = self._native.sparse(name, dim, dtype, _rule(optimizer), how)
         return SparseTable(native, PsWork, name, dim, dtype)
 

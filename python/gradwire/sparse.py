@@ -66,9 +66,10 @@ class Making:
     staleness: int | None
     average: bool
     recovery: str
+    compression: tuple[tuple[str, float], tuple[str, float]]
 
 
-def making(initializer, seed, capacity, eviction, admission, workers, staleness, average, recovery):
+def making(initializer, seed, capacity, eviction, admission, workers, staleness, average, recovery, compression):
     """What `Client.sparse` was told, for the engine."""
     if initializer == "zeros":
         first = ("zeros", [])
@@ -81,7 +82,7 @@ def making(initializer, seed, capacity, eviction, admission, workers, staleness,
     if eviction is not None and not hasattr(eviction, "_native"):
         raise ValueError(f"eviction {eviction!r}: pass None, LRU(), LFU() or TTL(seconds)")
     evicts = None if eviction is None else eviction._native()
-    return Making(first, seed, capacity, evicts, admission, workers, staleness, average, recovery)
+    return Making(first, seed, capacity, evicts, admission, workers, staleness, average, recovery, compression)
 
 
 class SparseTable:

@@ -85,6 +85,11 @@ impl Rule {
 #[derive(FromPyObject)]
 pub(crate) struct Shortening(String, f64);
 
+/// How gradients and values travel.
+pub(crate) fn compression((push, pull): &(Shortening, Shortening)) -> PyResult<Compression> {
+    Ok(Compression { push: push.codec()?, pull: pull.codec()? })
+}
+
 impl Shortening {
     fn codec(&self) -> PyResult<Codec> {
         let &Self(ref name, share) = self;
@@ -185,7 +190,7 @@ impl PsClient {
         staleness: Option<u32>,
         clipped: bool,
         recovery_name: &str,
-        compression: (Shortening, Shortening),
+        shortening: (Shortening, Shortening),
     ) -> PyResult<PsTable> {
         let options = TableOptions {
             rule: rule.rule()?,
@@ -193,7 +198,7 @@ impl PsClient {
             combine: if average { Combine::Mean } else { Combine::Sum },
             clipped,
             recovery: recovery(recovery_name)?,
-            compression: Compression { push: compression.0.codec()?, pull: compression.1.codec()? },
+            compression: compression(&shortening)?,
         };
         let dtype = table_type(dtype_name)?;
         let client = self.inner.get()?;
@@ -332,6 +337,7 @@ fn sparse_tables<'py>(py: Python<'py>, all: &[SparseStatus]) -> PyResult<Bound<'
         each.set_item("waiting", table.waiting)?;
         each.set_item("evicted", table.evicted)?;
         each.set_item("unadmitted", table.unadmitted)?;
+        each.set_item("compression", table.spec.compression.to_string())?;
         each.set_item("pushed_bytes", table.pushed_bytes)?;
         each.set_item("pulled_bytes", table.pulled_bytes)?;
         tables.append(each)?;

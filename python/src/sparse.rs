@@ -3,7 +3,7 @@
 use crate::buffer::{Access, Memory};
 use crate::errors;
 use crate::forked::Own;
-use crate::ps::{PsPending, Rule, in_use, mode, reading, recovery, same_type, table_type};
+use crate::ps::{PsPending, Rule, Shortening, compression, in_use, mode, reading, recovery, same_type, table_type};
 use crate::schedule::Described;
 use crate::wait::seconds;
 use gradwire_ps::{Combine, Eviction, Initializer, SparseOptions};
@@ -31,6 +31,8 @@ pub(crate) struct Making {
     staleness: Option<u32>,
     average: bool,
     recovery: String,
+    /// Of gradients, and of values.
+    compression: (Shortening, Shortening),
 }
 
 impl Making {
@@ -61,6 +63,7 @@ impl Making {
             eviction,
             admission: self.admission,
             recovery: recovery(&self.recovery)?,
+            compression: compression(&self.compression)?,
         })
     }
 }

@@ -75,6 +75,8 @@ def test_bad_sparse_input_is_refused_by_name_and_the_server_goes_on():
             ({"optimizer": gradwire.SGD(momentum=0.9)}, "momentum"),
             ({"staleness": 2}, "workers"),
             ({"initializer": gradwire.Normal(0.0, -1.0)}, "normal"),
+            ({"compression": gradwire.TopK(0.1)}, "ids have picked the rows already"),
+            ({"compression": "int4"}, "fp16"),
         ]:
             with pytest.raises(ValueError, match=why):
                 client.sparse("bad", 4, **options)
@@ -163,6 +165,39 @@ def test_two_workers_and_two_servers_train_as_pytorch_does_alone(name):
         torch.testing.assert_close(got, module.weight.detach(), rtol=1e-8, atol=1e-9)
     assert error == pytest.approx(rmse(truth, bag_users, bag_items))
     assert error < truth.std() / 2, "it has learnt what is to be learnt"
+
+
+def learn(compression=None):
+    """Learns the ratings alone with compressed rows: the error at the end, and the bytes pushed and pulled."""
+    truth, users, items = ratings()
+    options = {"optimizer": gradwire.Adagrad(0.3), "mode": "sum", "workers": 1, "compression": compression}
+    first = gradwire.Normal(0.0, 0.3)
+    with gradwire.LocalCluster(servers=2) as cluster, cluster.connect(rank=0) as client:
+        of_users = EmbeddingBag(None, DIM, client, name="users", initializer=first, **options)
+        of_items = EmbeddingBag(None, DIM, client, name="items", initializer=first, **options)
+        for user, item in zip(users, items):
+            loss = ((of_users(bags(user)) * of_items(item[:, None])).sum(1) - truth[user, item]).square().mean()
+            loss.backward()
+        of_users.synchronize()
+        of_items.synchronize()
+        tables = [table for shard in client.status() for table in shard["sparse"]]
+        described = f"push {compression or 'none'}, pull {compression or 'none'}"
+        assert {table["compression"] for table in tables} == {described}
+        counted = [sum(table[key] for table in tables) for key in ("pushed_bytes", "pulled_bytes")]
+        return rmse(truth, of_users, of_items), counted
+
+
+def test_compressed_rows_learn_as_well_within_three_percent_of_the_spread_and_travel_as_fewer_bytes():
+    error, (pushed, pulled) = learn()
+    spread = ratings()[0].std().item()
+    assert error < spread / 2, "it has learnt what is to be learnt"
+    # A row of 6 floats has 24 bytes, with its id 32; with two bytes an element 12 and 20, with one and a scale 10 and 18.
+    for compression, row in (("bf16", 12), ("fp16", 12), ("int8", 10)):
+        another, (less_pushed, less_pulled) = learn(compression)
+        assert abs(another - error) < 0.03 * spread, (compression, another, error)
+        assert another != error, "something was lost, so something was compressed"
+        assert less_pulled == pulled * row / 24
+        assert less_pushed / pushed == pytest.approx((8 + row) / 32, abs=0.01)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])

@@ -68,6 +68,7 @@ pub fn spec() -> SparseSpec {
         eviction: None,
         admission: 1,
         recovery: gradwire_ps::Recovery::None,
+        compression: gradwire_ps::Compression::NONE,
         shards: 1,
         shard: 0,
     }

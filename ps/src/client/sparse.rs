@@ -9,9 +9,10 @@ use crate::memory::Shelf;
 use crate::schedule::rate_body;
 use crate::shard::MOST_EVICTED;
 use crate::sparse::open_sparse_body;
-use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES};
+use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES, Packing, unpack_rows};
 use crate::{
-    Combine, DType, Eviction, Initializer, KeyRange, Mode, PsError, Recovery, Schedule, SparseSpec, UpdateRule,
+    Codec, Combine, Compression, DType, Eviction, Initializer, KeyRange, Mode, PsError, Recovery, Schedule, SparseSpec,
+    UpdateRule,
 };
 use gradwire_transport::{Region, RegionSlice, RegionSliceMut};
 use std::ops::Range;
@@ -42,6 +43,8 @@ pub struct SparseOptions {
     pub admission: u8,
     /// What becomes of it when a server dies. Default: it is gone.
     pub recovery: Recovery,
+    /// How rows' gradients and values travel. Default: as they are. What a gradient loses is not kept, and `TopK` cannot be.
+    pub compression: Compression,
 }
 
 impl Default for SparseOptions {
@@ -56,6 +59,7 @@ impl Default for SparseOptions {
             eviction: None,
             admission: 1,
             recovery: Recovery::None,
+            compression: Compression::NONE,
         }
     }
 }
@@ -94,7 +98,8 @@ pub(super) fn open(
 ) -> Result<SparseTable, PsError> {
     let mut tables = core.sparse.lock().unwrap_or_else(PoisonError::into_inner);
     let shards = core.map.shards();
-    let SparseOptions { rule, mode, combine, initializer, seed, capacity, eviction, admission, recovery } = options;
+    let SparseOptions { rule, mode, combine, initializer, seed, capacity, eviction, admission, recovery, compression } =
+        options;
     let spec = SparseSpec {
         name: name.to_owned(),
         dim: dim as u64,
@@ -108,6 +113,7 @@ pub(super) fn open(
         eviction,
         admission,
         recovery,
+        compression,
         shards,
         shard: 0,
     };
@@ -158,15 +164,15 @@ impl SparseTable {
         }
         let cut = Cut::new(ids, spec.shards);
         let from = Gradients { dtype, dim: self.dim(), bytes: gradients };
-        let parts = self.parts(&cut, ID_BYTES + self.dim() * dtype.bytes());
+        let codec = spec.compression.push;
+        let row_bytes = codec.bytes(self.dim()).unwrap_or(self.dim() * dtype.bytes());
+        let parts = self.parts(&cut, ID_BYTES + row_bytes);
         if parts.iter().any(|parts| parts.len() > MAX_PARTS as usize) {
             return Err(self.invalid(format!("{} rows are too many for one push: push fewer at a time", cut.len())));
         }
-        let mut made = self.made();
-        made.pushes += 1;
-        let clock = if spec.mode.workers().is_some() { made.pushes } else { 0 };
         let longest = parts.iter().map(Vec::len).max().unwrap_or(0);
-        let mut requests = Vec::new();
+        let mut packing = Packing::default();
+        let mut payloads = Vec::new();
         // In turn for each shard, so that all of them work from the start.
         for n in 0..longest {
             for (shard, parts) in (0..).zip(&parts) {
@@ -174,14 +180,31 @@ impl SparseTable {
                 let mut payload =
                     Vec::with_capacity(PART_BYTES + range.len() * (ID_BYTES + self.dim() * dtype.bytes()));
                 cut.payload(range.clone(), [n as u32, parts.len() as u32], &from, &mut payload);
-                let sequence = &mut made.parts[shard as usize];
-                *sequence += 1;
-                let header = Header { clock, sequence: *sequence, dtype: Some(dtype), ..Header::new(Kind::SparsePush) };
-                let all = 0..payload.len();
-                let slice = Region::from_vec(payload).read(all).expect("nobody else knows this region");
-                requests.push(self.request(shard, header, range.len(), slice, None));
+                if codec != Codec::Whole {
+                    let mut packed = Vec::with_capacity(PART_BYTES + range.len() * (ID_BYTES + row_bytes));
+                    let (form, whole) = ((dtype, self.dim()), (&payload[..], range.len()));
+                    packing
+                        .pack(codec, form, whole, &mut packed)
+                        .map_err(|(row, bad)| self.invalid(format!("id {}: {bad}", cut.id(range.start + row))))?;
+                    payload = packed;
+                }
+                payloads.push((shard, range.len(), payload));
             }
         }
+        let dtype = Some(if codec == Codec::Whole { dtype } else { DType::F32 });
+        let mut made = self.made();
+        made.pushes += 1;
+        let clock = if spec.mode.workers().is_some() { made.pushes } else { 0 };
+        let requests = payloads.into_iter().map(|(shard, rows, payload): (u32, usize, Vec<u8>)| {
+            let sequence = &mut made.parts[shard as usize];
+            *sequence += 1;
+            let header =
+                Header { clock, sequence: *sequence, dtype, codec: codec.code(), ..Header::new(Kind::SparsePush) };
+            let all = 0..payload.len();
+            let slice = Region::from_vec(payload).read(all).expect("nobody else knows this region");
+            self.request(shard, header, rows, slice, None)
+        });
+        let requests = requests.collect();
         self.core.start("push to", &self.table.subject, requests)
     }
 
@@ -194,7 +217,9 @@ impl SparseTable {
         let spec = &self.table.spec;
         self.check(ids, into.len(), spec.dtype)?;
         let cut = Cut::new(ids, spec.shards);
-        let row_bytes = self.dim() * spec.dtype.bytes();
+        let (codec, form) = (spec.compression.pull, (spec.dtype, self.dim()));
+        let whole_bytes = self.dim() * spec.dtype.bytes();
+        let row_bytes = codec.bytes(self.dim()).unwrap_or(whole_bytes);
         let (rows, wanted) = {
             let mut shelf = self.table.shelf.lock().unwrap_or_else(PoisonError::into_inner);
             (shelf.take(cut.len() * row_bytes), shelf.take(cut.len() * ID_BYTES))
@@ -214,7 +239,8 @@ impl SparseTable {
             for (shard, parts) in (0..).zip(&parts) {
                 let Some(range) = parts.get(n).filter(|range| !range.is_empty()) else { continue };
                 let sequence = self.core.next_sequence();
-                let header = Header { clock, sequence, dtype: Some(spec.dtype), ..Header::new(Kind::SparsePull) };
+                let (dtype, codec) = (Some(spec.dtype), codec.code() << 4);
+                let header = Header { clock, sequence, dtype, codec, ..Header::new(Kind::SparsePull) };
                 let slice = wanted.read(range.start * ID_BYTES..range.end * ID_BYTES).expect("it is only read");
                 let target = rows.write(range.start * row_bytes..range.end * row_bytes).expect(ours);
                 requests.push(self.request(shard, header, range.len(), slice, Some(target)));
@@ -222,7 +248,11 @@ impl SparseTable {
         }
         let last_step: LastStep = Box::new(move || {
             let rows = rows.read(0..cut.len() * row_bytes).expect("all that was awaited has come");
-            cut.scatter(&rows, row_bytes, &mut into);
+            if codec == Codec::Whole {
+                cut.scatter(&rows, whole_bytes, &mut into);
+            } else {
+                cut.scatter(&unpack_rows(codec, form, &rows), whole_bytes, &mut into);
+            }
         });
         self.core.start_with("pull of", &self.table.subject, requests, Some(last_step))
     }

@@ -63,6 +63,7 @@ fn sparse_to_json(table: &SparseStatus) -> Value {
         "pulls": table.pulls,
         "duplicates": table.duplicates,
         "waiting": table.waiting,
+        "compression": table.spec.compression.to_string(),
         "pushed_bytes": table.pushed_bytes,
         "pulled_bytes": table.pulled_bytes,
         "evicted": table.evicted,

@@ -1,13 +1,13 @@
 //! Does: asks shards for anything, and makes them from anything: a row of requests, or of chunks, is one input.
 
-use super::{MODES, body, dense, rules, seal_header, sparse};
+use super::{MODES, body, dense, packed_push, rules, seal_header, sparse};
 use crate::checkpoint::{FRAME_BYTES, frame, unframe};
 use crate::header::{HEADER_BYTES, Header, Kind};
 use crate::shard::{Limits, Shard};
 use crate::state::Builder;
 use crate::tensors::{header, metadata, shard_of_file, tensors};
 use crate::{
-    Course, DType, Epoch, Eviction, KeyRange, Mode, Schedule, SparseSpec, TableSpec, UpdateRule, open_body,
+    Codec, Course, DType, Epoch, Eviction, KeyRange, Mode, Schedule, SparseSpec, TableSpec, UpdateRule, open_body,
     open_sparse_body, rate_body,
 };
 use gradwire_transport::PeerId;
@@ -109,7 +109,9 @@ fn row(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>) -> Vec<u8> {
     });
     told(&mut out, Header { kind: Kind::Snapshot, ..me }, &snapshot);
     let (ids, keys) = ((0..4u64).flat_map(u64::to_le_bytes).collect::<Vec<u8>>(), KeyRange { start: 0, end: 4 });
-    told(&mut out, Header { kind: Kind::SparsePull, table: rows.id(), keys, ..me }, &ids);
+    let pull = Header { kind: Kind::SparsePull, table: rows.id(), keys, ..me };
+    told(&mut out, pull, &ids);
+    told(&mut out, Header { codec: Codec::Bf16.code() << 4, ..pull }, &ids);
     told(&mut out, Header { kind: Kind::Evicted, table: rows.id(), clock: 0, ..me }, &[]);
     out
 }
@@ -135,7 +137,11 @@ fn push(out: &mut Vec<u8>, (client, clock): (u64, u64), table: &TableSpec, rows:
     batch.extend(ids.into_iter().flat_map(u64::to_le_bytes));
     batch.extend(numbers(9, clock));
     let keys = KeyRange { start: 0, end: 3 };
-    told(out, Header { kind: Kind::SparsePush, table: rows.id(), keys, ..me }, &batch);
+    let on_rows = Header { kind: Kind::SparsePush, table: rows.id(), keys, ..me };
+    match client {
+        0 => told(out, on_rows, &batch),
+        _ => told(out, Header { codec: Codec::Int8.code(), ..on_rows }, &packed_push(Codec::Int8)),
+    }
 }
 
 /// The requests in `bytes`, as they lie.

@@ -191,6 +191,7 @@ fn buffers_that_were_kept_for_contributions_make_way_for_rows() {
         eviction: None,
         admission: 1,
         recovery: Recovery::None,
+        compression: Compression::NONE,
         shards: 1,
         shard: 0,
     };

@@ -12,7 +12,7 @@ use crate::shard_map::MAX_PART_BYTES;
 pub(crate) const MAX_PARTS: u32 = 1 << 12;
 /// What a payload begins with: the number of its part, and of all parts.
 pub(crate) const PART_BYTES: usize = 8;
-const ID_BYTES: usize = 8;
+pub(super) const ID_BYTES: usize = 8;
 
 /// The shard that holds the row of `id`.
 pub fn shard_of(id: u64, shards: u32) -> u32 {
@@ -26,7 +26,7 @@ pub(crate) struct Ids<'a>(&'a [[u8; ID_BYTES]]);
 impl<'a> Ids<'a> {
     /// The ids of a pull, which is the whole of `payload`.
     pub(crate) fn of_pull(payload: &'a [u8], header: &Header, spec: &SparseSpec) -> Result<Self, Refusal> {
-        let (count, row) = (header.keys.len(), spec.dim * spec.dtype.bytes() as u64);
+        let (count, row) = (header.keys.len(), spec.answer_row_bytes(header) as u64);
         if count.checked_mul(row).is_none_or(|bytes| bytes > MAX_PART_BYTES as u64) {
             let expected = format!("at most {MAX_PART_BYTES} bytes of rows");
             return Err(malformed(spec, "ids", expected, format!("{count} rows of {row} bytes")));

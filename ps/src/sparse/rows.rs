@@ -14,7 +14,7 @@ use super::usage::Usage;
 use super::{Batch, Ids, Initializer, SparseSpec};
 use crate::bounded::Progress;
 use crate::kernel::{self, Real, Step};
-use crate::{Adam, DType, Mode, UpdateRule};
+use crate::{Adam, Codec, DType, Mode, UpdateRule};
 use hashbrown::HashTable;
 
 /// Rows that are looked for at a time, so that the memory of many is on its way at once.
@@ -36,8 +36,8 @@ pub(crate) trait Rows: Restore + Send {
     fn bytes_for(&self, more: u64) -> u64;
     /// Makes the rows that are absent.
     fn make(&mut self, ids: Ids<'_>, now_ms: u64);
-    /// Writes the row of each id to `out`, in the table's type; where there is none, what it would begin with.
-    fn read(&self, ids: Ids<'_>, out: &mut [u8]);
+    /// Writes the row of each id to `out`, as `codec` does, or in the table's type; where there is none, what it would begin with.
+    fn read(&self, ids: Ids<'_>, codec: Codec, out: &mut [u8]);
     /// Applies `rule`, for the table's `n`-th time, to the row of each id.
     fn apply(&mut self, rule: &UpdateRule, n: u64, batch: &Batch<'_>, divisor: f64, now_ms: u64);
     /// Adds a contribution to the sum that is being made.
@@ -205,15 +205,21 @@ impl<C: Real> Store<C> {
         }
     }
 
-    /// Writes one row, in the table's type.
-    fn store(&self, id: u64, row: Option<u32>, scratch: &mut [C], out: &mut [u8]) {
-        match row {
-            Some(row) => C::store(self.dtype, &self.arena.row(row)[..self.dim], out),
+    /// Writes one row, as `codec` does, or in the table's type.
+    fn store(&self, id: u64, row: Option<u32>, codec: Codec, scratch: &mut (Vec<C>, Vec<f32>), out: &mut [u8]) {
+        let (first, narrow) = scratch;
+        let row = match row {
+            Some(row) => &self.arena.row(row)[..self.dim],
             None => {
-                self.initializer.fill(self.table, id, scratch);
-                C::store(self.dtype, scratch, out);
+                self.initializer.fill(self.table, id, first);
+                first
             }
+        };
+        if codec == Codec::Whole {
+            return C::store(self.dtype, row, out);
         }
+        narrow.iter_mut().zip(row).for_each(|(to, &value)| *to = value.into() as f32);
+        codec.encode_values(narrow, out);
     }
 }
 
@@ -247,14 +253,14 @@ impl<C: Real> Rows for Store<C> {
         }
     }
 
-    fn read(&self, ids: Ids<'_>, out: &mut [u8]) {
-        let mut out = out.chunks_exact_mut(self.dim * self.dtype.bytes());
-        let mut scratch = vec![C::default(); self.dim];
+    fn read(&self, ids: Ids<'_>, codec: Codec, out: &mut [u8]) {
+        let mut out = out.chunks_exact_mut(codec.bytes(self.dim).unwrap_or(self.dim * self.dtype.bytes()));
+        let mut scratch = (vec![C::default(); self.dim], vec![0.0; self.dim]);
         // A block's rows are on their way while the next one's are looked for.
         let mut before: ([u64; AHEAD], [Option<u32>; AHEAD], usize) = ([0; AHEAD], [None; AHEAD], 0);
         let mut flush = |(ids, rows, count): &([u64; AHEAD], [Option<u32>; AHEAD], usize)| {
             for ((id, row), out) in ids.iter().zip(rows).take(*count).zip(&mut out) {
-                self.store(*id, *row, &mut scratch, out);
+                self.store(*id, *row, codec, &mut scratch, out);
             }
         };
         self.in_blocks(ids, |ids, rows| {
@@ -355,6 +361,7 @@ mod tests {
             eviction: None,
             admission: 1,
             recovery: crate::Recovery::None,
+            compression: crate::Compression::NONE,
             shards: 1,
             shard: 0,
         }
@@ -366,7 +373,7 @@ mod tests {
 
     fn read(rows: &dyn Rows, id: u64) -> [f32; 3] {
         let mut out = [0; 12];
-        rows.read(Ids::known(&bytes_of(&[id])), &mut out);
+        rows.read(Ids::known(&bytes_of(&[id])), Codec::Whole, &mut out);
         [0, 4, 8].map(|at| f32::from_le_bytes([out[at], out[at + 1], out[at + 2], out[at + 3]]))
     }
 

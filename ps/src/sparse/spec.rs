@@ -3,9 +3,10 @@
 use super::Initializer;
 use super::admission;
 use crate::body::{BadBody, Reader, Writer};
+use crate::header::Header;
 use crate::key::MAX_NAME_BYTES;
 use crate::refusal::{Reason, Refusal};
-use crate::{Combine, DType, Mode, Recovery, Sgd, TableId, UpdateRule};
+use crate::{Codec, Combine, Compression, DType, Mode, Recovery, Sgd, TableId, UpdateRule};
 use std::fmt;
 use std::time::Duration;
 
@@ -61,6 +62,8 @@ pub struct SparseSpec {
     pub admission: u8,
     /// What becomes of it when a server dies.
     pub recovery: Recovery,
+    /// How its rows' gradients and values travel. Each row travels by itself, and nothing that it loses is kept for a later one.
+    pub compression: Compression,
     /// Number of shards that it is cut over.
     pub shards: u32,
     /// Which of them the receiver is.
@@ -80,6 +83,32 @@ impl SparseSpec {
         // Six standard deviations.
         let spread = if shards == 1 || self.eviction.is_some() { 0 } else { 6 * even.isqrt() + 8 };
         Some(even.saturating_add(spread).min(capacity))
+    }
+
+    /// Bytes of a row in the answer that `header` asks for.
+    pub(crate) fn answer_row_bytes(&self, header: &Header) -> usize {
+        let dim = usize::try_from(self.dim).unwrap_or(usize::MAX);
+        let packed = self.compression.pull.bytes(dim).filter(|_| header.answer_codec() != 0);
+        packed.unwrap_or(dim * self.dtype.bytes())
+    }
+
+    fn check_compression(&self) -> Result<(), (&'static str, String)> {
+        let Compression { push, pull } = self.compression;
+        if let Codec::TopK { .. } = push {
+            let why = "which picks elements out of a whole gradient, where ids have picked the rows already";
+            return Err(("bf16, fp16 or int8", format!("{push}, {why}")));
+        }
+        self.compression.check().map_err(|got| ("what a table may have", got))?;
+        let dim = usize::try_from(self.dim).unwrap_or(usize::MAX);
+        for (codec, each) in [(push, DType::F32.bytes()), (pull, self.dtype.bytes())] {
+            if codec.bytes(dim).is_some_and(|bytes| bytes > dim * each) {
+                return Err((
+                    "what makes its rows shorter",
+                    format!("{codec} for rows of {dim} elements of {each} bytes"),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Says what cannot be, if anything.
@@ -102,6 +131,9 @@ impl SparseSpec {
         if self.recovery == Recovery::Workers {
             let got = "workers, none of whom has all rows".to_owned();
             return wrong("recovery", "one that a sparse table can have".to_owned(), got);
+        }
+        if let Err((expected, got)) = self.check_compression() {
+            return wrong("compression", expected.to_owned(), got);
         }
         if let Err(workers) = self.mode.check() {
             return wrong("workers", "as many as can be told apart".to_owned(), workers);
@@ -147,6 +179,7 @@ impl SparseSpec {
             .or_else(|| differ("mode", self.mode.to_string(), other.mode.to_string()))
             .or_else(|| differ("combine", format!("{:?}", self.combine), format!("{:?}", other.combine)))
             .or_else(|| differ("recovery", self.recovery.to_string(), other.recovery.to_string()))
+            .or_else(|| differ("compression", self.compression.to_string(), other.compression.to_string()))
             .or_else(|| differ("initializer", self.initializer.to_string(), other.initializer.to_string()))
             .or_else(|| differ("seed", self.seed.to_string(), other.seed.to_string()))
             .or_else(|| differ("capacity", holds(self), holds(other)))
@@ -181,6 +214,8 @@ impl SparseSpec {
         out.number(u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX));
         out.byte(self.admission);
         self.recovery.encode(out);
+        self.compression.push.write(out);
+        self.compression.pull.write(out);
         out.number(self.shards.into());
         out.number(self.shard.into());
     }
@@ -205,6 +240,7 @@ impl SparseSpec {
         };
         let admission = from.byte()?;
         let recovery = Recovery::decode(from)?;
+        let compression = Compression { push: Codec::read(from)?, pull: Codec::read(from)? };
         let mut small = || u32::try_from(from.number()?).map_err(|_| BadBody("a number is too large"));
         let (shards, shard) = (small()?, small()?);
         Ok(Self {
@@ -220,6 +256,7 @@ impl SparseSpec {
             eviction,
             admission,
             recovery,
+            compression,
             shards,
             shard,
         })
@@ -253,6 +290,7 @@ mod tests {
             eviction: Some(Eviction::Ttl(Duration::from_secs(60))),
             admission: 2,
             recovery: Recovery::None,
+            compression: Compression { push: Codec::Int8, pull: Codec::Bf16 },
             shards: 3,
             shard: 1,
         }
@@ -297,12 +335,17 @@ mod tests {
             SparseSpec { eviction: Some(Eviction::Ttl(Duration::ZERO)), ..spec() },
             SparseSpec { rule: UpdateRule::Sgd(momentum), ..spec() },
             SparseSpec { initializer: Initializer::Constant(f64::INFINITY), ..spec() },
+            SparseSpec { compression: Compression { push: Codec::TopK { share: 0.1 }, pull: Codec::Whole }, ..spec() },
+            SparseSpec { compression: Compression { push: Codec::Whole, pull: Codec::TopK { share: 0.1 } }, ..spec() },
+            SparseSpec { dim: 1, ..spec() },
         ] {
             assert!(bad.check().is_err(), "{bad:?}");
         }
         assert_eq!(spec().disagreement(&spec()), None);
         let refusal = spec().disagreement(&SparseSpec { seed: 6, ..spec() }).unwrap();
         assert_eq!((refusal.what.as_str(), refusal.got.as_str()), ("seed", "6"));
+        let refusal = spec().disagreement(&SparseSpec { compression: Compression::NONE, ..spec() }).unwrap();
+        assert_eq!((refusal.what.as_str(), refusal.got.as_str()), ("compression", "push none, pull none"));
     }
 
     #[test]

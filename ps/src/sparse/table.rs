@@ -7,7 +7,6 @@ pub(crate) use image::{SparseBuilder, SparseImage};
 use super::gathering::{Gathering, Parts, Piece, Verdict};
 use super::rows::{self, Rows};
 use super::{Batch, Ids, SparseSpec};
-use crate::DType;
 use crate::bounded::{Progress, Turn};
 use crate::counts::Counts;
 use crate::dense::{Answer, Wait, admit, divisor, waited};
@@ -19,6 +18,8 @@ use crate::refusal::{Reason, Refusal};
 use crate::schedule::Schedule;
 use crate::staleness::{Mode, Window};
 use crate::status::SparseStatus;
+use crate::unpacking::check_answer_codec;
+use crate::{Codec, DType};
 use gradwire_transport::PeerId;
 use std::collections::HashMap;
 use std::time::Instant;
@@ -156,7 +157,7 @@ impl SparseTable {
         };
         self.account(means.memory);
         let Some(duplicate) = taken? else { return Ok(false) };
-        self.counts.push(duplicate, [from.header.payload_bytes; 2]);
+        self.counts.push(duplicate, [from.header.payload_bytes, payload.len() as u64]);
         Ok(true)
     }
 
@@ -324,25 +325,28 @@ impl SparseTable {
             let got = from.header.dtype.map_or("none", |dtype| dtype.name());
             return Err(Refusal::new(Reason::Mismatch, self.spec.subject(), "dtype", self.spec.dtype, got));
         }
+        check_answer_codec(&from.header, self.spec.compression.pull, || self.spec.subject())?;
         let ids = Ids::of_pull(payload, &from.header, &self.spec)?;
-        let bytes = (ids.len() * self.spec.dim as usize * self.spec.dtype.bytes()) as u64;
+        let whole = (ids.len() * self.spec.dim as usize * self.spec.dtype.bytes()) as u64;
+        let bytes = [(ids.len() * self.spec.answer_row_bytes(&from.header)) as u64, whole];
         if self.is_ready(&from.header) {
             self.counts.pulls += 1;
-            self.counts.values([bytes; 2]);
+            self.counts.values(bytes);
             self.answer(from, ids, means);
             return Ok(true);
         }
         let Some(copy) = means.memory.copy(from.header.client, payload) else { return Ok(false) };
         self.counts.pulls += 1;
-        self.counts.values([bytes; 2]);
+        self.counts.values(bytes);
         self.readers.push(Kept { from: *from, count: ids.len(), payload: copy });
         Ok(true)
     }
 
     fn answer(&self, from: &Wait, ids: Ids<'_>, means: &mut Means<'_>) {
-        let bytes = ids.len() * self.spec.dim as usize * self.spec.dtype.bytes();
+        let bytes = ids.len() * self.spec.answer_row_bytes(&from.header);
+        let codec = if from.header.answer_codec() == 0 { Codec::Whole } else { self.spec.compression.pull };
         let buffer = means.shelf.take(bytes);
-        self.rows.read(ids, &mut buffer.write(0..bytes).expect("nobody else holds this buffer"));
+        self.rows.read(ids, codec, &mut buffer.write(0..bytes).expect("nobody else holds this buffer"));
         let slice = buffer.read(0..bytes).expect("its only writer has given it back");
         let header = Header { clock: self.completed(), ..from.header.reply(Kind::Done) };
         means.out.push(Answer::Value(from.to, header, slice));

@@ -47,6 +47,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         eviction: None,
         admission: 1,
         recovery: Recovery::Replicate { copies: 1 },
+        compression: Compression::NONE,
         shards: 1,
         shard: 0,
     }

@@ -129,7 +129,8 @@ class EmbeddingBag(nn.Module):
         include_last_offset: as in PyTorch.
         staleness_permits: batches that may be prefetched and whose gradients have not been pushed yet.
         timeout_s: seconds that `prefetch` waits for a permit.
-        options: as for `Client.sparse`: optimizer, initializer, eviction, workers, staleness, average, seed, admission, dtype.
+        options: as for `Client.sparse`: optimizer, initializer, eviction, workers, staleness, average, seed, admission, dtype,
+            compression.
 
     Raises:
         ServerRefusedError: another worker has described the table otherwise.
