@@ -87,6 +87,7 @@ fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>) -> SparseSpe
     SparseSpec {
         recovery: crate::Recovery::None,
         compression: Compression { push: Codec::Int8, pull: Codec::Bf16 },
+        max_grad_norm: None,
         name: "rows".into(),
         dim: 3,
         dtype: DType::F32,

@@ -192,6 +192,7 @@ mod tests {
             admission: 1,
             recovery: Recovery::None,
             compression: Compression::NONE,
+            max_grad_norm: None,
             shards: 1,
             shard: 0,
         };

@@ -3,6 +3,7 @@
 mod admission;
 mod arena;
 mod batch;
+mod clipping;
 mod evicted;
 mod gathering;
 mod index;
@@ -18,5 +19,6 @@ pub use initial::Initializer;
 pub use spec::{Eviction, MAX_DIM, SparseSpec, open_sparse_body};
 
 pub(crate) use batch::{Batch, Cut, Gradients, Ids, MAX_PARTS, PART_BYTES};
+pub(crate) use clipping::{add_squares, scale_rows};
 pub(crate) use packing::{Packing, unpack_rows};
 pub(crate) use table::{Means, SparseBuilder, SparseImage, SparseTable};

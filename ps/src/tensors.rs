@@ -212,6 +212,7 @@ fn about(image: &Image) -> Value {
                 "rows": state.0.count(), "update_rule": spec.rule.to_string(), "capacity": spec.capacity,
                 "combine": format!("{:?}", spec.combine).to_lowercase(), "initializer": spec.initializer.to_string(),
                 "seed": spec.seed, "admission": spec.admission, "compression": spec.compression.to_string(),
+                "max_grad_norm": spec.max_grad_norm,
             })
         }
     }

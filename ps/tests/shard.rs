@@ -456,6 +456,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         admission: 1,
         recovery: gradwire_ps::Recovery::None,
         compression: Compression::NONE,
+        max_grad_norm: None,
         shards: 1,
         shard: 0,
     }

@@ -71,6 +71,7 @@ fn sparse(rule: UpdateRule, mode: Mode, eviction: Option<Eviction>, admission: u
         combine: Combine::Sum,
         recovery: Recovery::None,
         compression: Compression::NONE,
+        max_grad_norm: None,
         initializer: Initializer::Uniform { low: -1.0, high: 1.0 },
         seed: 3,
         capacity: eviction.map(|_| 6),

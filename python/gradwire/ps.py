@@ -313,6 +313,7 @@ class Client:
         average=False,
         recovery="none",
         compression=None,
+        max_grad_norm=None,
     ):
         """Makes the sparse table `name`, or finds it; all clients must describe it alike. Blocks.
 
@@ -331,13 +332,18 @@ class Client:
             compression: None, "bf16", "fp16" or "int8" for both directions, or `Compression(push, pull)`. Each row travels by itself,
                 int8 with a scale for 128 of its elements; ids travel whole. What a gradient loses is not added to a later one, for
                 which each worker would need a second table; and `TopK` is refused, since ids have picked the rows already.
+            max_grad_norm: what a push's norm is brought down to, as by `torch.nn.utils.clip_grad_norm_`: the L2 norm over all rows of
+                that push on all servers, once gradients of an id that comes twice are summed. The worker does it, before the rows
+                are compressed. It is each worker's own push that is clipped, not the sum of a clock.
 
         Raises:
             ServerRefusedError: another client has described it otherwise, or a server has no room.
         """
         dtype = _dtype(dtype)
         safe, short = _recovery(recovery), _compression(compression)
-        how = making(initializer, seed, capacity, eviction, admission, workers, staleness, average, safe, short)
+        how = making(
+            initializer, seed, capacity, eviction, admission, workers, staleness, average, safe, short, max_grad_norm
+        )
         native = self._native.sparse(name, dim, dtype, _rule(optimizer), how)
         return SparseTable(native, PsWork, name, dim, dtype)
 

@@ -67,9 +67,10 @@ class Making:
     average: bool
     recovery: str
     compression: tuple[tuple[str, float], tuple[str, float]]
+    max_grad_norm: float | None
 
 
-def making(initializer, seed, capacity, eviction, admission, workers, staleness, average, recovery, compression):
+def making(initializer, seed, capacity, eviction, admission, workers, staleness, average, recovery, compression, max_grad_norm):
     """What `Client.sparse` was told, for the engine."""
     if initializer == "zeros":
         first = ("zeros", [])
@@ -82,7 +83,8 @@ def making(initializer, seed, capacity, eviction, admission, workers, staleness,
     if eviction is not None and not hasattr(eviction, "_native"):
         raise ValueError(f"eviction {eviction!r}: pass None, LRU(), LFU() or TTL(seconds)")
     evicts = None if eviction is None else eviction._native()
-    return Making(first, seed, capacity, evicts, admission, workers, staleness, average, recovery, compression)
+    most = None if max_grad_norm is None else float(max_grad_norm)
+    return Making(first, seed, capacity, evicts, admission, workers, staleness, average, recovery, compression, most)
 
 
 class SparseTable:

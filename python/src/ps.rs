@@ -338,6 +338,7 @@ fn sparse_tables<'py>(py: Python<'py>, all: &[SparseStatus]) -> PyResult<Bound<'
         each.set_item("evicted", table.evicted)?;
         each.set_item("unadmitted", table.unadmitted)?;
         each.set_item("compression", table.spec.compression.to_string())?;
+        each.set_item("max_grad_norm", table.spec.max_grad_norm)?;
         each.set_item("pushed_bytes", table.pushed_bytes)?;
         each.set_item("pulled_bytes", table.pulled_bytes)?;
         tables.append(each)?;

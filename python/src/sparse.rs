@@ -33,6 +33,7 @@ pub(crate) struct Making {
     recovery: String,
     /// Of gradients, and of values.
     compression: (Shortening, Shortening),
+    max_grad_norm: Option<f64>,
 }
 
 impl Making {
@@ -64,6 +65,7 @@ impl Making {
             admission: self.admission,
             recovery: recovery(&self.recovery)?,
             compression: compression(&self.compression)?,
+            max_grad_norm: self.max_grad_norm,
         })
     }
 }

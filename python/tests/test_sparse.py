@@ -77,6 +77,7 @@ def test_bad_sparse_input_is_refused_by_name_and_the_server_goes_on():
             ({"initializer": gradwire.Normal(0.0, -1.0)}, "normal"),
             ({"compression": gradwire.TopK(0.1)}, "ids have picked the rows already"),
             ({"compression": "int4"}, "fp16"),
+            ({"max_grad_norm": -1}, "largest norm"),
         ]:
             with pytest.raises(ValueError, match=why):
                 client.sparse("bad", 4, **options)
@@ -84,6 +85,21 @@ def test_bad_sparse_input_is_refused_by_name_and_the_server_goes_on():
             other.sparse("t", 5, capacity=3)
         table.push([1, 2], ones)
         numpy.testing.assert_array_equal(table.pull([2, 1]), ones)
+
+
+def test_a_push_is_clipped_by_the_norm_of_its_rows_as_pytorch_does():
+    with gradwire.LocalCluster(servers=3) as cluster, cluster.connect() as client:
+        bag = EmbeddingBag(None, 4, client, name="clipped", mode="sum", initializer=gradwire.Uniform(), max_grad_norm=0.5)
+        before = torch.from_numpy(bag.table.pull(range(50)))
+        theirs = nn.EmbeddingBag.from_pretrained(before.clone(), freeze=False, mode="sum")
+        ids = torch.randint(0, 50, (20, 3), generator=torch.Generator().manual_seed(1))
+        for of in (bag, theirs):
+            of(ids).pow(2).sum().backward()
+        bag.synchronize()
+        assert nn.utils.clip_grad_norm_(theirs.parameters(), 0.5) > 0.5
+        gained = torch.from_numpy(bag.table.pull(range(50))) - before
+        torch.testing.assert_close(gained, theirs.weight.grad, rtol=1e-4, atol=1e-6)
+        assert {table["max_grad_norm"] for shard in client.status() for table in shard["sparse"]} == {0.5}
 
 
 def test_no_worker_gets_further_ahead_than_staleness_allows():

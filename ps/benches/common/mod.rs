@@ -69,6 +69,7 @@ pub fn spec() -> SparseSpec {
         admission: 1,
         recovery: gradwire_ps::Recovery::None,
         compression: gradwire_ps::Compression::NONE,
+        max_grad_norm: None,
         shards: 1,
         shard: 0,
     }

@@ -42,7 +42,7 @@ pub(super) fn clip(core: &Arc<Core>, tables: &[&DenseTable], most: f64) -> Resul
 }
 
 /// What gradients of `norm` are multiplied by. One that is no number stays so, as in torch.
-fn scale(norm: f64, most: f64) -> f64 {
+pub(super) fn scale(norm: f64, most: f64) -> f64 {
     let scale = most / (norm + EPSILON);
     if scale > 1.0 { 1.0 } else { scale }
 }

@@ -2,14 +2,15 @@
 
 use super::engine::{Cargo, NewRequest};
 use super::pending::LastStep;
-use super::{Core, Pending};
+use super::{Core, Pending, clip};
 use crate::body::Reader;
+use crate::exact_sum::ExactSum;
 use crate::header::{Header, Kind};
 use crate::memory::Shelf;
 use crate::schedule::rate_body;
 use crate::shard::MOST_EVICTED;
 use crate::sparse::open_sparse_body;
-use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES, Packing, unpack_rows};
+use crate::sparse::{Cut, Gradients, MAX_PARTS, PART_BYTES, Packing, add_squares, scale_rows, unpack_rows};
 use crate::{
     Codec, Combine, Compression, DType, Eviction, Initializer, KeyRange, Mode, PsError, Recovery, Schedule, SparseSpec,
     UpdateRule,
@@ -45,6 +46,9 @@ pub struct SparseOptions {
     pub recovery: Recovery,
     /// How rows' gradients and values travel. Default: as they are. What a gradient loses is not kept, and `TopK` cannot be.
     pub compression: Compression,
+    /// Each push is multiplied, before it travels, by what brings its L2 norm down to this: that of all its rows on all shards, once
+    /// those of an id that comes twice are summed. So it is each worker's own, not that of a clock's sum. Default: none.
+    pub max_grad_norm: Option<f64>,
 }
 
 impl Default for SparseOptions {
@@ -60,6 +64,7 @@ impl Default for SparseOptions {
             admission: 1,
             recovery: Recovery::None,
             compression: Compression::NONE,
+            max_grad_norm: None,
         }
     }
 }
@@ -77,6 +82,20 @@ pub(super) struct Table {
     /// Held while a call is submitted, so that pushes are submitted in their order.
     made: Mutex<Made>,
     shelf: Mutex<Shelf>,
+}
+
+/// One part of a push: which of its ids, and what travels.
+struct Part {
+    shard: u32,
+    ids: Range<usize>,
+    payload: Vec<u8>,
+}
+
+impl Part {
+    /// Where the rows begin.
+    fn rows_at(&self) -> usize {
+        PART_BYTES + self.ids.len() * ID_BYTES
+    }
 }
 
 /// What this client has asked for so far.
@@ -98,8 +117,19 @@ pub(super) fn open(
 ) -> Result<SparseTable, PsError> {
     let mut tables = core.sparse.lock().unwrap_or_else(PoisonError::into_inner);
     let shards = core.map.shards();
-    let SparseOptions { rule, mode, combine, initializer, seed, capacity, eviction, admission, recovery, compression } =
-        options;
+    let SparseOptions {
+        rule,
+        mode,
+        combine,
+        initializer,
+        seed,
+        capacity,
+        eviction,
+        admission,
+        recovery,
+        compression,
+        max_grad_norm,
+    } = options;
     let spec = SparseSpec {
         name: name.to_owned(),
         dim: dim as u64,
@@ -114,6 +144,7 @@ pub(super) fn open(
         admission,
         recovery,
         compression,
+        max_grad_norm,
         shards,
         shard: 0,
     };
@@ -165,47 +196,66 @@ impl SparseTable {
         let cut = Cut::new(ids, spec.shards);
         let from = Gradients { dtype, dim: self.dim(), bytes: gradients };
         let codec = spec.compression.push;
-        let row_bytes = codec.bytes(self.dim()).unwrap_or(self.dim() * dtype.bytes());
-        let parts = self.parts(&cut, ID_BYTES + row_bytes);
+        let parts = self.parts(&cut, ID_BYTES + codec.bytes(self.dim()).unwrap_or(self.dim() * dtype.bytes()));
         if parts.iter().any(|parts| parts.len() > MAX_PARTS as usize) {
             return Err(self.invalid(format!("{} rows are too many for one push: push fewer at a time", cut.len())));
         }
-        let longest = parts.iter().map(Vec::len).max().unwrap_or(0);
-        let mut packing = Packing::default();
-        let mut payloads = Vec::new();
-        // In turn for each shard, so that all of them work from the start.
-        for n in 0..longest {
-            for (shard, parts) in (0..).zip(&parts) {
-                let Some(range) = parts.get(n) else { continue };
-                let mut payload =
-                    Vec::with_capacity(PART_BYTES + range.len() * (ID_BYTES + self.dim() * dtype.bytes()));
-                cut.payload(range.clone(), [n as u32, parts.len() as u32], &from, &mut payload);
-                if codec != Codec::Whole {
-                    let mut packed = Vec::with_capacity(PART_BYTES + range.len() * (ID_BYTES + row_bytes));
-                    let (form, whole) = ((dtype, self.dim()), (&payload[..], range.len()));
-                    packing
-                        .pack(codec, form, whole, &mut packed)
-                        .map_err(|(row, bad)| self.invalid(format!("id {}: {bad}", cut.id(range.start + row))))?;
-                    payload = packed;
-                }
-                payloads.push((shard, range.len(), payload));
-            }
-        }
+        let payloads = self.pack(&cut, dtype, self.whole_payloads(&cut, &from, &parts))?;
         let dtype = Some(if codec == Codec::Whole { dtype } else { DType::F32 });
         let mut made = self.made();
         made.pushes += 1;
         let clock = if spec.mode.workers().is_some() { made.pushes } else { 0 };
-        let requests = payloads.into_iter().map(|(shard, rows, payload): (u32, usize, Vec<u8>)| {
+        let requests = payloads.into_iter().map(|Part { shard, ids, payload }| {
             let sequence = &mut made.parts[shard as usize];
             *sequence += 1;
             let header =
                 Header { clock, sequence: *sequence, dtype, codec: codec.code(), ..Header::new(Kind::SparsePush) };
             let all = 0..payload.len();
             let slice = Region::from_vec(payload).read(all).expect("nobody else knows this region");
-            self.request(shard, header, rows, slice, None)
+            self.request(shard, header, ids.len(), slice, None)
         });
         let requests = requests.collect();
         self.core.start("push to", &self.table.subject, requests)
+    }
+
+    /// The payloads of a push, clipped, in turn for each shard, so that all of them work from the start.
+    fn whole_payloads(&self, cut: &Cut, from: &Gradients<'_>, parts: &[Vec<Range<usize>>]) -> Vec<Part> {
+        let longest = parts.iter().map(Vec::len).max().unwrap_or(0);
+        let each = self.dim() * from.dtype.bytes();
+        let mut all = Vec::new();
+        for n in 0..longest {
+            for (shard, parts) in (0..).zip(parts) {
+                let Some(ids) = parts.get(n) else { continue };
+                let mut payload = Vec::with_capacity(PART_BYTES + ids.len() * (ID_BYTES + each));
+                cut.payload(ids.clone(), [n as u32, parts.len() as u32], from, &mut payload);
+                all.push(Part { shard, ids: ids.clone(), payload });
+            }
+        }
+        if let Some(most) = self.table.spec.max_grad_norm {
+            let mut squares = ExactSum::default();
+            all.iter().for_each(|part| add_squares(from.dtype, &part.payload[part.rows_at()..], &mut squares));
+            let scale = clip::scale(squares.value().sqrt(), most);
+            if scale != 1.0 {
+                for part in &mut all {
+                    let at = part.rows_at();
+                    scale_rows(from.dtype, &mut part.payload[at..], scale);
+                }
+            }
+        }
+        all
+    }
+
+    /// The same payloads as they travel.
+    fn pack(&self, cut: &Cut, dtype: DType, mut all: Vec<Part>) -> Result<Vec<Part>, PsError> {
+        let (codec, form) = (self.table.spec.compression.push, (dtype, self.dim()));
+        let mut packing = Packing::default();
+        for part in all.iter_mut().filter(|_| codec != Codec::Whole) {
+            let mut packed = Vec::with_capacity(part.payload.len());
+            let done = packing.pack(codec, form, (&part.payload, part.ids.len()), &mut packed);
+            done.map_err(|(row, bad)| self.invalid(format!("id {}: {bad}", cut.id(part.ids.start + row))))?;
+            part.payload = packed;
+        }
+        Ok(all)
     }
 
     /// Reads the row of each id into `into`, in the order of the call. On a synchronous table a worker gets the rows of its

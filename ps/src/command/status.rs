@@ -64,6 +64,7 @@ fn sparse_to_json(table: &SparseStatus) -> Value {
         "duplicates": table.duplicates,
         "waiting": table.waiting,
         "compression": table.spec.compression.to_string(),
+        "max_grad_norm": table.spec.max_grad_norm,
         "pushed_bytes": table.pushed_bytes,
         "pulled_bytes": table.pulled_bytes,
         "evicted": table.evicted,

@@ -192,6 +192,7 @@ fn buffers_that_were_kept_for_contributions_make_way_for_rows() {
         admission: 1,
         recovery: Recovery::None,
         compression: Compression::NONE,
+        max_grad_norm: None,
         shards: 1,
         shard: 0,
     };

@@ -138,6 +138,7 @@ mod tests {
             admission: 1,
             recovery: Recovery::None,
             compression: Compression { push, pull: Codec::Whole },
+            max_grad_norm: None,
             shards: 1,
             shard: 0,
         }

@@ -362,6 +362,7 @@ mod tests {
             admission: 1,
             recovery: crate::Recovery::None,
             compression: crate::Compression::NONE,
+            max_grad_norm: None,
             shards: 1,
             shard: 0,
         }

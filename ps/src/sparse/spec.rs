@@ -64,6 +64,8 @@ pub struct SparseSpec {
     pub recovery: Recovery,
     /// How its rows' gradients and values travel. Each row travels by itself, and nothing that it loses is kept for a later one.
     pub compression: Compression,
+    /// Each push is multiplied by what brings the norm of its rows, over all shards, down to this; by the worker, before it travels.
+    pub max_grad_norm: Option<f64>,
     /// Number of shards that it is cut over.
     pub shards: u32,
     /// Which of them the receiver is.
@@ -132,6 +134,9 @@ impl SparseSpec {
             let got = "workers, none of whom has all rows".to_owned();
             return wrong("recovery", "one that a sparse table can have".to_owned(), got);
         }
+        if let Some(most) = self.max_grad_norm.filter(|most| !(most.is_finite() && *most > 0.0)) {
+            return wrong("largest norm", "a number over 0".to_owned(), most.to_string());
+        }
         if let Err((expected, got)) = self.check_compression() {
             return wrong("compression", expected.to_owned(), got);
         }
@@ -171,6 +176,7 @@ impl SparseSpec {
         };
         let at_rest = |rule: UpdateRule| rule.with_learning_rate(0.0).to_string();
         let evicts = |spec: &Self| spec.eviction.map_or("none".to_owned(), |eviction| eviction.to_string());
+        let clips = |spec: &Self| spec.max_grad_norm.map_or("none".to_owned(), |most| most.to_string());
         let holds = |spec: &Self| spec.capacity.map_or("none".to_owned(), |capacity| capacity.to_string());
         differ("name (two names have the same id: rename one)", self.name.clone(), other.name.clone())
             .or_else(|| differ("elements of a row", self.dim.to_string(), other.dim.to_string()))
@@ -180,6 +186,7 @@ impl SparseSpec {
             .or_else(|| differ("combine", format!("{:?}", self.combine), format!("{:?}", other.combine)))
             .or_else(|| differ("recovery", self.recovery.to_string(), other.recovery.to_string()))
             .or_else(|| differ("compression", self.compression.to_string(), other.compression.to_string()))
+            .or_else(|| differ("largest norm", clips(self), clips(other)))
             .or_else(|| differ("initializer", self.initializer.to_string(), other.initializer.to_string()))
             .or_else(|| differ("seed", self.seed.to_string(), other.seed.to_string()))
             .or_else(|| differ("capacity", holds(self), holds(other)))
@@ -216,6 +223,7 @@ impl SparseSpec {
         self.recovery.encode(out);
         self.compression.push.write(out);
         self.compression.pull.write(out);
+        out.float(self.max_grad_norm.unwrap_or(0.0));
         out.number(self.shards.into());
         out.number(self.shard.into());
     }
@@ -241,6 +249,7 @@ impl SparseSpec {
         let admission = from.byte()?;
         let recovery = Recovery::decode(from)?;
         let compression = Compression { push: Codec::read(from)?, pull: Codec::read(from)? };
+        let max_grad_norm = Some(from.float()?).filter(|&most| most != 0.0);
         let mut small = || u32::try_from(from.number()?).map_err(|_| BadBody("a number is too large"));
         let (shards, shard) = (small()?, small()?);
         Ok(Self {
@@ -257,6 +266,7 @@ impl SparseSpec {
             admission,
             recovery,
             compression,
+            max_grad_norm,
             shards,
             shard,
         })
@@ -291,6 +301,7 @@ mod tests {
             admission: 2,
             recovery: Recovery::None,
             compression: Compression { push: Codec::Int8, pull: Codec::Bf16 },
+            max_grad_norm: Some(1.5),
             shards: 3,
             shard: 1,
         }
@@ -338,6 +349,8 @@ mod tests {
             SparseSpec { compression: Compression { push: Codec::TopK { share: 0.1 }, pull: Codec::Whole }, ..spec() },
             SparseSpec { compression: Compression { push: Codec::Whole, pull: Codec::TopK { share: 0.1 } }, ..spec() },
             SparseSpec { dim: 1, ..spec() },
+            SparseSpec { max_grad_norm: Some(-1.0), ..spec() },
+            SparseSpec { max_grad_norm: Some(f64::NAN), ..spec() },
         ] {
             assert!(bad.check().is_err(), "{bad:?}");
         }
@@ -346,6 +359,8 @@ mod tests {
         assert_eq!((refusal.what.as_str(), refusal.got.as_str()), ("seed", "6"));
         let refusal = spec().disagreement(&SparseSpec { compression: Compression::NONE, ..spec() }).unwrap();
         assert_eq!((refusal.what.as_str(), refusal.got.as_str()), ("compression", "push none, pull none"));
+        let refusal = spec().disagreement(&SparseSpec { max_grad_norm: None, ..spec() }).unwrap();
+        assert_eq!((refusal.what.as_str(), refusal.got.as_str()), ("largest norm", "none"));
     }
 
     #[test]

@@ -95,6 +95,7 @@ fn rows_whose_time_is_up_go_at_both_at_once_though_nobody_asks_for_anything() {
         admission: 1,
         recovery: Recovery::Replicate { copies: 1 },
         compression: gradwire_ps::Compression::NONE,
+        max_grad_norm: None,
         shards: 1,
         shard: 0,
     };

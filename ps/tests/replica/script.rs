@@ -48,6 +48,7 @@ fn sparse_spec(mode: Mode) -> SparseSpec {
         admission: 1,
         recovery: Recovery::Replicate { copies: 1 },
         compression: Compression::NONE,
+        max_grad_norm: None,
         shards: 1,
         shard: 0,
     }

@@ -130,7 +130,7 @@ class EmbeddingBag(nn.Module):
         staleness_permits: batches that may be prefetched and whose gradients have not been pushed yet.
         timeout_s: seconds that `prefetch` waits for a permit.
         options: as for `Client.sparse`: optimizer, initializer, eviction, workers, staleness, average, seed, admission, dtype,
-            compression.
+            compression, max_grad_norm.
 
     Raises:
         ServerRefusedError: another worker has described the table otherwise.
