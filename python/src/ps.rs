@@ -86,7 +86,7 @@ impl Rule {
 pub(crate) struct Shortening(String, f64);
 
 /// How gradients and values travel.
-pub(crate) fn compression((push, pull): &(Shortening, Shortening)) -> PyResult<Compression> {
+pub(crate) fn shortened((push, pull): &(Shortening, Shortening)) -> PyResult<Compression> {
     Ok(Compression { push: push.codec()?, pull: pull.codec()? })
 }
 
@@ -190,7 +190,7 @@ impl PsClient {
         staleness: Option<u32>,
         clipped: bool,
         recovery_name: &str,
-        shortening: (Shortening, Shortening),
+        compression: (Shortening, Shortening),
     ) -> PyResult<PsTable> {
         let options = TableOptions {
             rule: rule.rule()?,
@@ -198,7 +198,7 @@ impl PsClient {
             combine: if average { Combine::Mean } else { Combine::Sum },
             clipped,
             recovery: recovery(recovery_name)?,
-            compression: compression(&shortening)?,
+            compression: shortened(&compression)?,
         };
         let dtype = table_type(dtype_name)?;
         let client = self.inner.get()?;

@@ -3,7 +3,7 @@
 use crate::buffer::{Access, Memory};
 use crate::errors;
 use crate::forked::Own;
-use crate::ps::{PsPending, Rule, Shortening, compression, in_use, mode, reading, recovery, same_type, table_type};
+use crate::ps::{PsPending, Rule, Shortening, in_use, mode, reading, recovery, same_type, shortened, table_type};
 use crate::schedule::Described;
 use crate::wait::seconds;
 use gradwire_ps::{Combine, Eviction, Initializer, SparseOptions};
@@ -64,7 +64,7 @@ impl Making {
             eviction,
             admission: self.admission,
             recovery: recovery(&self.recovery)?,
-            compression: compression(&self.compression)?,
+            compression: shortened(&self.compression)?,
             max_grad_norm: self.max_grad_norm,
         })
     }
