@@ -55,9 +55,10 @@ where
     });
     area.fill(&WHITE)?;
     let edge = 8 * scale;
-    let area = area.margin(edge, edge, edge, edge).titled(&chart.title, (FONT, 20 * scale))?;
-    let area = area.titled(&wrapped(&section.title), (FONT, 11 * scale))?;
-    let area = area.titled(&wrapped(&section.measured_on), (FONT, 11 * scale))?;
+    let mut area = area.margin(edge, edge, edge, edge).titled(&chart.title, (FONT, 20 * scale))?;
+    for line in [&section.title, &section.measured_on].into_iter().flat_map(|text| wrapped(text)) {
+        area = area.titled(&line, (FONT, 11 * scale))?;
+    }
     let width = area.dim_in_pixel().0;
     let (plot, beside) =
         area.split_horizontally(width - if chart.series.len() > 1 { NAMES_WIDTH * scale } else { edge });
@@ -158,8 +159,33 @@ fn label(value: f64) -> String {
     }
 }
 
-/// A title has one line: the beginning of a long one says enough, and the page has all of it.
-fn wrapped(title: &str) -> String {
+/// A text as lines that fit above a chart.
+fn wrapped(text: &str) -> Vec<String> {
     const MOST: usize = 100;
-    if title.chars().count() <= MOST { title.to_owned() } else { title.chars().take(MOST - 1).chain(['…']).collect() }
+    let mut lines: Vec<String> = Vec::new();
+    for word in text.split_whitespace() {
+        match lines.last_mut() {
+            Some(line) if line.chars().count() + 1 + word.chars().count() <= MOST => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_title_has_lines_and_loses_no_word() {
+        assert_eq!(wrapped("TCP over loopback"), ["TCP over loopback"]);
+        let long = "many words ".repeat(25) + "over loopback";
+        let lines = wrapped(&long);
+        assert!(lines.len() == 3 && lines.iter().all(|line| line.chars().count() <= 100), "{lines:?}");
+        assert_eq!(lines.join(" "), long);
+        assert!(wrapped("").is_empty());
+    }
 }
