@@ -6,8 +6,6 @@ use std::time::{Duration, Instant};
 
 /// How often they are looked at.
 const LOOK: Duration = Duration::from_millis(20);
-/// How often a long run is heard of.
-const WORD: Duration = Duration::from_secs(5);
 
 /// Processes that end when this does.
 #[derive(Default)]
@@ -21,21 +19,16 @@ impl Family {
         Ok(&mut self.0.last_mut().expect("it was just put there").1)
     }
 
-    /// Waits until all have ended well, saying every few seconds on stderr that `what` goes on.
+    /// Waits until all have ended well; `what` they do is for the error.
     ///
     /// # Errors
     /// Who failed, as soon as one does; who is left at the deadline.
     pub(crate) fn wait(&mut self, what: &str, deadline: Instant) -> Result<(), Box<dyn Error>> {
         let began = Instant::now();
-        let mut word = began + WORD;
         while !self.look()? {
             if Instant::now() >= deadline {
                 let left: Vec<&str> = self.0.iter().map(|(name, _)| name.as_str()).collect();
                 return Err(format!("{what}: after {:?} still not done: {}", began.elapsed(), left.join(", ")).into());
-            }
-            if Instant::now() >= word {
-                eprintln!("{what}: {} s, {} processes at work", began.elapsed().as_secs(), self.0.len());
-                word += WORD;
             }
             std::thread::sleep(LOOK);
         }

@@ -1,14 +1,19 @@
 //! Does: all-reduce over memory of CUDA devices, by way of the host and from device to device, beside the same over pinned memory of
 //! the host and the bare copies; and what folds on the device beside its copies. In one process: each rank is a thread.
 
-use crate::sizes;
-use crate::statistics::{percentile, sorted};
+mod row;
+
+use crate::progress::Progress;
+use crate::report::{Report, Section};
+use crate::statistics::sorted;
+use crate::{machine, sizes};
 use clap::Args;
 use gradwire_collectives::{
     Call, Collective, Communicator, DType, DeviceCall, DeviceKernels, Piece, Reduction, Settings,
 };
-use gradwire_transport::cuda::{Act, DeviceMemory, DeviceSlice, Driver, Stream};
+use gradwire_transport::cuda::{Act, Device, DeviceMemory, DeviceSlice, Driver, Stream};
 use gradwire_transport::{Config, GroupSpec, MemoryStore, Rank, Region, WireChoice, WorldSize, form_group};
+use row::{About, Row, Timed, WAYS};
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -48,18 +53,18 @@ pub(crate) struct Options {
     /// Timed calls a size
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     calls: u16,
+    /// One JSON object a line, for each way and size, instead of the tables
+    #[arg(long)]
+    json: bool,
+    /// Adds plots to the page in this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
 }
 
-/// Median microseconds of each way.
-struct Row {
+/// What one size took: sorted microseconds of each way that there is.
+struct Taken {
     bytes: usize,
-    staged: f64,
-    lent: Option<f64>,
-    host: f64,
-    copies: f64,
-    /// On the device alone; the second where there is a kernel.
-    copy: f64,
-    fold: Option<f64>,
+    times: Vec<(Timed, Vec<f64>)>,
 }
 
 /// What a rank measures with.
@@ -73,76 +78,84 @@ struct Bench {
 
 /// Measures and prints; nothing is measured without a driver.
 pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    let report = Report::open(options.report.as_deref())?;
     let driver = Driver::load(options.library.as_deref())?;
+    let taken = measured(options, driver)?;
+    let about =
+        About { host: machine::host(), device: driver.device(0)?.name()?, ranks: options.ranks, is_shm: options.shm };
+    let rows: Vec<Row> = taken.iter().flat_map(|taken| about.rows(taken)).collect();
+    if options.json {
+        for row in &rows {
+            println!("{}", serde_json::to_string(row)?);
+        }
+    } else {
+        println!("{}; {}", about.title(), machine::described());
+        print!("{}", about.tables(&rows));
+    }
+    report.add(|| Section::new(about.id(), &about.title(), about.charts(&rows), &rows))
+}
+
+/// What rank 0 saw of each size.
+fn measured(options: &Options, driver: &'static Driver) -> Result<Vec<Taken>, Box<dyn Error>> {
     let count = driver.count()?.max(1);
     let world_size = WorldSize::new(options.ranks).ok_or("there is at least one rank")?;
     let store = Arc::new(MemoryStore::default());
+    let progress = Progress::start(options.sizes.len());
     let results = std::thread::scope(|scope| {
         let start = |rank: Rank| {
             let store = Arc::clone(&store);
-            scope.spawn(move || -> Result<Vec<Row>, Failure> {
-                let device = driver.device(rank.0 % count)?;
-                let meet = |name: &str, cuda_direct: bool| -> Result<Communicator, Failure> {
-                    let wire = if options.shm { WireChoice::Auto } else { WireChoice::Tcp };
-                    let (store, config) = (Arc::clone(&store), Config { wire, ..Config::default() });
-                    let spec = GroupSpec { name: name.into(), rank, world_size, store, config };
-                    let nvrtc = options.nvrtc.clone();
-                    let settings = Settings { same_host: options.shm, cuda_direct, nvrtc, ..Settings::default() };
-                    Ok(Communicator::new(form_group(spec, Instant::now() + PATIENCE)?, name, settings)?)
-                };
-                let kernels = DeviceKernels::new(&device, options.nvrtc.as_deref());
-                if let (Err(error), Rank(0)) = (&kernels, rank) {
-                    eprintln!("{error}");
-                }
-                let lent = if options.shm { Some(meet("gpu lent", true)?) } else { None };
-                let stream = Stream::new(&device)?;
-                let mut bench = Bench { staged: meet("gpu", false)?, lent, kernels: kernels.ok(), stream };
+            let progress = Some(&progress).filter(|_| rank == Rank(0));
+            scope.spawn(move || -> Result<Vec<Taken>, Failure> {
+                let mut bench = Bench::open(options, &driver.device(rank.0 % count)?, (rank, world_size), &store)?;
                 let sizes = options.sizes.iter().map(|size| size / 4 * 4);
-                sizes.map(|bytes| bench.one_size(bytes, usize::from(options.calls))).collect()
+                let one_size = |bytes| {
+                    if let Some(progress) = progress {
+                        progress.next(format!("{bytes} bytes"));
+                    }
+                    bench.one_size(bytes, usize::from(options.calls))
+                };
+                sizes.map(one_size).collect()
             })
         };
         let threads: Vec<_> = world_size.ranks().map(start).collect();
         threads.into_iter().map(|thread| thread.join().map_err(|_| "a rank panicked")).collect::<Result<Vec<_>, _>>()
     })?;
-    let mut rows = Vec::new();
+    let mut taken = Vec::new();
     for (rank, result) in results.into_iter().enumerate() {
         let result = result.map_err(|error| format!("rank {rank}: {error}"))?;
         if rank == 0 {
-            rows = result;
+            taken = result;
         }
     }
-    print(options, &driver.device(0)?.name()?, &rows);
-    Ok(())
-}
-
-fn print(options: &Options, device: &str, rows: &[Row]) {
-    let wire = if options.shm { "shared memory" } else { "loopback TCP" };
-    println!(
-        "all-reduce of float32 on {device}, {} ranks by {wire}, staged through the host; {}",
-        options.ranks,
-        crate::machine::described()
-    );
-    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
-    println!(
-        "{:>12} {:>12} {:>12} {:>12} {:>8} {:>12}",
-        "bytes", "staged us", "host us", "copies us", "overlap", "lent us"
-    );
-    for Row { bytes, staged, host, copies, lent, .. } in rows {
-        let overlap = (host + copies) / staged;
-        println!("{bytes:>12} {staged:>12.1} {host:>12.1} {copies:>12.1} {overlap:>8.2} {:>12}", number(*lent));
-    }
-    println!("on {device} alone: bytes read and written");
-    println!("{:>12} {:>12} {:>12} {:>8}", "bytes", "copy GB/s", "sum GB/s", "share");
-    for Row { bytes, copy, fold, .. } in rows {
-        let rate = |moved: f64, us: f64| moved * *bytes as f64 / us / 1e3;
-        let (copy, fold) = (rate(2.0, *copy), fold.map(|us| rate(3.0, us)));
-        let share = fold.map_or_else(|| "-".to_owned(), |fold| format!("{:.2}", fold / copy));
-        println!("{bytes:>12} {copy:>12.2} {:>12} {share:>8}", number(fold));
-    }
+    Ok(taken)
 }
 
 impl Bench {
-    fn one_size(&mut self, bytes: usize, calls: usize) -> Result<Row, Failure> {
+    fn open(
+        options: &Options,
+        device: &Arc<Device>,
+        (rank, world_size): (Rank, WorldSize),
+        store: &Arc<MemoryStore>,
+    ) -> Result<Self, Failure> {
+        let meet = |name: &str, cuda_direct: bool| -> Result<Communicator, Failure> {
+            let wire = if options.shm { WireChoice::Auto } else { WireChoice::Tcp };
+            let config = Config { wire, ..Config::default() };
+            let spec =
+                GroupSpec { name: name.into(), rank, world_size, store: Arc::<MemoryStore>::clone(store), config };
+            let nvrtc = options.nvrtc.clone();
+            let settings = Settings { same_host: options.shm, cuda_direct, nvrtc, ..Settings::default() };
+            Ok(Communicator::new(form_group(spec, Instant::now() + PATIENCE)?, name, settings)?)
+        };
+        let kernels = DeviceKernels::new(device, options.nvrtc.as_deref());
+        if let (Err(error), Rank(0)) = (&kernels, rank) {
+            eprintln!("{error}");
+        }
+        let lent = if options.shm { Some(meet("gpu lent", true)?) } else { None };
+        let stream = Stream::new(device)?;
+        Ok(Self { staged: meet("gpu", false)?, lent, kernels: kernels.ok(), stream })
+    }
+
+    fn one_size(&mut self, bytes: usize, calls: usize) -> Result<Taken, Failure> {
         let (stream, staged) = (&self.stream, &self.staged);
         let memory = DeviceMemory::allocate(stream.device(), bytes)?;
         let (one, other) =
@@ -165,8 +178,9 @@ impl Bench {
         }
         fill(&host, 0.0)?;
         bring(stream, &host, &memory)?;
-        let mut times: [Vec<f64>; 6] = Default::default();
+        let mut times: [Vec<f64>; WAYS.len()] = Default::default();
         for call in 0..WARM_UP + calls {
+            // In the order of WAYS.
             let us = [
                 timed(|| over_device(staged, stream, &memory))?,
                 self.lent.as_ref().map_or(Ok(0.0), |lent| timed(|| over_device(lent, stream, &memory)))?,
@@ -182,9 +196,13 @@ impl Bench {
                 times.iter_mut().zip(us).for_each(|(all, time)| all.push(time));
             }
         }
-        let [staged, lent, host, copies, copy, summed] = times.map(|times| percentile(&sorted(times), 50));
-        let (lent, fold) = (self.lent.is_some().then_some(lent), fold.is_some().then_some(summed));
-        Ok(Row { bytes, staged, lent, host, copies, copy, fold })
+        let is_there = |way: &Timed| match way {
+            Timed::Lent => self.lent.is_some(),
+            Timed::Sum => fold.is_some(),
+            _ => true,
+        };
+        let times = WAYS.into_iter().zip(times.map(sorted)).filter(|(way, _)| is_there(way)).collect();
+        Ok(Taken { bytes, times })
     }
 }
 

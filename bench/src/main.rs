@@ -9,6 +9,7 @@ mod gpu;
 mod machine;
 mod many_to_one;
 mod memory;
+mod progress;
 mod ps;
 mod recovery;
 mod report;
@@ -40,6 +41,14 @@ const EXAMPLES: &str = "Examples:
 struct Arguments {
     #[command(subcommand)]
     command: Command,
+    /// Say on stderr every so many seconds how far a run is; 0: never
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = progress::USUAL_PACE_S, value_parser = pace)]
+    progress: f64,
+}
+
+fn pace(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|seconds| (0.0..=3600.0).contains(seconds));
+    number.ok_or_else(|| "give seconds from 0 to 3600, such as 5 or 0.5".to_owned())
 }
 
 #[derive(Subcommand)]
@@ -90,7 +99,9 @@ enum Command {
 }
 
 fn main() -> std::process::ExitCode {
-    let result = match Arguments::parse().command {
+    let Arguments { command, progress } = Arguments::parse();
+    progress::set_pace(progress);
+    let result = match command {
         Command::AllReduce(options) => collective::run(Operation::AllReduce, &options),
         Command::ReduceScatter(options) => collective::run(Operation::ReduceScatter, &options),
         Command::AllGather(options) => collective::run(Operation::AllGather, &options),

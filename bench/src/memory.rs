@@ -1,5 +1,6 @@
 //! Does: times the kernels that collectives sum with, beside what this machine's memory gives to the plainest loops.
 
+use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
 use crate::{machine, sizes};
@@ -128,6 +129,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.rounds == 0 || options.bytes.iter().any(|bytes| *bytes < 64 || !bytes.is_multiple_of(64)) {
         return Err("give at least one round, and multiples of 64 bytes".into());
     }
+    let report = Report::open(options.report.as_deref())?;
     verify()?;
     let title = "memory: kernels beside the limit of this machine, one thread";
     if !options.json {
@@ -135,8 +137,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         println!("{:>16} {:>12} {:>12} {:>12} {:>10} {:>9}", "kernel", "bytes", "p50 us", "p99 us", "GB/s", "of limit");
     }
     let mut rows = Vec::new();
+    let progress = Progress::start(options.bytes.len() * (options.rounds + 1));
     for &bytes in &options.bytes {
-        for row in measure(options, bytes) {
+        for row in measure(options, bytes, &progress) {
             if options.json {
                 println!("{}", serde_json::to_string(&row)?);
             } else {
@@ -150,17 +153,15 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
             rows.push(row);
         }
     }
-    match &options.report {
-        Some(folder) => Report::open(folder)?.add(section(title, &rows)?),
-        None => Ok(()),
-    }
+    report.add(|| section(title, &rows))
 }
 
-fn measure(options: &Options, bytes: usize) -> Vec<Row> {
+fn measure(options: &Options, bytes: usize, progress: &Progress) -> Vec<Row> {
     let mut operands = Operands::new(bytes);
     let repeats = (SAMPLE_BYTES / bytes).max(1);
     let mut times = [const { Vec::new() }; KERNELS.len()];
     for round in 0..=options.rounds {
+        progress.next(format!("all kernels over {bytes} bytes"));
         for (at, &kernel) in KERNELS.iter().enumerate() {
             let began = Instant::now();
             (0..repeats).for_each(|_| operands.run(kernel));
@@ -235,13 +236,7 @@ fn section(title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
         y_log: false,
         series: series.into(),
     };
-    Ok(Section {
-        id: "memory".to_owned(),
-        title: title.to_owned(),
-        measured_on: machine::described(),
-        charts: vec![chart],
-        rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
-    })
+    Section::new("memory".to_owned(), title, vec![chart], rows)
 }
 
 #[cfg(test)]
@@ -252,7 +247,7 @@ mod tests {
     fn kernels_are_right_and_every_one_gets_a_row() {
         verify().unwrap();
         let options = Options { bytes: vec![4096], rounds: 2, json: true, report: None };
-        let rows = measure(&options, 4096);
+        let rows = measure(&options, 4096, &Progress::start(3));
         assert_eq!(rows.len(), KERNELS.len());
         assert!(rows.iter().all(|row| row.gb_per_s > 0.0 && row.of_limit > 0.0));
         assert_eq!(rows[0].of_limit, 1.0);

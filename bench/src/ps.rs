@@ -8,6 +8,7 @@ mod workers;
 use crate::collective::Way;
 use crate::echo::{self, Echo};
 use crate::family::Family;
+use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
 use crate::{machine, plural, sizes};
@@ -45,17 +46,17 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 500)]
     rounds: usize,
     /// Time push_pull by so many workers at once instead, in turns: 1,2,4,8
-    #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), conflicts_with_all = ["against", "report"])]
+    #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), conflicts_with = "against")]
     workers: Vec<u32>,
     /// Time pushes to a state of --bytes in all instead, while a checkpoint of it is written and while none is, in turns
-    #[arg(long, conflicts_with_all = ["against", "report", "workers"])]
+    #[arg(long, conflicts_with_all = ["against", "workers", "rounds"])]
     snapshot: bool,
     /// Time pushes and pulls of a sparse table of so many rows instead, by random ids
-    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..=1 << 32), conflicts_with_all = ["bytes", "against", "report", "workers", "snapshot"])]
+    #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..=1 << 32), conflicts_with_all = ["bytes", "against", "workers", "snapshot"])]
     sparse: Option<u64>,
-    /// Ids of a call, with --sparse
-    #[arg(long, default_value_t = 4096, requires = "sparse", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
-    ids: u32,
+    /// Ids of a call, each number in turn, with --sparse
+    #[arg(long, value_delimiter = ',', default_value = "256,4096,65536", requires = "sparse", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    ids: Vec<u32>,
     /// Elements of a row, float32, with --sparse
     #[arg(long, default_value_t = 64, requires = "sparse", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
     dim: u32,
@@ -114,6 +115,7 @@ const OPERATIONS: [(Operation, &str); 3] =
 struct Row {
     host: String,
     wire: &'static str,
+    /// This one, and the process with the servers.
     ranks: u32,
     shards: u32,
     operation: Operation,
@@ -151,6 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.shards == 0 || options.rounds == 0 || !options.bytes.iter().all(sound) {
         return Err("give at least one shard and one round, and --bytes in multiples of 4 up to 1g".into());
     }
+    let report = Report::open(options.report.as_deref())?;
     let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
     let checkpoints = folder.path().join("checkpoints");
     let _family = servers(options, folder.path(), options.snapshot.then_some(&checkpoints))?;
@@ -158,13 +161,13 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let read = |key| Ok::<_, Box<dyn Error>>(String::from_utf8(store.get(key, Instant::now() + PATIENCE)?)?);
     let addresses: Vec<String> = read("servers")?.split(' ').map(str::to_owned).collect();
     if !options.workers.is_empty() {
-        return workers::run(&addresses, options);
+        return workers::run(&addresses, options, &report);
     }
     if let Some(rows) = options.sparse {
-        return sparse::run(&addresses, rows, options);
+        return sparse::run(&addresses, rows, options, &report);
     }
     if options.snapshot {
-        return snapshot::run(&addresses, &checkpoints, options);
+        return snapshot::run(&addresses, &checkpoints, options, &report);
     }
     let client = Client::connect(&addresses, settings(options.wire))?;
     let mut echo = match options.against {
@@ -182,11 +185,13 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         print_head(options);
     }
     let mut rows = Vec::new();
+    let progress = Progress::start(options.bytes.len() * OPERATIONS.len());
     for &bytes in &options.bytes {
         let mut table = Table::open(&client, &format!("bench-{bytes}"), bytes)?;
         let over_tcp = |client| Table::open(client, &format!("bench-{bytes}-tcp"), bytes);
         let mut plain = plain.as_ref().map(over_tcp).transpose()?;
-        for (operation, _) in OPERATIONS {
+        for (operation, name) in OPERATIONS {
+            progress.next(format!("{name} of {bytes} bytes"));
             let other = match (echo.as_mut(), plain.as_mut()) {
                 (Some(echo), _) => Some(Other::Echo(Mirror::new(echo, operation, bytes)?)),
                 (None, Some(table)) => Some(Other::Tcp(table)),
@@ -200,10 +205,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         plain.as_mut().map_or(Ok(()), Table::check)?;
     }
     client.close();
-    match &options.report {
-        Some(folder) => Report::open(folder)?.add(section(options, &title, &rows)?),
-        None => Ok(()),
-    }
+    report.add(|| section(options, &title, &rows))
 }
 
 fn print_head(options: &Options) {
@@ -333,7 +335,7 @@ fn measure(
     Ok(Row {
         host: machine::host(),
         wire: options.wire.name(),
-        ranks: 1,
+        ranks: 2,
         shards: options.shards,
         operation,
         dtype: "float32",
@@ -399,24 +401,26 @@ impl<'a> Mirror<'a> {
 }
 
 fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
-    let mut series = Vec::new();
-    for (operation, name) in OPERATIONS {
-        let mine = || rows.iter().filter(move |row| row.operation == operation);
-        let line = |name: String, value: fn(&Row) -> Option<f64>| Series {
-            name,
-            points: mine().filter_map(|row| Some((row.bytes as f64, value(row)?))).collect(),
+    type Value = fn(&Row) -> Option<f64>;
+    let lines = |ours: Value, theirs: Value| {
+        let line = |operation: Operation, name: String, value: Value| {
+            let mine = rows.iter().filter(|row| row.operation == operation);
+            Series { name, points: mine.filter_map(|row| Some((row.bytes as f64, value(row)?))).collect() }
         };
-        series.push(line(name.to_owned(), |row| Some(row.p50_us)));
-        if let Some(against) = options.against {
-            series.push(line(format!("{} for {name}", against.name()), |row| row.against_p50_us));
-        }
-    }
-    let chart = Chart::by_bytes("Median time of a call", "µs", series);
-    Ok(Section {
-        id: format!("ps-{}-shards-{}", options.shards, options.wire.name()),
-        title: title.to_owned(),
-        measured_on: machine::described(),
-        charts: vec![chart],
-        rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
-    })
+        let against = options.against.map_or("", Against::name);
+        let both = |(operation, name): (Operation, &str)| {
+            [line(operation, name.to_owned(), ours), line(operation, format!("{against} for {name}"), theirs)]
+        };
+        OPERATIONS.into_iter().flat_map(both).collect()
+    };
+    let charts = vec![
+        Chart::by_bytes("Median time of a call", "µs", lines(|row| Some(row.p50_us), |row| row.against_p50_us)),
+        Chart::by_bytes(
+            "Time of the slowest calls",
+            "p99, µs",
+            lines(|row| Some(row.p99_us), |row| row.against_p99_us),
+        ),
+        Chart::by_bytes("Goodput", "GB/s", lines(|row| Some(row.goodput_gb_per_s), |_| None)),
+    ];
+    Section::new(format!("ps-{}-shards-{}", options.shards, options.wire.name()), title, charts, rows)
 }

@@ -5,24 +5,29 @@ mod kills;
 
 pub(crate) use house::{PeerOptions, peer};
 
+use crate::progress::Progress;
+use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
 use crate::{machine, sizes};
 use clap::Args;
+use clap::builder::ArgPredicate;
 use gradwire_ps::{Client, DType, DenseTable, Recovery, TableOptions};
 use gradwire_transport::Region;
 use house::{House, PATIENCE};
 use serde::Serialize;
 use std::error::Error;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+const OPERATIONS: [&str; 2] = ["push", "pull"];
 /// Rounds before it is timed.
 const WARM_UP: usize = 5;
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Bytes of the table, float32
-    #[arg(long, value_delimiter = ',', default_value = "4k,64k,1m,16m", value_parser = sizes::parse)]
+    /// Bytes of the table, float32, each size in turn; with --kills one size [default: 4k,64k,1m,16m; with --kills 4k]
+    #[arg(long, value_delimiter = ',', default_value = "4k,64k,1m,16m", default_value_if("kills", ArgPredicate::IsPresent, "4k"), hide_default_value = true, value_parser = sizes::parse)]
     bytes: Vec<usize>,
     /// Shards, each with copies in other processes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
@@ -34,83 +39,118 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 300)]
     rounds: usize,
     /// Instead: kill servers so often while workers push ones, each time in new processes, and count what is there
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    kills: u32,
-    /// Workers that push meanwhile
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=16))]
+    #[arg(long, value_name = "N", conflicts_with = "rounds", value_parser = clap::value_parser!(u32).range(1..))]
+    kills: Option<u32>,
+    /// Workers that push meanwhile, with --kills
+    #[arg(long, default_value_t = 3, requires = "kills", value_parser = clap::value_parser!(u32).range(1..=16))]
     workers: u32,
-    /// Pushes of each worker
-    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(10..))]
+    /// Pushes of each worker, with --kills
+    #[arg(long, default_value_t = 300, requires = "kills", value_parser = clap::value_parser!(u32).range(10..=1 << 20))]
     pushes: u32,
-    /// From which the victims and moments are drawn
-    #[arg(long, default_value_t = 1)]
+    /// Number that victims and moments are drawn from, with --kills: the same one draws the same again
+    #[arg(long, default_value_t = 1, requires = "kills")]
     seed: u64,
     /// One JSON object a line instead of the table
     #[arg(long)]
     json: bool,
+    /// Adds plots to the page in this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
 }
 
 #[derive(Serialize)]
 struct Row {
     host: String,
     wire: &'static str,
+    /// This one, and the processes with the servers; the coordinator is on no call's way.
+    ranks: u32,
     shards: u32,
     copies: u32,
     operation: &'static str,
     dtype: &'static str,
     bytes: usize,
     rounds: usize,
-    /// Without a copy.
+    /// With copies.
+    p50_us: f64,
+    p99_us: f64,
+    /// Without.
     none_p50_us: f64,
     none_p99_us: f64,
-    /// With one.
-    replicate_p50_us: f64,
-    replicate_p99_us: f64,
     /// How many times as long it takes with a copy, by the medians.
     price: f64,
 }
 
 /// Measures and prints.
 pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
-    if options.kills > 0 {
-        return kills::run(options);
-    }
     let sound = |bytes: &usize| (4..=1 << 30).contains(bytes) && bytes.is_multiple_of(4);
     if options.rounds == 0 || !options.bytes.iter().all(sound) {
         return Err("give at least one round, and --bytes in multiples of 4 up to 1g".into());
     }
+    let report = Report::open(options.report.as_deref())?;
+    if let Some(kills) = options.kills {
+        return kills::run(options, kills, &report);
+    }
     let copies = options.copies;
     let house = House::start(options.shards, copies)?;
     let client = house.client(None)?;
+    let title = format!(
+        "recovery: a dense float32 table with {} elsewhere, in turns with one without; one host, TCP over loopback",
+        copies_of(copies)
+    );
     if !options.json {
-        println!(
-            "a dense float32 table with {} elsewhere, in turns with one without; all processes on this host, TCP over loopback; {}",
-            copies_of(copies),
-            machine::described()
-        );
+        println!("{title}; {}", machine::described());
         println!(
             "{:>10} {:>12} {:>7} {:>12} {:>12} {:>12} {:>12} {:>7}",
             "operation", "bytes", "rounds", "none p50 us", "p99 us", "copy p50 us", "p99 us", "price"
         );
     }
+    let mut rows = Vec::new();
+    let progress = Progress::start(2 * options.bytes.len());
     for &bytes in &options.bytes {
         let open = |recovery| Ones::open(&client, &format!("{recovery}-{bytes}"), bytes, recovery);
         let mut tables = [open(Recovery::None)?, open(Recovery::Replicate { copies })?];
-        for name in ["push", "pull"] {
+        for name in OPERATIONS {
+            progress.next(format!("{name} of {bytes} bytes"));
             let row = measure(options, name, bytes, &mut tables)?;
-            if options.json {
-                println!("{}", serde_json::to_string(&row)?);
-                continue;
-            }
-            let Row { rounds, none_p50_us, none_p99_us, replicate_p50_us, replicate_p99_us, price, .. } = row;
-            println!(
-                "{name:>10} {bytes:>12} {rounds:>7} {none_p50_us:>12.1} {none_p99_us:>12.1} {replicate_p50_us:>12.1} \
-                 {replicate_p99_us:>12.1} {price:>7.2}"
-            );
+            print(&row, options.json)?;
+            rows.push(row);
         }
         tables.iter_mut().try_for_each(Ones::check)?;
     }
+    report.add(|| section(options, &title, &rows))
+}
+
+fn print(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
+    let Row { operation, bytes, rounds, none_p50_us, none_p99_us, p50_us, p99_us, price, .. } = row;
+    match json {
+        true => println!("{}", serde_json::to_string(row)?),
+        false => println!(
+            "{operation:>10} {bytes:>12} {rounds:>7} {none_p50_us:>12.1} {none_p99_us:>12.1} {p50_us:>12.1} {p99_us:>12.1} \
+             {price:>7.2}"
+        ),
+    }
     Ok(())
+}
+
+fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let lines = |value: fn(&Row) -> f64, what: &str| {
+        OPERATIONS.map(|operation| {
+            let mine = rows.iter().filter(|row| row.operation == operation);
+            let points = mine.map(|row| (row.bytes as f64, value(row))).collect();
+            Series { name: format!("{operation}{what}"), points }
+        })
+    };
+    let beside =
+        |none: fn(&Row) -> f64, with: fn(&Row) -> f64| [lines(none, ", none"), lines(with, ", copies")].concat();
+    let medians = beside(|row| row.none_p50_us, |row| row.p50_us);
+    let slowest = beside(|row| row.none_p99_us, |row| row.p99_us);
+    let (x, y, price) = ("bytes".to_owned(), "times as long".to_owned(), lines(|row| row.price, ""));
+    let charts = vec![
+        Chart::by_bytes("Median time of a call", "µs", medians),
+        Chart::by_bytes("Time of the slowest calls", "p99, µs", slowest),
+        Chart { title: "Price of copies".to_owned(), x, y, x_log: true, y_log: false, series: price.into() },
+    ];
+    Section::new(format!("recovery-{}-shards-{}-copies", options.shards, options.copies), title, charts, rows)
 }
 
 fn copies_of(copies: u32) -> String {
@@ -134,22 +174,23 @@ fn measure(options: &Options, name: &'static str, bytes: usize, tables: &mut [On
             }
         }
     }
-    let [none, replicate] = took.map(sorted);
-    let (none_p50_us, replicate_p50_us) = (percentile(&none, 50), percentile(&replicate, 50));
+    let [none, copied] = took.map(sorted);
+    let (none_p50_us, p50_us) = (percentile(&none, 50), percentile(&copied, 50));
     Ok(Row {
         host: machine::host(),
         copies: options.copies,
         wire: "tcp",
+        ranks: options.copies + 2,
         shards: options.shards,
         operation: name,
         dtype: "float32",
         bytes,
         rounds,
+        p50_us,
+        p99_us: percentile(&copied, 99),
         none_p50_us,
         none_p99_us: percentile(&none, 99),
-        replicate_p50_us,
-        replicate_p99_us: percentile(&replicate, 99),
-        price: replicate_p50_us / none_p50_us,
+        price: p50_us / none_p50_us,
     })
 }
 

@@ -7,6 +7,7 @@ pub(crate) use work::{Element, Load, Operation, Work};
 
 use crate::family::Family;
 use crate::machine;
+use crate::progress::{self, Progress};
 use crate::report::{Chart, Report, Section, Series};
 use crate::sizes;
 use crate::statistics::{percentile, sorted};
@@ -174,12 +175,14 @@ pub(crate) fn run(operation: Operation, options: &Options) -> Result<(), Box<dyn
     if let Some(store) = &options.store {
         return one(operation, options, store);
     }
+    let report = Report::open(options.report.as_deref())?;
     let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
     let mut family = Family::default();
     let mut told = None;
     for rank in 0..options.ranks {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["rank", "--rank", &rank.to_string(), "--ranks", &options.ranks.to_string()]);
+        command.args(progress::flags());
         command.arg("--store").arg(format!("file://{}", folder.path().display()));
         command.args([
             "--wire",
@@ -214,10 +217,7 @@ pub(crate) fn run(operation: Operation, options: &Options) -> Result<(), Box<dyn
         rows.push(row);
     }
     family.wait("ending the ranks", Instant::now() + PATIENCE)?;
-    match &options.report {
-        Some(folder) => Report::open(folder)?.add(section(operation, options, title, &rows)?),
-        None => Ok(()),
-    }
+    report.add(|| section(operation, options, &title, &rows))
 }
 
 /// A value as the command line has it.
@@ -268,22 +268,27 @@ fn one(operation: Operation, options: &Options, store: &str) -> Result<(), Box<d
     })
 }
 
-fn section(operation: Operation, options: &Options, title: String, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+fn section(operation: Operation, options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let place = |row: &Row| if operation == Operation::Barrier { row.ranks.into() } else { row.bytes as f64 };
     let line = |name: &str, value: fn(&Row) -> f64| Series {
         name: name.to_owned(),
-        points: rows.iter().map(|row| (row.bytes as f64, value(row))).collect(),
+        points: rows.iter().map(|row| (place(row), value(row))).collect(),
     };
     let dtype = if options.dtype == Element::Float32 { String::new() } else { format!("{}-", given(&options.dtype)) };
-    Ok(Section {
-        id: format!("{}-{dtype}{}-{}", given(&operation), options.wire.name(), options.ranks),
-        title,
-        measured_on: machine::described(),
-        charts: vec![
+    let id = format!("{}-{dtype}{}-{}", given(&operation), options.wire.name(), options.ranks);
+    let times = vec![line("p50", |row| row.p50_us), line("p99", |row| row.p99_us)];
+    let (title_of_times, y) = ("Time of a call".to_owned(), "µs".to_owned());
+    let charts = match operation {
+        // It has no bytes, and so no axis of them.
+        Operation::Barrier => {
+            vec![Chart { title: title_of_times, x: "ranks".to_owned(), y, x_log: false, y_log: false, series: times }]
+        }
+        _ => vec![
             Chart::by_bytes("Bus bandwidth", "GB/s", vec![line("busbw", |row| row.busbw_gb_per_s)]),
-            Chart::by_bytes("Time of a call", "µs", vec![line("p50", |row| row.p50_us), line("p99", |row| row.p99_us)]),
+            Chart::by_bytes(&title_of_times, &y, times),
         ],
-        rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
-    })
+    };
+    Section::new(id, title, charts, rows)
 }
 
 /// One rank; rank 0 tells each row as JSON.
@@ -299,29 +304,40 @@ fn take_part(options: &RankOptions, tell: Tell<'_>) -> Result<(), Box<dyn Error>
     let settings = Settings { algorithms: algo, deterministic, ..Settings::default() };
     let (host, communicator) =
         meet(&options.store, (options.rank, options.ranks), (options.wire, !no_credit), settings)?;
-    let mut bytes = options.min_bytes.next_power_of_two();
-    while bytes <= options.max_bytes {
+    let is_first = communicator.rank().0 == 0;
+    let sizes = sizes_of(options);
+    // One rank is enough to be heard.
+    let progress = is_first.then(|| Progress::start(sizes.len()));
+    for bytes in sizes {
         let rounds = (options.rounds * (256 << 10) / bytes).clamp(10, options.rounds.max(10));
         let dtype = options.dtype.dtype();
         let load = Load::new(options.operation, options.dtype, bytes / dtype.bytes(), communicator.world_size().get());
-        if explain && communicator.rank().0 == 0 {
+        if let Some(progress) = &progress {
+            progress.next(format!("{} of {} bytes", options.operation.name(), load.bytes()));
+        }
+        if explain && is_first {
             let collective = options.operation.collective();
             eprintln!("{bytes} bytes by {}", communicator.explain(&collective, dtype, bytes));
         }
         let row = measure(&communicator, load, (&host, options.wire), rounds)?;
-        if communicator.rank().0 == 0 {
+        if is_first {
             tell(&row)?;
         }
-        if load.operation == Operation::Barrier {
-            break;
-        }
-        bytes *= 4;
     }
+    drop(progress);
     if explain {
         eprintln!("{}", communicator.describe());
     }
     communicator.close(Duration::from_secs(5));
     Ok(())
+}
+
+/// What is measured in turn; a barrier has one size.
+fn sizes_of(options: &RankOptions) -> Vec<usize> {
+    let most = if options.operation == Operation::Barrier { 1 } else { usize::MAX };
+    let next = |bytes: &usize| bytes.checked_mul(4);
+    let sizes = std::iter::successors(Some(options.min_bytes.next_power_of_two()), next);
+    sizes.take_while(|bytes| *bytes <= options.max_bytes).take(most).collect()
 }
 
 /// Meets the other ranks; with this host's name.

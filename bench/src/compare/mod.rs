@@ -11,12 +11,14 @@ mod wheels;
 pub(crate) use member::{MemberOptions, member};
 
 use crate::collective::{Element, Load, Operation, Way};
+use crate::progress::Progress;
+use crate::report::Report;
 use crate::statistics::{percentile, sorted};
 use crate::{machine, sizes};
 use clap::Args;
 use crew::{Answer, Crew};
 use peer::{Layer, Peer, Place, Start};
-use row::{Figure, Row};
+use row::{Figure, Kind, Row};
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::os::unix::net::UnixListener;
@@ -81,6 +83,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if options.wires.contains(&Way::Verbs) {
         return Err("wheels of MPI have no verbs to compare with: use --wires shm,tcp".into());
     }
+    let report = Report::open(options.report.as_deref())?;
     let rows = if options.from.is_empty() { measured(options)? } else { publish::read(&options.from)? };
     if !options.from.is_empty() && !options.json {
         let mut last = None;
@@ -91,9 +94,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if !options.json {
         publish::summary(&rows);
     }
-    if let Some(folder) = &options.report {
-        publish::report(folder, &rows)?;
-    }
+    publish::report(&report, &rows)?;
     match &options.update_readme {
         Some(readme) => publish::update(readme, &rows),
         None => Ok(()),
@@ -109,11 +110,14 @@ fn measured(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
     let wheels = Wheels::new(&options.peers_folder, &python)?;
     let mut rows = Vec::new();
     let mut last = None;
+    let sizes: usize = options.ranks.iter().map(|ranks| loads(options, *ranks).len()).sum();
+    let progress = Progress::start(sizes * options.wires.len() * options.layers.len());
     for &ranks in &options.ranks {
         for &wire in &options.wires {
             for &layer in &options.layers {
                 let mut contest = Contest::new(options, &wheels, (layer, wire, ranks), &stop)?;
-                for load in contest.loads(options) {
+                for load in loads(options, ranks) {
+                    progress.next(format!("{} of {} bytes by {}", load.operation.name(), load.bytes(), wire.title()));
                     let row = contest.row(load, options.rounds)?;
                     tell(&row, options.json, &mut last)?;
                     rows.push(row);
@@ -124,11 +128,25 @@ fn measured(options: &Options) -> Result<Vec<Row>, Box<dyn Error>> {
     Ok(rows)
 }
 
-type Kind = (Layer, Way, u32, Operation, Element);
+/// What is measured in turn with so many ranks; each once, where two sizes come to the same.
+fn loads(options: &Options, ranks: u32) -> Vec<Load> {
+    let mut loads: Vec<Load> = Vec::new();
+    for &operation in &options.operations {
+        for &dtype in &options.dtypes {
+            for bytes in &options.bytes {
+                let load = Load::new(operation, dtype, bytes / 4, ranks);
+                if !loads.contains(&load) {
+                    loads.push(load);
+                }
+            }
+        }
+    }
+    loads
+}
 
 fn tell(row: &Row, json: bool, last: &mut Option<Kind>) -> Result<(), Box<dyn Error>> {
     if json {
-        println!("{}", serde_json::to_string(row)?);
+        println!("{}", serde_json::to_string(&row.told())?);
         return Ok(());
     }
     if last.replace(row.kind()) != Some(row.kind()) {
@@ -179,21 +197,6 @@ impl Contest {
         Ok(Self { layer, wire, ranks, crews, libraries, measured_on, slow, stop: Arc::clone(stop) })
     }
 
-    fn loads(&self, options: &Options) -> Vec<Load> {
-        let mut loads: Vec<Load> = Vec::new();
-        for &operation in &options.operations {
-            for &dtype in &options.dtypes {
-                for bytes in &options.bytes {
-                    let load = Load::new(operation, dtype, bytes / 4, self.ranks);
-                    if !loads.contains(&load) {
-                        loads.push(load);
-                    }
-                }
-            }
-        }
-        loads
-    }
-
     /// Has all take turns at `load`. Who fails is left out from then on, and the row says why.
     fn row(&mut self, load: Load, rounds: usize) -> Result<Row, Box<dyn Error>> {
         let calls = (rounds * (512 << 10) / load.bytes().max(1)).clamp(10, rounds.max(10));
@@ -228,6 +231,7 @@ impl Contest {
             times.into_iter().map(|(peer, times)| (peer, self.figure(load, times))).collect();
         figures.extend(absent.into_iter().map(|(peer, absent)| (peer, Figure::Absent { absent })));
         Ok(Row {
+            host: machine::host(),
             layer: self.layer,
             wire: self.wire,
             ranks: self.ranks,

@@ -1,7 +1,7 @@
 //! Does: what a comparison is told by: a summary, a page with curves, the README's table; and rows read back.
 
 use super::peer::Peer;
-use super::row::{self, Figure, Row};
+use super::row::{self, Figure, Kind, Row};
 use crate::report::{Chart, Report, Section, Series};
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -41,40 +41,37 @@ pub(super) fn summary(rows: &[Row]) {
 }
 
 /// Adds a section with curves for each kind of row.
-pub(super) fn report(folder: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> {
-    let report = Report::open(folder)?;
+pub(super) fn report(report: &Report, rows: &[Row]) -> Result<(), Box<dyn Error>> {
     let mut kinds: Vec<_> = rows.iter().map(Row::kind).collect();
     kinds.dedup();
     for kind in kinds {
         let alike: Vec<&Row> = rows.iter().filter(|row| row.kind() == kind).collect();
         let Some(first) = alike.first() else { continue };
-        let value = |row: &Row, peer: Peer, bandwidth: bool| match row.figures.get(&peer) {
-            Some(Figure::Measured { p50_us, busbw_gb_per_s, .. }) => {
-                Some((row.bytes as f64, if bandwidth { *busbw_gb_per_s } else { *p50_us }))
-            }
-            _ => None,
-        };
-        let series = |bandwidth: bool| -> Vec<Series> {
-            let of = |peer: &Peer| Series {
-                name: peer.title().to_owned(),
-                points: alike.iter().filter_map(|row| value(row, *peer, bandwidth)).collect(),
-            };
-            first.figures.keys().map(of).filter(|series| !series.points.is_empty()).collect()
-        };
-        let (layer, wire, ranks, operation, dtype) = kind;
-        report.add(Section {
-            id: format!("compare-{}-{}-{layer:?}-{}-{ranks}", operation.name(), dtype.dtype().name(), wire.name())
-                .to_lowercase(),
-            title: format!("Beside peers: {}", first.title()),
-            measured_on: format!("{}; {}", first.measured_on, libraries(&alike)),
-            charts: vec![
-                Chart::by_bytes("Time of a call", "median, µs", series(false)),
-                Chart::by_bytes("Bus bandwidth", "GB/s", series(true)),
-            ],
-            rows: alike.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
-        })?;
+        report.add(|| section(kind, first, &alike))?;
     }
     Ok(())
+}
+
+fn section(kind: Kind, first: &Row, alike: &[&Row]) -> Result<Section, Box<dyn Error>> {
+    let series = |value: fn(&Figure) -> Option<f64>| -> Vec<Series> {
+        let point = |row: &&Row, peer: &Peer| Some((row.bytes as f64, value(row.figures.get(peer)?)?));
+        let of = |peer: &Peer| Series {
+            name: peer.title().to_owned(),
+            points: alike.iter().filter_map(|row| point(row, peer)).collect(),
+        };
+        first.figures.keys().map(of).collect()
+    };
+    let (layer, wire, ranks, operation, dtype) = kind;
+    let id = format!("compare-{}-{}-{layer:?}-{}-{ranks}", operation.name(), dtype.dtype().name(), wire.name());
+    let charts = vec![
+        Chart::by_bytes("Time of a call", "median, µs", series(Figure::p50)),
+        Chart::by_bytes("Time of the slowest calls", "p99, µs", series(Figure::p99)),
+        Chart::by_bytes("Bus bandwidth", "GB/s", series(Figure::busbw)),
+    ];
+    let told: Vec<_> = alike.iter().map(|row| row.told()).collect();
+    let section = Section::new(id.to_lowercase(), &format!("Beside peers: {}", first.title()), charts, &told)?;
+    // Rows may be of an earlier run.
+    Ok(Section { measured_on: format!("{}; {}", first.measured_on, libraries(alike)), ..section })
 }
 
 fn libraries(rows: &[&Row]) -> String {

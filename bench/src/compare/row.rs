@@ -17,17 +17,35 @@ pub(crate) enum Figure {
 }
 
 impl Figure {
-    fn p50(&self) -> Option<f64> {
+    pub(crate) fn p50(&self) -> Option<f64> {
         match self {
             Self::Measured { p50_us, .. } => Some(*p50_us),
             Self::Absent { .. } => None,
         }
     }
+
+    pub(crate) fn p99(&self) -> Option<f64> {
+        match self {
+            Self::Measured { p99_us, .. } => Some(*p99_us),
+            Self::Absent { .. } => None,
+        }
+    }
+
+    pub(crate) fn busbw(&self) -> Option<f64> {
+        match self {
+            Self::Measured { busbw_gb_per_s, .. } => Some(*busbw_gb_per_s),
+            Self::Absent { .. } => None,
+        }
+    }
 }
+
+/// What is alike within one table.
+pub(crate) type Kind = (Layer, Way, u32, Operation, Element);
 
 /// All libraries at one collective and size.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Row {
+    pub(crate) host: String,
     pub(crate) layer: Layer,
     pub(crate) wire: Way,
     pub(crate) ranks: u32,
@@ -38,6 +56,20 @@ pub(crate) struct Row {
     pub(crate) measured_on: String,
     pub(crate) libraries: BTreeMap<Peer, String>,
     pub(crate) figures: BTreeMap<Peer, Figure>,
+}
+
+/// A row as `--json` tells it: with what follows from its figures.
+#[derive(Serialize)]
+pub(crate) struct Told<'a> {
+    #[serde(flatten)]
+    row: &'a Row,
+    /// Ours.
+    p50_us: Option<f64>,
+    p99_us: Option<f64>,
+    /// The best peer, its median ÷ ours, and what that shall be at least; null where there is nobody to compare.
+    best: Option<Peer>,
+    ratio: Option<f64>,
+    bar: Option<f64>,
 }
 
 /// How a row stands.
@@ -59,7 +91,24 @@ impl Standing {
 impl Row {
     /// Our median, in microseconds.
     pub(crate) fn ours(&self) -> Option<f64> {
-        self.figures.iter().find(|(peer, _)| peer.is_ours()).and_then(|(_, figure)| figure.p50())
+        self.our_figure().and_then(Figure::p50)
+    }
+
+    fn our_figure(&self) -> Option<&Figure> {
+        self.figures.iter().find(|(peer, _)| peer.is_ours()).map(|(_, figure)| figure)
+    }
+
+    /// With what follows from it.
+    pub(crate) fn told(&self) -> Told<'_> {
+        let standing = self.standing();
+        Told {
+            row: self,
+            p50_us: self.ours(),
+            p99_us: self.our_figure().and_then(Figure::p99),
+            best: standing.map(|standing| standing.best),
+            ratio: standing.map(|standing| standing.ratio),
+            bar: standing.map(|standing| standing.bar),
+        }
     }
 
     /// Beside the best peer; `None` where there is nobody to compare.
@@ -90,7 +139,7 @@ impl Row {
     }
 
     /// What is alike within one table.
-    pub(crate) fn kind(&self) -> (Layer, Way, u32, Operation, Element) {
+    pub(crate) fn kind(&self) -> Kind {
         (self.layer, self.wire, self.ranks, self.operation, self.dtype)
     }
 
@@ -253,6 +302,7 @@ mod tests {
     fn row(operation: Operation, dtype: Element, elements: usize, times: &[(Peer, f64)]) -> Row {
         let measured = |p50_us: f64| Figure::Measured { p50_us, p99_us: p50_us, busbw_gb_per_s: 1.0, calls: 10 };
         Row {
+            host: "h".to_owned(),
             layer: Layer::Native,
             wire: Way::Shm,
             ranks: 2,
@@ -296,8 +346,11 @@ mod tests {
         assert!(line(&rows[0]).contains(" - ") && head(&rows[0]).contains("Intel MPI"));
         assert_eq!(absences(&rows), ["Intel MPI (shared memory, 2 ranks): no wheel"]);
         assert!(markdown(&rows).contains("| all_reduce, 2 ranks, memory | 2.00 µs, 2.5 × MPICH |"));
-        let text = serde_json::to_string(&rows[0]).unwrap();
+        let text = serde_json::to_string(&rows[0].told()).unwrap();
         let back: Row = serde_json::from_str(&text).unwrap();
         assert_eq!(line(&back), line(&rows[0]));
+        let told: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let told = ["p50_us", "p99_us", "best", "ratio", "bar"].map(|name| told[name].clone());
+        assert_eq!(serde_json::json!(told), serde_json::json!([2.0, 2.0, "mpich", 2.5, 2.0]));
     }
 }

@@ -14,6 +14,7 @@ pub(crate) use member::MemberOptions;
 
 use crate::collective::Way;
 use crate::family::Family;
+use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
 use crate::{machine, plural, sizes};
 use clap::Args;
@@ -127,6 +128,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         .into());
     }
     check_wire(options)?;
+    let report = Report::open(options.report.as_deref())?;
     let about = About {
         host: machine::host(),
         wire: options.wire,
@@ -150,7 +152,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     }
     let mut rows = Vec::new();
     let runs = options.senders.0.iter().flat_map(|senders| options.cc.iter().map(|cc| (*senders, *cc)));
-    for (senders, cc) in runs.filter(|(_, cc)| options.wire != Way::Shm || *cc == Cc::None) {
+    let runs: Vec<_> = runs.filter(|(_, cc)| options.wire != Way::Shm || *cc == Cc::None).collect();
+    let progress = Progress::start(runs.len());
+    for (senders, cc) in runs {
+        progress.next(format!("{} by {}", plural(senders, "sender"), cc.name()));
         let row = measure(options, &about, senders, cc)?;
         if options.json {
             println!("{}", serde_json::to_string(&row)?);
@@ -163,10 +168,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if !options.json && options.shape.is_none() {
         row::judge(&rows).iter().for_each(|verdict| println!("{verdict}"));
     }
-    match &options.report {
-        Some(folder) => Report::open(folder)?.add(section(options, &title, &rows)?),
-        None => Ok(()),
-    }
+    report.add(|| section(options, &title, &rows))
 }
 
 fn path(options: &Options) -> String {
@@ -259,13 +261,8 @@ fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<
         by_senders("Segments sent again", "segments", false, vec![line("retransmits", |row| row.retransmits as f64)]),
     ];
     let shape = options.shape.as_ref().map_or(String::new(), |shape| format!("-{}-{}", shape.rate, shape.buffer));
-    Ok(Section {
-        id: format!("many-to-one-{}{shape}-{}", options.wire.name(), options.bytes),
-        title: title.to_owned(),
-        measured_on: machine::described(),
-        charts,
-        rows: rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?,
-    })
+    let id = format!("many-to-one-{}{shape}-{}", options.wire.name(), options.bytes);
+    Section::new(id, title, charts, rows)
 }
 
 #[cfg(test)]

@@ -107,6 +107,8 @@ pub(super) struct Row {
     pub(super) wire: Way,
     pub(super) shape: Option<Shape>,
     pub(super) cc: Cc,
+    /// The senders and the receiver.
+    pub(super) ranks: usize,
     pub(super) senders: usize,
     pub(super) dtype: &'static str,
     pub(super) bytes: usize,
@@ -211,6 +213,7 @@ impl Row {
             wire: about.wire,
             shape: about.shape.clone(),
             cc,
+            ranks: rates.len() + 1,
             senders: rates.len(),
             dtype: "bytes",
             bytes: about.bytes,

@@ -3,6 +3,8 @@
 use super::{EXACT, Options, PATIENCE, element, settings, way};
 use crate::collective::Way;
 use crate::machine;
+use crate::progress::Progress;
+use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
 use gradwire_ps::{Checkpoints, Client, ClientSettings, DType, DenseTable, LocalServers, ServerSettings, TableOptions};
 use gradwire_transport::Region;
@@ -23,7 +25,10 @@ const SHORTEST: Duration = Duration::from_millis(200);
 struct Row {
     host: String,
     wire: &'static str,
+    /// This one, and the process with the servers.
+    ranks: u32,
     shards: u32,
+    operation: &'static str,
     dtype: &'static str,
     bytes: usize,
     tables: usize,
@@ -32,10 +37,11 @@ struct Row {
     snapshot_s: f64,
     snapshot_bytes: u64,
     pushes: usize,
+    /// Of a push while a checkpoint is written, and while none is.
+    p50_us: f64,
+    p99_us: f64,
     without_p50_us: f64,
     without_p99_us: f64,
-    with_p50_us: f64,
-    with_p99_us: f64,
     /// How much less is pushed a second while a checkpoint is written, from 0 to 1: the median of the turns.
     slower: f64,
 }
@@ -48,31 +54,69 @@ struct Tables {
 }
 
 /// Measures a state of each size on the servers at `addresses`, which keep checkpoints in `folder`.
-pub(super) fn run(addresses: &[String], folder: &Path, options: &Options) -> Result<(), Box<dyn Error>> {
+pub(super) fn run(
+    addresses: &[String],
+    folder: &Path,
+    options: &Options,
+    report: &Report,
+) -> Result<(), Box<dyn Error>> {
     let Options { bytes: sizes, json, wire, .. } = options;
     let (json, wire) = (*json, *wire);
+    let shards = crate::plural(options.shards, "shard");
+    let title = format!("parameter server: pushes while a checkpoint is written, and without, {shards}, {}", way(wire));
     if !json {
-        println!("pushes while a checkpoint is written, and without, {}; {}", way(wire), machine::described());
+        println!("{title}; {}", machine::described());
         println!(
             "{:>12} {:>7} {:>11} {:>12} {:>12} {:>12} {:>12} {:>8}",
             "bytes", "tables", "snapshot s", "p50 us", "p99 us", "with p50 us", "with p99 us", "slower"
         );
     }
+    let mut rows = Vec::new();
+    let progress = Progress::start(sizes.len() * (TURNS + 1));
     for &bytes in sizes {
-        let row = measure((addresses, wire), folder, bytes)?;
+        let row = measure((addresses, wire), folder, bytes, &progress)?;
         if json {
             println!("{}", serde_json::to_string(&row)?);
         } else {
-            let Row { tables, snapshot_s, without_p50_us, without_p99_us, with_p50_us, with_p99_us, slower, .. } = row;
+            let Row { tables, snapshot_s, without_p50_us, without_p99_us, p50_us, p99_us, slower, .. } = row;
             println!(
-                "{bytes:>12} {tables:>7} {snapshot_s:>11.2} {without_p50_us:>12.1} {without_p99_us:>12.1} {with_p50_us:>12.1} {with_p99_us:>12.1} {slower:>8.3}"
+                "{bytes:>12} {tables:>7} {snapshot_s:>11.2} {without_p50_us:>12.1} {without_p99_us:>12.1} {p50_us:>12.1} {p99_us:>12.1} {slower:>8.3}"
             );
         }
+        rows.push(row);
     }
-    Ok(())
+    report.add(|| section(options, &title, &rows))
 }
 
-fn measure((addresses, wire): (&[String], Way), folder: &Path, bytes: usize) -> Result<Row, Box<dyn Error>> {
+fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let line = |name: &str, value: fn(&Row) -> f64| Series {
+        name: name.to_owned(),
+        points: rows.iter().map(|row| (row.bytes as f64, value(row))).collect(),
+    };
+    let times = vec![
+        line("p50", |row| row.without_p50_us),
+        line("p99", |row| row.without_p99_us),
+        line("p50, checkpoint", |row| row.p50_us),
+        line("p99, checkpoint", |row| row.p99_us),
+    ];
+    let kept = line("with a checkpoint", |row| 1.0 - row.slower);
+    let (title_of_kept, x) = ("Pushes a second beside a checkpoint".to_owned(), "bytes of the state".to_owned());
+    let y = "of those without".to_owned();
+    let charts = vec![
+        Chart::by_bytes("Time of a push, by bytes of the state", "µs", times),
+        Chart::by_bytes("Time of a checkpoint", "s", vec![line("snapshot", |row| row.snapshot_s)]),
+        Chart { title: title_of_kept, x, y, x_log: true, y_log: false, series: vec![kept] },
+    ];
+    let id = format!("ps-snapshot-{}-shards-{}", options.shards, options.wire.name());
+    Section::new(id, title, charts, rows)
+}
+
+fn measure(
+    (addresses, wire): (&[String], Way),
+    folder: &Path,
+    bytes: usize,
+    progress: &Progress,
+) -> Result<Row, Box<dyn Error>> {
     let (client, asking) = (Client::connect(addresses, settings(wire))?, Client::connect(addresses, settings(wire))?);
     let mut tables = Tables::open(&client, bytes)?;
     (0..tables.all.len()).try_for_each(|_| tables.push().map(drop))?;
@@ -80,6 +124,7 @@ fn measure((addresses, wire): (&[String], Way), folder: &Path, bytes: usize) -> 
     let (mut without, mut with, mut ratios, mut written) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     // The first turn warms up: memory for copies is new to the servers then.
     for turn in 0..=TURNS {
+        progress.next(format!("a state of {bytes} bytes"));
         let until = Instant::now() + length;
         let alone = tables.push_while(|| Instant::now() < until)?;
         let (disturbed, checkpoint) = std::thread::scope(|scope| {
@@ -107,7 +152,9 @@ fn measure((addresses, wire): (&[String], Way), folder: &Path, bytes: usize) -> 
     Ok(Row {
         host: machine::host(),
         wire: wire.name(),
+        ranks: 2,
         shards,
+        operation: "push",
         dtype: "float32",
         bytes,
         tables: tables.all.len(),
@@ -115,10 +162,10 @@ fn measure((addresses, wire): (&[String], Way), folder: &Path, bytes: usize) -> 
         snapshot_s: percentile(&took, 50),
         snapshot_bytes: written.iter().map(|checkpoint| checkpoint.bytes).min().unwrap_or(0),
         pushes: without.len() + with.len(),
+        p50_us: percentile(&with, 50),
+        p99_us: percentile(&with, 99),
         without_p50_us: percentile(&without, 50),
         without_p99_us: percentile(&without, 99),
-        with_p50_us: percentile(&with, 50),
-        with_p99_us: percentile(&with, 99),
         slower: percentile(&sorted(ratios), 50),
     })
 }

@@ -4,6 +4,8 @@ use super::{Options, WARM_UP, settings, way};
 use crate::chance::mixed;
 use crate::collective::Way;
 use crate::machine;
+use crate::progress::Progress;
+use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
 use gradwire_ps::{Client, DType, SparseOptions, SparseTable};
 use gradwire_transport::Region;
@@ -14,8 +16,6 @@ use std::time::{Duration, Instant};
 
 /// Rows that one call makes, before anything is timed.
 const MADE_AT_ONCE: u64 = 1 << 14;
-/// After so many it is told how many there are.
-const TOLD: u64 = 1 << 19;
 /// What elements are made of: sums of so small numbers stay exact.
 const NUMBERS: u64 = 61;
 
@@ -23,12 +23,16 @@ const NUMBERS: u64 = 61;
 struct Row {
     host: String,
     wire: &'static str,
+    /// This one, and the process with the servers.
+    ranks: u32,
     shards: u32,
     operation: &'static str,
     dtype: &'static str,
     rows: u64,
     dim: usize,
     ids: usize,
+    /// Of the values, or gradients, of a call.
+    bytes: usize,
     rounds: usize,
     p50_us: f64,
     p99_us: f64,
@@ -38,35 +42,83 @@ struct Row {
     goodput_gb_per_s: f64,
 }
 
-/// Makes a table of so many rows on the servers at `addresses`, measures, and prints a line for each operation.
-pub(super) fn run(addresses: &[String], rows: u64, options: &Options) -> Result<(), Box<dyn Error>> {
-    let &Options { json, wire, rounds, shards, .. } = options;
+const OPERATIONS: [&str; 2] = ["sparse_pull", "sparse_push"];
+
+/// Makes a table of so many rows on the servers at `addresses`, measures, and prints a line for each operation and number of ids.
+pub(super) fn run(
+    addresses: &[String],
+    table_rows: u64,
+    options: &Options,
+    report: &Report,
+) -> Result<(), Box<dyn Error>> {
+    let &Options { json, wire, shards, dim, .. } = options;
+    let pushes: u64 = options.ids.iter().map(|ids| (rounds(options, *ids) + WARM_UP) as u64 * u64::from(*ids)).sum();
+    if pushes > u64::from(u16::MAX) * table_rows / 2 {
+        return Err("fewer rounds, please: some row would be pushed to more often than can be counted".into());
+    }
     let client = Client::connect(addresses, settings(wire))?;
-    let mut table = Sparse::open(&client, rows, options)?;
-    table.make()?;
+    let mut table = Sparse::open(&client, table_rows, dim as usize)?;
+    let progress = Progress::start(1 + OPERATIONS.len() * options.ids.len());
+    table.make(&progress)?;
+    let of = crate::plural(shards, "shard");
+    let title =
+        format!("parameter server: a sparse float32 table of {table_rows} rows of {dim} on {of}, {}", way(wire));
     if !json {
-        let (of, dim) = (crate::plural(shards, "shard"), table.dim);
-        println!("a sparse float32 table of {rows} rows of {dim} on {of}, {}; {}", way(wire), machine::described());
+        println!("{title}; {}", machine::described());
         println!(
             "{:>12} {:>8} {:>7} {:>11} {:>11} {:>12} {:>13}",
             "operation", "ids", "rounds", "p50 us", "p99 us", "M rows/s", "goodput GB/s"
         );
     }
-    for operation in ["sparse_pull", "sparse_push"] {
-        let row = table.measure(operation, (wire, shards), rounds)?;
-        if json {
-            println!("{}", serde_json::to_string(&row)?);
-        } else {
-            let Row { ids, rounds, p50_us, p99_us, rows_per_s, goodput_gb_per_s, .. } = row;
-            let millions = rows_per_s / 1e6;
-            println!(
-                "{operation:>12} {ids:>8} {rounds:>7} {p50_us:>11.1} {p99_us:>11.1} {millions:>12.3} {goodput_gb_per_s:>13.3}"
-            );
+    let mut rows = Vec::new();
+    for &ids in &options.ids {
+        table.take(ids as usize);
+        for operation in OPERATIONS {
+            progress.next(format!("{operation} of {ids} ids"));
+            let row = table.measure(operation, (wire, shards), rounds(options, ids))?;
+            print(&row, json)?;
+            rows.push(row);
         }
+        table.pull()?;
     }
-    table.pull()?;
     client.close();
+    report.add(|| section(options, &title, &rows))
+}
+
+/// Fewer of calls with more than 1 MiB.
+fn rounds(options: &Options, ids: u32) -> usize {
+    let bytes = 4 * options.dim as usize * ids as usize;
+    (options.rounds * (1 << 20) / bytes).clamp(10, options.rounds.max(10))
+}
+
+fn print(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
+    if json {
+        println!("{}", serde_json::to_string(row)?);
+        return Ok(());
+    }
+    let Row { operation, ids, rounds, p50_us, p99_us, rows_per_s, goodput_gb_per_s, .. } = row;
+    let millions = rows_per_s / 1e6;
+    println!(
+        "{operation:>12} {ids:>8} {rounds:>7} {p50_us:>11.1} {p99_us:>11.1} {millions:>12.3} {goodput_gb_per_s:>13.3}"
+    );
     Ok(())
+}
+
+fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let lines = |value: fn(&Row) -> f64, what: &str| {
+        OPERATIONS.map(|operation| {
+            let mine = rows.iter().filter(|row| row.operation == operation);
+            let points = mine.map(|row| (row.bytes as f64, value(row))).collect();
+            Series { name: format!("{operation}{what}"), points }
+        })
+    };
+    let times = [lines(|row| row.p50_us, ", p50"), lines(|row| row.p99_us, ", p99")].concat();
+    let charts = vec![
+        Chart::by_bytes("Time of a call, by bytes of values", "µs", times),
+        Chart::by_bytes("Rows a second, by bytes of values", "rows/s", lines(|row| row.rows_per_s, "").into()),
+        Chart::by_bytes("Goodput, by bytes of values", "GB/s", lines(|row| row.goodput_gb_per_s, "").into()),
+    ];
+    Section::new(format!("ps-sparse-{}-shards-{}", options.shards, options.wire.name()), title, charts, rows)
 }
 
 /// A table, and what ought to be in it.
@@ -84,33 +136,36 @@ struct Sparse {
 }
 
 impl Sparse {
-    fn open(client: &Client, rows: u64, options: &Options) -> Result<Self, Box<dyn Error>> {
-        let (dim, ids) = (options.dim as usize, options.ids as usize);
+    fn open(client: &Client, rows: u64, dim: usize) -> Result<Self, Box<dyn Error>> {
         let table = client.sparse("bench-sparse", dim, DType::F32, SparseOptions::default())?;
-        let bytes = 4 * dim * ids;
         Ok(Self {
             table,
             rows,
             dim,
             pushes: vec![0; usize::try_from(rows)?],
-            ids: vec![0; ids],
-            gradients: Region::zeroed(bytes),
-            values: Region::zeroed(bytes),
+            ids: Vec::new(),
+            gradients: Region::zeroed(0),
+            values: Region::zeroed(0),
             seed: 0,
         })
     }
 
+    /// Calls have so many ids from now on.
+    fn take(&mut self, ids: usize) {
+        let bytes = 4 * self.dim * ids;
+        self.ids = vec![0; ids];
+        (self.gradients, self.values) = (Region::zeroed(bytes), Region::zeroed(bytes));
+    }
+
     /// Pushes to each row once: it is there then.
-    fn make(&mut self) -> Result<(), Box<dyn Error>> {
+    fn make(&mut self, progress: &Progress) -> Result<(), Box<dyn Error>> {
+        progress.next("making rows".to_owned());
         for first in (0..self.rows).step_by(MADE_AT_ONCE as usize) {
-            if first % TOLD == 0 {
-                eprint!("\r{first} of {} rows are made   ", self.rows);
-            }
+            progress.at(format!("{first} of {} rows are made", self.rows));
             let ids: Vec<u64> = (first..self.rows.min(first + MADE_AT_ONCE)).collect();
             let gradients = Region::zeroed(4 * self.dim * ids.len());
             self.push(&ids, &gradients)?;
         }
-        eprintln!("\r{} rows are made{:20}", self.rows, "");
         Ok(())
     }
 
@@ -165,10 +220,6 @@ impl Sparse {
         (wire, shards): (Way, u32),
         rounds: usize,
     ) -> Result<Row, Box<dyn Error>> {
-        let most = usize::from(u16::MAX) * self.pushes.len() / 2;
-        if (rounds + WARM_UP) * self.ids.len() > most {
-            return Err("fewer rounds, please: some row would be pushed to more often than can be counted".into());
-        }
         let mut took = Vec::new();
         for round in 0..rounds + WARM_UP {
             self.draw();
@@ -191,12 +242,14 @@ impl Sparse {
         Ok(Row {
             host: machine::host(),
             wire: wire.name(),
+            ranks: 2,
             shards,
             operation,
             dtype: "float32",
             rows: self.rows,
             dim,
             ids,
+            bytes: 4 * dim * ids,
             rounds,
             p50_us,
             p99_us: percentile(&took, 99),

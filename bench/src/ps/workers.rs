@@ -3,6 +3,8 @@
 use super::{Options, WARM_UP, element, settings, way};
 use crate::collective::Way;
 use crate::machine;
+use crate::progress::Progress;
+use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
 use gradwire_ps::{Client, ClientSettings, DType, DenseTable, Mode, TableOptions};
 use gradwire_transport::Region;
@@ -20,6 +22,8 @@ type Fault = Box<dyn Error + Send + Sync>;
 struct Row {
     host: String,
     wire: &'static str,
+    /// The workers, and the process with the servers.
+    ranks: u32,
     shards: usize,
     operation: &'static str,
     dtype: &'static str,
@@ -42,35 +46,42 @@ struct Seen {
 }
 
 /// Measures the numbers of workers in turns, for each size, and prints a line for each.
-pub(super) fn run(addresses: &[String], options: &Options) -> Result<(), Box<dyn Error>> {
+pub(super) fn run(addresses: &[String], options: &Options, report: &Report) -> Result<(), Box<dyn Error>> {
     let Options { workers: counts, bytes: sizes, rounds, json, wire, .. } = options;
     let (rounds, json, wire) = (*rounds, *json, *wire);
+    let shards = crate::plural(options.shards, "shard");
+    let title = format!(
+        "parameter server: push_pull by workers at once, a synchronous float32 table on {shards}, {}",
+        way(wire)
+    );
     if !json {
-        println!("push_pull by several workers, synchronous float32 table, {}; {}", way(wire), machine::described());
+        println!("{title}; {}", machine::described());
         println!(
             "{:>12} {:>7} {:>11} {:>11} {:>13} {:>8}",
             "bytes", "workers", "p50 us", "p99 us", "goodput GB/s", "of first"
         );
     }
+    let mut rows = Vec::new();
+    let progress = Progress::start(sizes.len() * TURNS * counts.len());
     for &bytes in sizes {
         let rounds = (rounds * (1 << 20) / bytes).clamp(10, rounds.max(10));
         let mut turns = vec![(Vec::new(), Vec::new()); counts.len()];
         for turn in 0..TURNS {
             for (&workers, (goodputs, calls)) in counts.iter().zip(&mut turns) {
-                eprint!("\r{bytes} bytes, turn {} of {TURNS}, {workers} workers   ", turn + 1);
+                progress.next(format!("{bytes} bytes by {}", crate::plural(workers, "worker")));
                 let name = format!("bench-{bytes}-{workers}-{turn}");
                 let seen = together((addresses, wire), &name, workers, bytes, rounds)?;
                 goodputs.push(goodput(&seen, bytes, rounds).ok_or("no worker, no goodput")?);
                 calls.extend(seen.into_iter().flat_map(|seen| seen.calls));
             }
         }
-        eprintln!();
         let first = percentile(&sorted(turns.first().map_or(Vec::new(), |turn| turn.0.clone())), 50);
         for (&workers, (goodputs, calls)) in counts.iter().zip(turns) {
             let (goodputs, calls) = (sorted(goodputs), sorted(calls));
             let row = Row {
                 host: machine::host(),
                 wire: wire.name(),
+                ranks: workers + 1,
                 shards: addresses.len(),
                 operation: "push_pull",
                 dtype: "float32",
@@ -82,17 +93,40 @@ pub(super) fn run(addresses: &[String], options: &Options) -> Result<(), Box<dyn
                 goodput_gb_per_s: percentile(&goodputs, 50),
                 of_first: percentile(&goodputs, 50) / first,
             };
-            if json {
-                println!("{}", serde_json::to_string(&row)?);
-            } else {
-                let Row { p50_us, p99_us, goodput_gb_per_s, of_first, .. } = row;
-                println!(
-                    "{bytes:>12} {workers:>7} {p50_us:>11.1} {p99_us:>11.1} {goodput_gb_per_s:>13.3} {of_first:>8.3}"
-                );
-            }
+            print(&row, json)?;
+            rows.push(row);
+        }
+    }
+    report.add(|| section(options, &title, &rows))
+}
+
+fn print(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
+    let Row { bytes, workers, p50_us, p99_us, goodput_gb_per_s, of_first, .. } = row;
+    match json {
+        true => println!("{}", serde_json::to_string(row)?),
+        false => {
+            println!("{bytes:>12} {workers:>7} {p50_us:>11.1} {p99_us:>11.1} {goodput_gb_per_s:>13.3} {of_first:>8.3}")
         }
     }
     Ok(())
+}
+
+/// Curves over the number of workers, one for each size.
+fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let chart = |title: &str, y: &str, y_log: bool, value: fn(&Row) -> f64| {
+        let line = |&bytes: &usize| Series {
+            name: format!("{bytes} bytes"),
+            points: rows.iter().filter(|row| row.bytes == bytes).map(|row| (row.workers.into(), value(row))).collect(),
+        };
+        let (title, x, y) = (title.to_owned(), "workers".to_owned(), y.to_owned());
+        Chart { title, x, y, x_log: true, y_log, series: options.bytes.iter().map(line).collect() }
+    };
+    let charts = vec![
+        chart("Goodput of all workers", "GB/s", false, |row| row.goodput_gb_per_s),
+        chart("Median time of a call", "µs", true, |row| row.p50_us),
+        chart("Time of the slowest calls", "p99, µs", true, |row| row.p99_us),
+    ];
+    Section::new(format!("ps-workers-{}-shards-{}", options.shards, options.wire.name()), title, charts, rows)
 }
 
 /// GB/s from the first beginning to the last end.

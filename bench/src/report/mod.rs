@@ -3,6 +3,7 @@
 mod page;
 mod plot;
 
+use crate::machine;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -44,26 +45,52 @@ pub(crate) struct Section {
     pub(crate) rows: Vec<serde_json::Value>,
 }
 
+impl Section {
+    /// What this machine has just measured. Charts of what was not measured are left out.
+    pub(crate) fn new(
+        id: String,
+        title: &str,
+        mut charts: Vec<Chart>,
+        rows: &[impl Serialize],
+    ) -> Result<Self, Box<dyn Error>> {
+        charts.iter_mut().for_each(|chart| chart.series.retain(|series| !series.points.is_empty()));
+        charts.retain(|chart| !chart.series.is_empty());
+        let rows = rows.iter().map(serde_json::to_value).collect::<Result<_, _>>()?;
+        Ok(Self { id, title: title.to_owned(), measured_on: machine::described(), charts, rows })
+    }
+}
+
 /// A folder with `index.html`, and for each measurement a JSON file and PNGs.
 pub(crate) struct Report {
-    folder: PathBuf,
+    /// Where one is wanted.
+    folder: Option<PathBuf>,
 }
 
 impl Report {
-    /// The report in `folder`, which is made where it is missing.
-    pub(crate) fn open(folder: &Path) -> Result<Self, Box<dyn Error>> {
-        std::fs::create_dir_all(folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
-        Ok(Self { folder: folder.to_owned() })
+    /// The report in `folder`, if one is wanted; the folder is made where it is missing. It is opened before anything is
+    /// measured, so that a run does not end without a place for its rows.
+    pub(crate) fn open(folder: Option<&Path>) -> Result<Self, Box<dyn Error>> {
+        if let Some(folder) = folder {
+            std::fs::create_dir_all(folder).map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
+        }
+        Ok(Self { folder: folder.map(Path::to_owned) })
     }
 
-    /// Adds a measurement, and makes the page anew.
-    pub(crate) fn add(&self, section: Section) -> Result<(), Box<dyn Error>> {
-        for (at, chart) in section.charts.iter().enumerate() {
-            plot::png(chart, &section, &self.folder.join(format!("{}-{}.png", section.id, at + 1)))?;
+    /// Adds a measurement, if a report is wanted, and makes the page anew.
+    pub(crate) fn add(&self, section: impl FnOnce() -> Result<Section, Box<dyn Error>>) -> Result<(), Box<dyn Error>> {
+        match &self.folder {
+            Some(folder) => Self::put(folder, section()?),
+            None => Ok(()),
         }
-        std::fs::write(self.folder.join(format!("{}.json", section.id)), serde_json::to_vec_pretty(&section)?)?;
+    }
+
+    fn put(folder: &Path, section: Section) -> Result<(), Box<dyn Error>> {
+        for (at, chart) in section.charts.iter().enumerate() {
+            plot::png(chart, &section, &folder.join(format!("{}-{}.png", section.id, at + 1)))?;
+        }
+        std::fs::write(folder.join(format!("{}.json", section.id)), serde_json::to_vec_pretty(&section)?)?;
         let mut sections = Vec::new();
-        for entry in std::fs::read_dir(&self.folder)? {
+        for entry in std::fs::read_dir(folder)? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "json") {
                 let section: Section = serde_json::from_slice(&std::fs::read(&path)?)
@@ -72,7 +99,7 @@ impl Report {
             }
         }
         sections.sort_by(|a, b| a.id.cmp(&b.id));
-        let page = self.folder.join("index.html");
+        let page = folder.join("index.html");
         std::fs::write(&page, page::html(&sections)?)?;
         eprintln!("{} of {} is in {}", section.id, section.measured_on, page.display());
         Ok(())
@@ -100,10 +127,10 @@ mod tests {
             }],
             rows: vec![serde_json::json!({"senders": 1, "goodput_gb_per_s": best, "per_sender": [1, 2]})],
         };
-        let report = Report::open(folder.path()).unwrap();
-        report.add(section("first", 1.5)).unwrap();
-        report.add(section("second", 2.5)).unwrap();
-        report.add(section("first", 3.5)).unwrap();
+        let report = Report::open(Some(folder.path())).unwrap();
+        report.add(|| Ok(section("first", 1.5))).unwrap();
+        report.add(|| Ok(section("second", 2.5))).unwrap();
+        report.add(|| Ok(section("first", 3.5))).unwrap();
         let page = std::fs::read_to_string(folder.path().join("index.html")).unwrap();
         assert_eq!(page.matches("<svg").count(), 2);
         assert!(page.contains("title of first &lt;3.5&gt;") && page.contains("title of second &lt;2.5&gt;"));

@@ -4,6 +4,9 @@ mod bare;
 mod meeting;
 mod messages;
 
+use crate::collective::given;
+use crate::progress::Progress;
+use crate::report::{Chart, Report, Section, Series};
 use crate::sizes;
 use crate::statistics::{percentile, sorted};
 use clap::{Args, ValueEnum};
@@ -14,6 +17,7 @@ use meeting::Meeting;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// How long one step may take.
@@ -64,8 +68,11 @@ pub(crate) struct Options {
     #[command(flatten)]
     plan: Plan,
     /// One JSON object a line instead of the table
-    #[arg(long)]
+    #[arg(long, conflicts_with = "listen")]
     json: bool,
+    /// Adds plots to the page in this folder
+    #[arg(long, value_name = "DIR", conflicts_with = "listen")]
+    report: Option<PathBuf>,
 }
 
 /// What both ends do.
@@ -115,6 +122,11 @@ impl Plan {
         std::iter::successors(Some(self.min_bytes.next_multiple_of(8)), next)
     }
 
+    /// Paths by sizes.
+    fn steps(&self) -> usize {
+        self.path.len() * self.sizes().count()
+    }
+
     fn rounds(&self, bytes: usize) -> usize {
         (self.rounds * (64 << 10) / bytes).clamp(10, self.rounds.max(10))
     }
@@ -154,31 +166,35 @@ trait End {
 struct Row {
     title: &'static str,
     host: String,
+    wire: &'static str,
+    /// The two ends.
+    ranks: u32,
     device: String,
     path: Path,
+    dtype: &'static str,
     bytes: usize,
     rounds: usize,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Half of a round trip; null where `--only bandwidth` is measured.
     p50_us: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     p99_us: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Null where `--only latency` is measured.
     mb_per_s: Option<f64>,
 }
 
 /// Measures, with the other end in this process or elsewhere.
 pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     options.plan.check()?;
+    let report = Report::open(options.report.as_deref())?;
     if let Some(address) = options.listen {
         return told(Meeting::listen(address)?, attend);
     }
     if let Some(address) = &options.connect {
-        return told(Meeting::connect(address)?, |meeting| lead(meeting, options));
+        return told(Meeting::connect(address)?, |meeting| lead(meeting, options, &report));
     }
     let (first, second) = Meeting::within();
     std::thread::scope(|scope| {
         let other = scope.spawn(move || told(second, attend).map_err(|error| error.to_string()));
-        told(first, |meeting| lead(meeting, options))?;
+        told(first, |meeting| lead(meeting, options, &report))?;
         Ok(other.join().map_err(|_| "the other end panicked")??)
     })
 }
@@ -196,39 +212,73 @@ fn told(
 }
 
 /// The end that says what is measured, and prints.
-fn lead(meeting: &mut Meeting, options: &Options) -> Result<(), Box<dyn Error>> {
+fn lead(meeting: &mut Meeting, options: &Options, report: &Report) -> Result<(), Box<dyn Error>> {
     let plan = &options.plan;
+    let progress = Progress::start(plan.steps());
+    let (mut rows, mut device) = (Vec::new(), String::new());
     meeting.tell("plan", serde_json::to_string(plan)?.as_bytes())?;
     for (at, &path) in plan.path.iter().enumerate() {
         let mut end = open(path, plan, meeting)?;
+        device = end.device();
         if at == 0 && !options.json {
-            println!("RDMA verbs, {}: {}", title(&end.device()), end.device());
+            println!("RDMA verbs, {}: {device}", title(&device));
             println!("{:>16} {:>10} {:>8} {:>12} {:>12} {:>12}", "path", "bytes", "rounds", "p50 us", "p99 us", "MB/s");
         }
         for bytes in plan.sizes() {
+            progress.next(format!("{} of {bytes} bytes", given(&path)));
             let row = measure(&mut *end, path, plan, bytes, meeting)?;
-            if options.json {
-                println!("{}", serde_json::to_string(&row)?);
-            } else {
-                let text = |figure: Option<f64>| figure.map_or("-".to_owned(), |figure| format!("{figure:.1}"));
-                let name = path.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
-                let (p50, p99, rate) = (text(row.p50_us), text(row.p99_us), text(row.mb_per_s));
-                println!("{name:>16} {bytes:>10} {:>8} {p50:>12} {p99:>12} {rate:>12}", row.rounds);
-            }
+            print(&row, options.json)?;
+            rows.push(row);
         }
         meeting.swap(b"path over")?;
     }
     meeting.end();
+    report.add(|| section(&device, meeting.ends_here, &rows))
+}
+
+fn print(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
+    let text = |figure: Option<f64>| figure.map_or("-".to_owned(), |figure| format!("{figure:.1}"));
+    let (p50, p99, rate) = (text(row.p50_us), text(row.p99_us), text(row.mb_per_s));
+    match json {
+        true => println!("{}", serde_json::to_string(row)?),
+        false => {
+            println!("{:>16} {:>10} {:>8} {p50:>12} {p99:>12} {rate:>12}", given(&row.path), row.bytes, row.rounds)
+        }
+    }
     Ok(())
+}
+
+fn section(device: &str, ends_here: usize, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
+    let lines = |value: fn(&Row) -> Option<f64>| -> Vec<Series> {
+        let line = |path: Path| {
+            let mine = rows.iter().filter(|row| row.path == path);
+            let points = mine.filter_map(|row| Some((row.bytes as f64, value(row)?))).collect();
+            Series { name: given(&path), points }
+        };
+        Path::value_variants().iter().copied().map(line).collect()
+    };
+    let charts = vec![
+        Chart::by_bytes("Half of a round trip", "median, µs", lines(|row| row.p50_us)),
+        Chart::by_bytes("Half of the slowest round trips", "p99, µs", lines(|row| row.p99_us)),
+        Chart::by_bytes("Bandwidth, one direction", "MB/s", lines(|row| row.mb_per_s)),
+    ];
+    let between = if ends_here == 2 { "one process" } else { "two processes" };
+    let title = format!("RDMA verbs, {}: {device}, both ends in {between}", title(device));
+    Section::new(format!("verbs-{}", between.replace(' ', "-")), &title, charts, rows)
 }
 
 /// The other end.
 fn attend(meeting: &mut Meeting) -> Result<(), Box<dyn Error>> {
     let plan: Plan = serde_json::from_slice(&meeting.hear("plan")?)?;
     plan.check()?;
+    // Who leads from this process says how far both are.
+    let progress = (meeting.ends_here == 1).then(|| Progress::start(plan.steps()));
     for &path in &plan.path {
         let mut end = open(path, &plan, meeting)?;
         for bytes in plan.sizes() {
+            if let Some(progress) = &progress {
+                progress.next(format!("{} of {bytes} bytes", given(&path)));
+            }
             measure(&mut *end, path, &plan, bytes, meeting)?;
         }
         meeting.swap(b"path over")?;
@@ -273,7 +323,20 @@ fn measure(
         mb_per_s = Some((bytes * rounds) as f64 / seconds / 1e6);
     }
     let device = end.device();
-    Ok(Row { title: title(&device), host: meeting.host(), device, path, bytes, rounds, p50_us, p99_us, mb_per_s })
+    Ok(Row {
+        title: title(&device),
+        host: meeting.host(),
+        wire: "verbs",
+        ranks: 2,
+        device,
+        path,
+        dtype: "bytes",
+        bytes,
+        rounds,
+        p50_us,
+        p99_us,
+        mb_per_s,
+    })
 }
 
 /// What the figures are worth.
@@ -310,5 +373,42 @@ fn in_time(deadline: Instant, what: &str) -> Result<(), Box<dyn Error>> {
     match Instant::now() < deadline {
         true => Ok(()),
         false => Err(format!("{what}: nothing came within {PATIENCE:?}; see whether the other end still runs").into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(path: Path, bytes: usize, latency: Option<f64>, mb_per_s: Option<f64>) -> Row {
+        Row {
+            title: title("rxe0, port 1"),
+            host: "h".to_owned(),
+            wire: "verbs",
+            ranks: 2,
+            device: "rxe0, port 1".to_owned(),
+            path,
+            dtype: "bytes",
+            bytes,
+            rounds: 10,
+            p50_us: latency,
+            p99_us: latency.map(|us| 2.0 * us),
+            mb_per_s,
+        }
+    }
+
+    #[test]
+    fn rows_say_where_and_what_and_charts_show_what_was_measured() {
+        let rows = [row(Path::Write, 8, Some(1.5), None), row(Path::WriteWithImm, 8, Some(2.5), None)];
+        let told = serde_json::to_value(&rows[1]).unwrap();
+        let names = ["host", "wire", "ranks", "path", "dtype", "bytes", "p50_us", "p99_us", "mb_per_s"];
+        let expected = serde_json::json!(["h", "verbs", 2, "write-with-imm", "bytes", 8, 2.5, 5.0, null]);
+        assert_eq!(serde_json::json!(names.map(|name| told[name].clone())), expected);
+        let section = section("rxe0, port 1", 2, &rows).unwrap();
+        assert!(section.title.contains("soft-RoCE under emulation") && section.title.contains("in one process"));
+        let lines: Vec<_> = section.charts.iter().map(|chart| (chart.y.as_str(), chart.series.len())).collect();
+        assert_eq!(lines, [("median, µs", 2), ("p99, µs", 2)], "no bandwidth was measured");
+        let both = [row(Path::Message, 8, Some(1.5), Some(9.0))];
+        assert_eq!(super::section("mlx5_0", 1, &both).unwrap().charts.len(), 3);
     }
 }
