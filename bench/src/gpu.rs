@@ -6,7 +6,7 @@ mod row;
 use crate::progress::Progress;
 use crate::report::{Report, Section};
 use crate::statistics::sorted;
-use crate::{machine, sizes};
+use crate::{help, machine, sizes};
 use clap::Args;
 use gradwire_collectives::{
     Call, Collective, Communicator, DType, DeviceCall, DeviceKernels, Piece, Reduction, Settings,
@@ -27,13 +27,7 @@ const WARM_UP: usize = 3;
 type Failure = Box<dyn Error + Send + Sync>;
 
 #[derive(Args, Clone)]
-#[command(
-    after_help = "Rank i uses device i modulo the number of devices, so that one is enough. Before anything is timed the sums
-are checked. staged: the call over device memory; host: the same over pinned memory; copies: out of the device and back, bare.
-overlap = (host + copies) / staged: 1 where copies and wire wait for each other, up to 2 where neither does. lent (with --shm): what
-is longer than 4 MiB goes from device to device, as processes of one host do it by CUDA IPC; here all ranks are of one process.
-The second table is one device alone: bytes read and written a second by a copy, and by the kernel that sums two buffers into one."
-)]
+#[command(after_help = help::GPU)]
 pub(crate) struct Options {
     /// File of CUDA's driver, instead of libcuda.so.1
     #[arg(long, env = "GRADWIRE_CUDA_LIBRARY", value_name = "FILE")]
@@ -41,17 +35,17 @@ pub(crate) struct Options {
     /// File of NVRTC, instead of the system's libnvrtc.so
     #[arg(long, env = "GRADWIRE_NVRTC_LIBRARY", value_name = "FILE")]
     nvrtc: Option<PathBuf>,
-    /// How many ranks
+    /// Ranks, each a thread of this process, from 1 to 16
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
     ranks: u32,
-    /// Use the hosts' shared memory instead of TCP
+    /// Use shared memory instead of TCP over loopback, and measure from device to device too
     #[arg(long)]
     shm: bool,
-    /// Sizes of the buffer
-    #[arg(long, value_delimiter = ',', default_value = "64k,1m,16m,64m", value_parser = sizes::parse)]
+    /// Bytes of the buffer, float32, each size in turn, at least 4
+    #[arg(long, visible_alias = "bytes", value_delimiter = ',', default_value = "64k,1m,16m,64m", value_parser = sizes::parse)]
     sizes: Vec<usize>,
-    /// Timed calls a size
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    /// Timed calls of each way and size, up to 10000
+    #[arg(long, visible_alias = "rounds", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     calls: u16,
     /// One JSON object a line, for each way and size, instead of the tables
     #[arg(long)]
@@ -78,6 +72,9 @@ struct Bench {
 
 /// Measures and prints; nothing is measured without a driver.
 pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    if options.sizes.iter().any(|bytes| *bytes < 4) {
+        return Err("give --sizes of at least 4 bytes, one element".into());
+    }
     let report = Report::open(options.report.as_deref())?;
     let driver = Driver::load(options.library.as_deref())?;
     let taken = measured(options, driver)?;

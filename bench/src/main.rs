@@ -6,6 +6,7 @@ mod compare;
 mod echo;
 mod family;
 mod gpu;
+mod help;
 mod machine;
 mod many_to_one;
 mod memory;
@@ -21,23 +22,9 @@ mod verbs;
 use clap::{Parser, Subcommand};
 use collective::Operation;
 
-const EXAMPLES: &str = "Examples:
-  gradwire-bench all-reduce --ranks 4 --wire tcp --json > tcp.jsonl
-  gradwire-bench compare --ranks 2,4 --report out/report           (beside Gloo and MPI, from their wheels)
-  gradwire-bench many-to-one --senders 1..64                       (loopback)
-  sudo gradwire-bench many-to-one --senders 16 --shape 1gbit:64kb  (a switch with a small buffer)
-  gradwire-bench ps --against echo
-  gradwire-bench ps --sparse 1000000                               (rows of an embedding, by random ids)
-  gradwire-bench recovery                                          (what a copy costs a push)
-  gradwire-bench recovery --kills 50 --bytes 256k                  (servers killed while workers push ones)
-  gradwire-bench all-reduce --wire verbs --rank 0 --world-size 2 --store tcp://first.example:18610
-  gradwire-bench verbs                                             (where there is an RDMA device)
-  gradwire-bench gpu                                               (where there is a CUDA device)
-  gradwire-bench memory --report out/report                        (then open out/report/index.html)";
-
 /// Measures gradwire on this machine. Every result is verified before it is timed.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLES)]
+#[command(version, after_help = help::ALL)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -53,7 +40,7 @@ fn pace(text: &str) -> Result<f64, String> {
 
 #[derive(Subcommand)]
 enum Command {
-    /// All-reduce between processes of this host: nccl-tests' table, as for the collectives below
+    /// All-reduce: everybody gets the sum. Time and bandwidth by size, as of nccl-tests, as for the collectives below
     AllReduce(collective::Options),
     /// Reduce-scatter: rank i gets the sum of all i-th parts
     ReduceScatter(collective::Options),
@@ -69,13 +56,13 @@ enum Command {
     Gather(collective::Options),
     /// Scatter from rank 0
     Scatter(collective::Options),
-    /// Barrier
+    /// Barrier: nobody goes on before all have come
     Barrier(collective::Options),
-    /// Collectives beside MPICH, Open MPI, Intel MPI (from their wheels) and Gloo, in turns, each held to its bar
+    /// Collectives beside MPICH, Open MPI, Intel MPI, oneCCL (from their wheels) and Gloo, in turns, each held to its bar
     Compare(compare::Options),
     /// N processes push to one, with and without credit: goodput, fairness, loss and latency as N grows
     ManyToOne(many_to_one::Options),
-    /// Push, pull and push_pull of the parameter server
+    /// Push, pull and push_pull of the parameter server: dense, sparse, by several workers, beside a checkpoint
     Ps(ps::Options),
     /// What copies of tables cost, in turns with tables without; and what is left when servers are killed (--kills 50)
     Recovery(recovery::Options),
@@ -136,4 +123,35 @@ fn main() -> std::process::ExitCode {
 /// `1 sender`, `2 senders`.
 fn plural(count: u32, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    /// The words of a line that begins a run, without what explains it.
+    fn example(line: &str) -> Option<Vec<String>> {
+        let line = line.strip_prefix("  ")?;
+        let run = &line[line.find("gradwire-bench ")?..];
+        let run = run.split("  ").next()?.split(" > ").next()?;
+        Some(run.split_whitespace().map(str::to_owned).collect())
+    }
+
+    #[test]
+    fn every_command_has_examples_which_it_understands() {
+        let program = Arguments::command();
+        let shown = program.get_subcommands().filter(|command| !command.is_hide_set());
+        for command in shown.chain([&program]) {
+            let name = command.get_name();
+            let help = command.get_after_help().unwrap_or_else(|| panic!("{name} teaches nothing")).to_string();
+            let examples: Vec<_> = help.lines().filter_map(example).collect();
+            assert!(examples.len() >= 2, "{name}: {help}");
+            for words in examples {
+                if let Err(error) = Arguments::try_parse_from(&words) {
+                    panic!("{words:?}: {error}");
+                }
+            }
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
-use crate::{machine, sizes};
+use crate::{help, machine, sizes};
 use clap::Args;
 use gradwire_collectives::reduce::reduce_into;
 use gradwire_collectives::{DType, Reduction};
@@ -19,9 +19,10 @@ use std::time::Instant;
 const SAMPLE_BYTES: usize = 4 << 20;
 
 #[derive(Args)]
+#[command(after_help = help::MEMORY)]
 pub(crate) struct Options {
-    /// Bytes of each operand: 32k fits the first cache, 256m fits none
-    #[arg(long, value_delimiter = ',', default_value = "32k,1m,16m,256m", value_parser = sizes::parse)]
+    /// Bytes of each operand, each size in turn, multiples of 64: 32k fits the first cache, 256m fits none
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "32k,1m,16m,256m", value_parser = sizes::parse)]
     bytes: Vec<usize>,
     /// Samples of each kernel and size, taken in turns
     #[arg(long, default_value_t = 15)]

@@ -11,7 +11,7 @@ use crate::family::Family;
 use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
-use crate::{machine, plural, sizes};
+use crate::{help, machine, plural, sizes};
 use clap::{Args, ValueEnum};
 use gradwire_ps::{Checkpoints, Client, ClientSettings, DType, DenseTable, LocalServers, ServerSettings, TableOptions};
 use gradwire_transport::{Config, FileStore, Region, Store};
@@ -32,20 +32,21 @@ const WARM_UP: usize = 5;
 const EXACT: usize = 1 << 24;
 
 #[derive(Args)]
+#[command(after_help = help::PS)]
 pub(crate) struct Options {
-    /// Bytes of the table, float32
-    #[arg(long, value_delimiter = ',', default_value = "4k,64k,1m,16m,64m", value_parser = sizes::parse)]
+    /// Bytes of the table, float32, each size in turn: multiples of 4 up to 1g
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "4k,64k,1m,16m,64m", value_parser = sizes::parse)]
     bytes: Vec<usize>,
-    /// Servers, in one process of their own
+    /// Servers that the table is divided among, all in one process of their own
     #[arg(long, default_value_t = 1)]
     shards: u32,
     /// Which way bytes go
     #[arg(long, value_enum, default_value = "tcp")]
     wire: Way,
-    /// Calls of each kind and size; fewer of large ones, never under 10
+    /// Timed calls of each kind and size; fewer of those above 1 MiB, never under 10
     #[arg(long, default_value_t = 500)]
     rounds: usize,
-    /// Time push_pull by so many workers at once instead, in turns: 1,2,4,8
+    /// Time push_pull by so many workers at once instead, in turns: 1,2,4,8, each up to 64
     #[arg(long, value_delimiter = ',', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64), conflicts_with = "against")]
     workers: Vec<u32>,
     /// Time pushes to a state of --bytes in all instead, while a checkpoint of it is written and while none is, in turns
@@ -54,13 +55,13 @@ pub(crate) struct Options {
     /// Time pushes and pulls of a sparse table of so many rows instead, by random ids
     #[arg(long, value_name = "ROWS", value_parser = clap::value_parser!(u64).range(1..=1 << 32), conflicts_with_all = ["bytes", "against", "workers", "snapshot"])]
     sparse: Option<u64>,
-    /// Ids of a call, each number in turn, with --sparse
+    /// Ids of a call, each number in turn, with --sparse; their rows may be 1 GiB
     #[arg(long, value_delimiter = ',', default_value = "256,4096,65536", requires = "sparse", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     ids: Vec<u32>,
     /// Elements of a row, float32, with --sparse
     #[arg(long, default_value_t = 64, requires = "sparse", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
     dim: u32,
-    /// What is timed in turns with it
+    /// Also time this, in turns with ours [default: nothing]
     #[arg(long, value_enum)]
     against: Option<Against>,
     /// One JSON object a line instead of the table

@@ -8,7 +8,7 @@ pub(crate) use house::{PeerOptions, peer};
 use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
 use crate::statistics::{percentile, sorted};
-use crate::{machine, sizes};
+use crate::{help, machine, sizes};
 use clap::Args;
 use clap::builder::ArgPredicate;
 use gradwire_ps::{Client, DType, DenseTable, Recovery, TableOptions};
@@ -25,26 +25,27 @@ const OPERATIONS: [&str; 2] = ["push", "pull"];
 const WARM_UP: usize = 5;
 
 #[derive(Args)]
+#[command(after_help = help::RECOVERY)]
 pub(crate) struct Options {
-    /// Bytes of the table, float32, each size in turn; with --kills one size [default: 4k,64k,1m,16m; with --kills 4k]
-    #[arg(long, value_delimiter = ',', default_value = "4k,64k,1m,16m", default_value_if("kills", ArgPredicate::IsPresent, "4k"), hide_default_value = true, value_parser = sizes::parse)]
+    /// Bytes of the table, float32, each size in turn, multiples of 4 up to 1g; with --kills one size [default: 4k,64k,1m,16m; with --kills 4k]
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', default_value = "4k,64k,1m,16m", default_value_if("kills", ArgPredicate::IsPresent, "4k"), hide_default_value = true, value_parser = sizes::parse)]
     bytes: Vec<usize>,
-    /// Shards, each with copies in other processes
+    /// Shards, each with copies in other processes; from 1 to 16
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=16))]
     shards: u32,
-    /// Copies of each shard, and of servers one more: with --kills, all but one of them are killed at once
+    /// Copies of each shard, from 1 to 7, and of servers one more: with --kills, all but one of them are killed at once
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=7))]
     copies: u32,
-    /// Calls of each kind and size; fewer of large ones, never under 10
+    /// Timed calls of each kind and size; fewer of those above 1 MiB, never under 10
     #[arg(long, default_value_t = 300)]
     rounds: usize,
     /// Instead: kill servers so often while workers push ones, each time in new processes, and count what is there
     #[arg(long, value_name = "N", conflicts_with = "rounds", value_parser = clap::value_parser!(u32).range(1..))]
     kills: Option<u32>,
-    /// Workers that push meanwhile, with --kills
+    /// Workers that push meanwhile, from 1 to 16, with --kills
     #[arg(long, default_value_t = 3, requires = "kills", value_parser = clap::value_parser!(u32).range(1..=16))]
     workers: u32,
-    /// Pushes of each worker, with --kills
+    /// Pushes of each worker, at least 10, with --kills
     #[arg(long, default_value_t = 300, requires = "kills", value_parser = clap::value_parser!(u32).range(10..=1 << 20))]
     pushes: u32,
     /// Number that victims and moments are drawn from, with --kills: the same one draws the same again

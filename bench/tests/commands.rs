@@ -148,7 +148,7 @@ fn a_comparison_is_measured_over_both_wires_and_put_into_a_readme() {
 
 #[test]
 fn what_cannot_be_measured_is_refused_with_what_to_do() {
-    let cases: [(&[&str], &str); 13] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["many-to-one", "--senders", "99"], "give numbers from 1 to 64"),
         (&["many-to-one", "--wire", "shm", "--shape", "1gbit:64kb"], "use --wire tcp"),
         (&["many-to-one", "--wire", "shm", "--cc", "plain"], "use --wire tcp"),
@@ -156,6 +156,8 @@ fn what_cannot_be_measured_is_refused_with_what_to_do() {
         (&["ps", "--sparse", "1", "--rounds", "100"], "fewer rounds"),
         (&["compare", "--wires", "verbs"], "use --wires shm,tcp"),
         (&["memory", "--rounds", "0"], "at least one round"),
+        (&["ps", "--sparse", "9", "--ids", "1000000", "--dim", "65536"], "give fewer --ids"),
+        (&["gpu", "--sizes", "0"], "at least 4 bytes"),
         (&["memory", "--report", "/proc/no-folder"], "cannot make /proc/no-folder"),
         (&["ps", "--snapshot", "--rounds", "9"], "cannot be used with '--rounds"),
         (&["recovery", "--kills", "2", "--bytes", "4k,8k"], "give one size with --kills"),

@@ -6,6 +6,7 @@ mod work;
 pub(crate) use work::{Element, Load, Operation, Work};
 
 use crate::family::Family;
+use crate::help;
 use crate::machine;
 use crate::progress::{self, Progress};
 use crate::report::{Chart, Report, Section, Series};
@@ -72,8 +73,9 @@ impl Way {
 }
 
 #[derive(Args)]
+#[command(after_help = help::COLLECTIVE)]
 pub(crate) struct Options {
-    /// Processes; more than cores is slower, and says so of the machine
+    /// Processes of this host, one a rank; where they outnumber cores, they wait for each other's
     #[arg(long, default_value_t = 2)]
     ranks: u32,
     /// Which way bytes go
@@ -91,13 +93,13 @@ pub(crate) struct Options {
     /// Type of the elements
     #[arg(long, value_enum, default_value = "float32")]
     dtype: Element,
-    /// Smallest buffer, in bytes, as 4096, 64k or 1m: the largest that a rank has, as nccl-tests counts it
-    #[arg(long, default_value = "8", value_parser = sizes::parse)]
+    /// Smallest buffer, in bytes, as 4096, 64k or 1m; at least 4: the largest that a rank has, as nccl-tests counts it
+    #[arg(long, value_name = "SIZE", default_value = "8", value_parser = sizes::parse)]
     min_bytes: usize,
     /// Largest buffer, in bytes
-    #[arg(long, default_value = "64m", value_parser = sizes::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "64m", value_parser = sizes::parse)]
     max_bytes: usize,
-    /// Calls of each size; fewer of large ones, never under 10
+    /// Timed calls of each size; fewer of those above 256 KiB, never under 10
     #[arg(long, default_value_t = 1000)]
     rounds: usize,
     #[command(flatten)]
@@ -113,7 +115,8 @@ pub(crate) struct Options {
 /// Which algorithm is used.
 #[derive(Args, Clone, Debug)]
 struct ChoiceOptions {
-    /// Algorithms to use, as all_reduce:ring [default: what is expected to take the least]
+    /// Algorithms to use, as all_reduce:ring or broadcast:tree; one that the collective has not is refused with those that it
+    /// has [default: what is expected to take the least]
     #[arg(long, value_name = "COLLECTIVE:ALGORITHM", env = "GRADWIRE_ALGO")]
     algo: Option<String>,
     /// Sum in the order of the ranks, whatever the size

@@ -14,7 +14,7 @@ use crate::collective::{Element, Load, Operation, Way};
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::statistics::{percentile, sorted};
-use crate::{machine, sizes};
+use crate::{help, machine, sizes};
 use clap::Args;
 use crew::{Answer, Crew};
 use peer::{Layer, Peer, Place, Start};
@@ -29,29 +29,30 @@ use std::time::{Duration, Instant};
 use wheels::Wheels;
 
 #[derive(Args)]
+#[command(after_help = help::COMPARE)]
 pub(crate) struct Options {
-    /// Collectives
+    /// Collectives, each in turn, as all-reduce,all-gather
     #[arg(long, value_enum, value_delimiter = ',', default_value = "all-reduce")]
     operations: Vec<Operation>,
-    /// Ranks, each number in turn
+    /// Processes of this host, one a rank, from 2 to 64: each number in turn, as 2,4
     #[arg(long, value_delimiter = ',', default_value = "2", value_parser = clap::value_parser!(u32).range(2..=64))]
     ranks: Vec<u32>,
     /// Which way bytes go: the best there is on one host, or TCP alone
     #[arg(long, value_enum, value_delimiter = ',', default_value = "shm,tcp")]
     wires: Vec<Way>,
-    /// Where calls are made
+    /// Where calls are made: MPI is measured natively, Gloo through torch, and ours at both
     #[arg(long, value_enum, value_delimiter = ',', default_value = "native,torch")]
     layers: Vec<Layer>,
-    /// Leaves all other peers out
+    /// Only these peers, as mpich,gloo; ours is always measured [default: all]
     #[arg(long, value_enum, value_delimiter = ',')]
     peers: Vec<Peer>,
     /// Types of the elements
     #[arg(long, value_enum, value_delimiter = ',', default_value = "float32")]
     dtypes: Vec<Element>,
-    /// Sizes of the largest buffer, where elements are float32; others have as many elements
+    /// Bytes of the largest buffer that a rank has, as 8,4k,1m, where elements are float32; others have as many elements
     #[arg(long, value_delimiter = ',', default_value = "8,4k,64k,1m,16m,64m", value_parser = sizes::parse)]
     bytes: Vec<usize>,
-    /// Calls of each size; fewer of large ones, never under 10
+    /// Timed calls of each size and library; fewer of those above 512 KiB, and of who takes seconds for them
     #[arg(long, default_value_t = 200)]
     rounds: usize,
     /// Interpreter with pip, and with torch and gradwire for the layer torch [default: .venv/bin/python, else python3]
@@ -66,10 +67,10 @@ pub(crate) struct Options {
     /// Adds plots to the page in this folder
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
-    /// Rows that earlier runs told with --json, instead of measuring
+    /// Show rows that earlier runs told with --json, instead of measuring; of two alike the later one
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     from: Vec<PathBuf>,
-    /// Puts the table into this file, between its marks
+    /// Puts the table into this file, between its lines `<!-- compare: begin -->` and `<!-- compare: end -->`
     #[arg(long, value_name = "README")]
     update_readme: Option<PathBuf>,
 }

@@ -16,7 +16,7 @@ use crate::collective::Way;
 use crate::family::Family;
 use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
-use crate::{machine, plural, sizes};
+use crate::{help, machine, plural, sizes};
 use clap::Args;
 use row::{About, Cc, Row, Shape, Switch};
 use std::error::Error;
@@ -33,8 +33,9 @@ const MOST_BYTES: usize = 4 << 20;
 const MOST_SENDERS: u32 = 64;
 
 #[derive(Args)]
+#[command(after_help = help::MANY_TO_ONE)]
 pub(crate) struct Options {
-    /// How many send: 16, or several: 1,4,16, or 1..64 for the powers of two in between
+    /// How many processes send, from 1 to 64: 16, or several: 1,4,16, or 1..64 for the powers of two in between
     #[arg(long, default_value = "1..16", value_parser = counts)]
     senders: Counts,
     /// Which way bytes go
@@ -50,17 +51,17 @@ pub(crate) struct Options {
     /// How the network is kept from being overrun, several in turns: none,credit; and plain, sockets without this library
     #[arg(long, value_enum, value_delimiter = ',', default_value = "none,credit")]
     cc: Vec<Cc>,
-    /// Bytes of a push; 256 KiB is what the parameter server sends as one part
-    #[arg(long, default_value = "256k", value_parser = sizes::parse)]
+    /// Bytes of a push, from 32 to 4m; 256 KiB is what the parameter server sends as one part
+    #[arg(long, value_name = "SIZE", default_value = "256k", value_parser = sizes::parse)]
     bytes: usize,
-    /// Pushes that a sender has under way at once
+    /// Pushes that a sender has under way at once, from 1 to 64
     #[arg(long, default_value_t = 4)]
     depth: usize,
-    /// How long to measure each row
+    /// Seconds to measure each row, from 0.1 to 600
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
-    /// How long to push before measuring
-    #[arg(long, default_value_t = 1.0)]
+    /// Seconds to push before measuring, from 0 to 60
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     warm_up: f64,
     /// A line for each sender too
     #[arg(long)]

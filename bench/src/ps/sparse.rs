@@ -42,6 +42,8 @@ struct Row {
     goodput_gb_per_s: f64,
 }
 
+/// Values of a call.
+const MOST_BYTES: u64 = 1 << 30;
 const OPERATIONS: [&str; 2] = ["sparse_pull", "sparse_push"];
 
 /// Makes a table of so many rows on the servers at `addresses`, measures, and prints a line for each operation and number of ids.
@@ -52,6 +54,13 @@ pub(super) fn run(
     report: &Report,
 ) -> Result<(), Box<dyn Error>> {
     let &Options { json, wire, shards, dim, .. } = options;
+    let most = options.ids.iter().max().map_or(0, |ids| 4 * u64::from(dim) * u64::from(*ids));
+    if most > MOST_BYTES {
+        return Err(format!(
+            "a call would have {most} bytes, of at most {MOST_BYTES}: give fewer --ids, or a smaller --dim"
+        )
+        .into());
+    }
     let pushes: u64 = options.ids.iter().map(|ids| (rounds(options, *ids) + WARM_UP) as u64 * u64::from(*ids)).sum();
     if pushes > u64::from(u16::MAX) * table_rows / 2 {
         return Err("fewer rounds, please: some row would be pushed to more often than can be counted".into());

@@ -5,6 +5,7 @@ mod meeting;
 mod messages;
 
 use crate::collective::given;
+use crate::help;
 use crate::progress::Progress;
 use crate::report::{Chart, Report, Section, Series};
 use crate::sizes;
@@ -48,16 +49,7 @@ enum Figure {
 }
 
 #[derive(Args, Clone)]
-#[command(after_help = "Examples:
-  gradwire-bench verbs                                   both ends in one process, every path and size
-  gradwire-bench verbs --listen 0.0.0.0:18600            on one host, then on the other:
-  gradwire-bench verbs --connect first.example:18600 --path message --json
-  scripts/softroce-vm -- target/release/gradwire-bench verbs --max-bytes 65536    without RDMA hardware
-
-Each end opens the device that fits (GRADWIRE_IB_HCA and GRADWIRE_IB_GID_INDEX choose another; GRADWIRE_IB_TIMEOUT
-waits longer for answers). Half round trips are in
-microseconds; 1 MB is 10^6 bytes. Over a soft-RoCE device (rxe) the figures are of function and ratios: lay them beside
-perftest in the same boot, as bench/peers/verbs_vs_perftest.py does.")]
+#[command(after_help = help::VERBS)]
 pub(crate) struct Options {
     /// Wait here for the other end, which says what is measured
     #[arg(long, value_name = "ADDRESS:PORT", conflicts_with = "connect")]
@@ -78,25 +70,25 @@ pub(crate) struct Options {
 /// What both ends do.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 struct Plan {
-    /// Only these paths
+    /// Only these paths, as message,group
     #[arg(long, value_enum, value_delimiter = ',', default_values = ["write", "write-with-imm", "message"])]
     path: Vec<Path>,
-    /// Only this figure
+    /// Only this figure [default: both]
     #[arg(long, value_enum)]
     only: Option<Figure>,
-    /// Smallest message, in bytes
-    #[arg(long, default_value = "8", value_parser = sizes::parse)]
+    /// Smallest message, in bytes, at least 8
+    #[arg(long, value_name = "SIZE", default_value = "8", value_parser = sizes::parse)]
     min_bytes: usize,
-    /// Largest message, in bytes
-    #[arg(long, default_value = "8m", value_parser = sizes::parse)]
+    /// Largest message, in bytes, at most 8m
+    #[arg(long, value_name = "SIZE", default_value = "8m", value_parser = sizes::parse)]
     max_bytes: usize,
     /// Factor from one size to the next
     #[arg(long, default_value_t = 4)]
     step: usize,
-    /// Messages of each size; fewer of those above 64 KiB, never under 10
+    /// Timed messages of each size; fewer of those above 64 KiB, never under 10
     #[arg(long, default_value_t = 1000)]
     rounds: usize,
-    /// Messages under way at once for bandwidth [default: 4 MiB worth, from 2 to 64]
+    /// Messages under way at once for bandwidth, from 1 to 64 [default: 4 MiB worth, from 2 to 64]
     #[arg(long)]
     in_flight: Option<usize>,
     /// Empty polls before a sleep; bare latency always polls [default: 2000 with a core for each end, else 20]
