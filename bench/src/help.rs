@@ -50,9 +50,10 @@ pub(crate) const MANY_TO_ONE: &str = "Examples:
   sudo gradwire-bench many-to-one --senders 16,64 --shape 1gbit:64kb --report out/report
 
 Each sender keeps --depth pushes under way. Goodput is payload a second that came to the receiver, of all senders. Each push has stamps
-that the receiver looks at; the first and the last of each sender are compared byte by byte. Jain's index of fairness is 1 where all senders get as much, 1/N where one gets all. p50 and p99 are of a push, from its send to the receiver's
-answer. `of link`, `dropped` and `queue` are of the link that --shape makes: what of its rate payload filled, packets that the
-switch dropped, bytes in its buffer. `not ready` counts messages that an RDMA device refused as no receive was posted.";
+that the receiver looks at; the first and the last of each sender are compared byte by byte. Jain's index of fairness is 1 where all
+senders get as much, 1/N where one gets all. p50 and p99 are of a push, from its send to the receiver's answer. `of link`, `dropped` and
+`queue` are of the link that --shape makes: what of its rate payload filled, packets that the switch dropped, bytes in its buffer. `not
+ready` counts messages that an RDMA device refused as no receive was posted.";
 
 pub(crate) const PS: &str = "Examples:
   gradwire-bench ps                                        push, pull and push_pull, 4 KiB to 64 MiB, over loopback

@@ -5,7 +5,7 @@
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// Each command that runs on any machine, in each of its modes.
 const RUNS: [&str; 18] = [
@@ -21,13 +21,13 @@ const RUNS: [&str; 18] = [
     // Gloo has no native calls: gradwire is alone, which needs no wheels.
     "compare --layers native --peers gloo --wires tcp --bytes 8,4k --rounds 10",
     "many-to-one --senders 1,2 --cc credit --bytes 50000 --seconds 0.3 --warm-up 0.1",
-    "ps --bytes 4k,64k --rounds 10 --against echo",
+    "ps --bytes 4k,64k --rounds 50 --against echo",
     "ps --workers 1,2 --bytes 4k --rounds 10",
     "ps --snapshot --bytes 64k",
     "ps --sparse 3000 --ids 20,200 --dim 4 --rounds 10",
-    "recovery --bytes 4k --rounds 10",
+    "recovery --bytes 4k --rounds 50",
     "recovery --kills 2 --bytes 4k --pushes 20",
-    "memory --bytes 4k --rounds 3",
+    "memory --bytes 4k --rounds 20",
 ];
 
 /// Commands that need a device: tests/gpu.rs runs the one with a double of CUDA's driver, and src/verbs has its row.
@@ -132,4 +132,33 @@ fn without_an_rdma_device_it_says_so() {
         assert!(output.stdout.is_empty() && heard.contains("error: "), "{heard}");
         assert!(heard.contains("RDMA device") || heard.contains("libibverbs"), "{heard}");
     }
+}
+
+#[test]
+fn ranks_that_are_started_apart_leave_one_report_that_of_the_first() {
+    let (folder, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (first, store) = (folder.path().join("0"), format!("file://{}", store.path().display()));
+    let start = |rank: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gradwire-bench"));
+        command.args([
+            "all-reduce",
+            "--wire",
+            "tcp",
+            "--max-bytes",
+            "32",
+            "--rounds",
+            "10",
+            "--json",
+            "--world-size",
+            "2",
+        ]);
+        command.args(["--store", &store, "--rank", rank, "--report"]).arg(folder.path().join(rank));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let [one, other] = [start("0"), start("1")].map(|child| child.wait_with_output().unwrap());
+    assert!(one.status.success() && other.status.success(), "{}{}", text(&one.stderr), text(&other.stderr));
+    assert_eq!((text(&one.stdout).lines().count(), text(&other.stdout).as_str()), (2, ""));
+    let page = std::fs::read_to_string(first.join("index.html")).unwrap();
+    assert!(page.contains("all_reduce of float32, 2 ranks by TCP") && page.contains("<svg"), "{page}");
+    assert!(first.join("all-reduce-tcp-2-1.png").exists() && !folder.path().join("1").join("index.html").exists());
 }

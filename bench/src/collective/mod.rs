@@ -88,7 +88,7 @@ pub(crate) struct Options {
     #[arg(long, requires = "store")]
     world_size: Option<u32>,
     /// Where the ranks meet: tcp://HOST:PORT (rank 0 serves it), file:///FOLDER, or env:// (torchrun, mpirun, srun)
-    #[arg(long, value_name = "URL", conflicts_with_all = ["ranks", "report"])]
+    #[arg(long, value_name = "URL", conflicts_with = "ranks")]
     store: Option<String>,
     /// Type of the elements
     #[arg(long, value_enum, default_value = "float32")]
@@ -107,7 +107,7 @@ pub(crate) struct Options {
     /// One JSON object a line instead of the table
     #[arg(long)]
     json: bool,
-    /// Adds plots to the page in this folder
+    /// Adds plots to the page in this folder; of several hosts, that of rank 0
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
 }
@@ -155,7 +155,7 @@ pub(crate) struct RankOptions {
 }
 
 /// One row of the table.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct Row {
     operation: Operation,
     host: String,
@@ -175,10 +175,10 @@ pub(crate) fn run(operation: Operation, options: &Options) -> Result<(), Box<dyn
     if options.ranks == 0 || options.min_bytes < 4 || options.min_bytes > options.max_bytes {
         return Err("give at least one rank, and 4 <= --min-bytes <= --max-bytes".into());
     }
-    if let Some(store) = &options.store {
-        return one(operation, options, store);
-    }
     let report = Report::open(options.report.as_deref())?;
+    if let Some(store) = &options.store {
+        return one(operation, options, store, &report);
+    }
     let folder = tempfile::Builder::new().prefix("gradwire-bench-").tempdir()?;
     let mut family = Family::default();
     let mut told = None;
@@ -248,8 +248,8 @@ fn tell(row: &Row, json: bool) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// One rank, for a person or a launcher that starts the others; rank 0 prints.
-fn one(operation: Operation, options: &Options, store: &str) -> Result<(), Box<dyn Error>> {
+/// One rank, for a person or a launcher that starts the others; rank 0 prints and reports.
+fn one(operation: Operation, options: &Options, store: &str, report: &Report) -> Result<(), Box<dyn Error>> {
     let rank = RankOptions {
         operation,
         dtype: options.dtype,
@@ -262,13 +262,21 @@ fn one(operation: Operation, options: &Options, store: &str) -> Result<(), Box<d
         rounds: options.rounds,
         choice: options.choice.clone(),
     };
-    let mut began = options.json;
+    let title = |row: &Row| format!("{}, {} ranks by {}", what(operation, options), row.ranks, options.wire.title());
+    let mut rows: Vec<Row> = Vec::new();
     take_part(&rank, &mut |row| {
-        if !std::mem::replace(&mut began, true) {
-            head(&format!("{}, {} ranks by {}", what(operation, options), row.ranks, options.wire.title()));
+        if rows.is_empty() && !options.json {
+            head(&title(row));
         }
-        tell(row, options.json)
-    })
+        tell(row, options.json)?;
+        rows.push(row.clone());
+        Ok(())
+    })?;
+    match rows.first() {
+        Some(first) => report.add(|| section(operation, options, &title(first), &rows)),
+        // Another rank tells.
+        None => Ok(()),
+    }
 }
 
 fn section(operation: Operation, options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {
@@ -278,7 +286,8 @@ fn section(operation: Operation, options: &Options, title: &str, rows: &[Row]) -
         points: rows.iter().map(|row| (place(row), value(row))).collect(),
     };
     let dtype = if options.dtype == Element::Float32 { String::new() } else { format!("{}-", given(&options.dtype)) };
-    let id = format!("{}-{dtype}{}-{}", given(&operation), options.wire.name(), options.ranks);
+    let ranks = rows.first().map_or(options.ranks, |row| row.ranks);
+    let id = format!("{}-{dtype}{}-{ranks}", given(&operation), options.wire.name());
     let times = vec![line("p50", |row| row.p50_us), line("p99", |row| row.p99_us)];
     let (title_of_times, y) = ("Time of a call".to_owned(), "µs".to_owned());
     let charts = match operation {
