@@ -154,6 +154,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
             rows.push(row);
         }
     }
+    drop(progress);
     report.add(|| section(title, &rows))
 }
 

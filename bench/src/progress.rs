@@ -50,8 +50,8 @@ impl Progress {
     /// A run of so many steps.
     pub(crate) fn start(steps: usize) -> Self {
         let pace = Some(pace()).filter(|pace| *pace > 0.0).map(Duration::from_secs_f64);
-        // Where nobody listens any more, the run still counts.
-        Self::saying(steps, pace, |line| drop(writeln!(std::io::stderr(), "{line}")))
+        // In one write, so that it comes between the lines of others; where nobody listens any more, the run still counts.
+        Self::saying(steps, pace, |line| drop(std::io::stderr().write_all(format!("{line}\n").as_bytes())))
     }
 
     fn saying(steps: usize, pace: Option<Duration>, say: impl Fn(&str) + Send + 'static) -> Self {

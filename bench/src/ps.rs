@@ -206,6 +206,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         plain.as_mut().map_or(Ok(()), Table::check)?;
     }
     client.close();
+    drop(progress);
     report.add(|| section(options, &title, &rows))
 }
 

@@ -118,6 +118,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         }
         tables.iter_mut().try_for_each(Ones::check)?;
     }
+    drop(progress);
     report.add(|| section(options, &title, &rows))
 }
 

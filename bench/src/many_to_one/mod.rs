@@ -169,6 +169,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     if !options.json && options.shape.is_none() {
         row::judge(&rows).iter().for_each(|verdict| println!("{verdict}"));
     }
+    drop(progress);
     report.add(|| section(options, &title, &rows))
 }
 

@@ -85,6 +85,7 @@ pub(super) fn run(
         }
         rows.push(row);
     }
+    drop(progress);
     report.add(|| section(options, &title, &rows))
 }
 

@@ -91,6 +91,7 @@ pub(super) fn run(
         table.pull()?;
     }
     client.close();
+    drop(progress);
     report.add(|| section(options, &title, &rows))
 }
 

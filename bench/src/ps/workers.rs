@@ -97,6 +97,7 @@ pub(super) fn run(addresses: &[String], options: &Options, report: &Report) -> R
             rows.push(row);
         }
     }
+    drop(progress);
     report.add(|| section(options, &title, &rows))
 }
 

@@ -225,6 +225,7 @@ fn lead(meeting: &mut Meeting, options: &Options, report: &Report) -> Result<(),
         meeting.swap(b"path over")?;
     }
     meeting.end();
+    drop(progress);
     report.add(|| section(&device, meeting.ends_here, &rows))
 }
 
