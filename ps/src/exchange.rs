@@ -6,9 +6,9 @@ use crate::state::{Builder, Image};
 use crate::storage::{Storage, is_bucket};
 use crate::tensors::{Source, Tensor, header, metadata, shard_of_file, tensors};
 use crate::{PsError, dial};
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -88,8 +88,10 @@ pub fn import_checkpoint(file: &Path, folder: &Path, memory_bytes: u64) -> Resul
 
 /// Writes all of a file, or none of it; how many bytes.
 fn write(file: &Path, head: &[u8], tensors: &[(String, Tensor<'_>)]) -> io::Result<u64> {
-    // Beside the file first.
-    let mut beside = tempfile::NamedTempFile::new_in(file.parent().unwrap_or_else(|| Path::new(".")))?;
+    // Beside the file first, for whoever may read what this process writes.
+    let mut beside = tempfile::Builder::new()
+        .permissions(Permissions::from_mode(0o666))
+        .tempfile_in(file.parent().unwrap_or_else(|| Path::new(".")))?;
     beside.write_all(head)?;
     for piece in tensors.iter().flat_map(|(_, tensor)| tensor.pieces()) {
         beside.write_all(&piece)?;

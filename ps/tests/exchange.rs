@@ -9,6 +9,7 @@ use gradwire_ps::{
 use gradwire_transport::{Region, RegionSlice};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize, serialize_to_file};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -102,6 +103,10 @@ fn a_checkpoint_goes_out_and_comes_in_at_any_number_of_shards_with_the_same_bits
     let [folder, other, file, again] =
         ["one", "two", "a.safetensors", "b.safetensors"].map(|name| home.path().join(name));
     let (name, [half, whole, _]) = exported(&folder, &file);
+    // Whoever may read what this process writes may read it.
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode();
+    std::fs::write(&again, "").unwrap();
+    assert_eq!(mode(&file), mode(&again));
     let bytes = std::fs::read(&file).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let (square, rows) = ([3, ELEMENTS / 3], IDS as usize);
