@@ -1,5 +1,6 @@
 //! Does: the plainest peer there is: bytes over one TCP connection and bytes back, blocking, without any protocol but two lengths.
 
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
@@ -12,6 +13,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 
 /// Serves whoever connects, one after the other, for as long as the process lives.
 pub(crate) fn serve(listener: &TcpListener) -> io::Result<()> {
+    choose(&SockRef::from(listener));
     loop {
         let (stream, _) = listener.accept()?;
         // Whoever leaves ends its own connection only.
@@ -47,7 +49,10 @@ pub(crate) struct Echo(TcpStream);
 impl Echo {
     /// Connects.
     pub(crate) fn connect(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        choose(&socket);
+        socket.connect(&address.into())?;
+        let stream = TcpStream::from(socket);
         tune(&stream)?;
         Ok(Self(stream))
     }
@@ -67,14 +72,17 @@ impl Echo {
     }
 }
 
+/// As the wires choose it, and as early: a connection that began with bbr would stay paced. A kernel without it has another, and
+/// so have they.
+fn choose(socket: &Socket) {
+    let _ = socket.set_tcp_congestion(b"cubic");
+}
+
 fn tune(stream: &TcpStream) -> io::Result<()> {
-    let socket = socket2::SockRef::from(stream);
+    let socket = SockRef::from(stream);
     socket.set_tcp_nodelay(true)?;
     socket.set_send_buffer_size(BUFFER_BYTES)?;
-    socket.set_recv_buffer_size(BUFFER_BYTES)?;
-    // As the wires choose it; a kernel without it has another, and so have they.
-    let _ = socket.set_tcp_congestion(b"cubic");
-    Ok(())
+    socket.set_recv_buffer_size(BUFFER_BYTES)
 }
 
 #[cfg(test)]
