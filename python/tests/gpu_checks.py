@@ -16,6 +16,8 @@ import torch.multiprocessing as processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradwire.torch import EmbeddingBag
+
 RANKS = 2
 LENGTHS = [0, 1, 1000, 3_000_001]
 
@@ -134,6 +136,24 @@ def check_parameter_server(device: torch.device) -> None:
         assert torch.equal(out.cpu(), torch.ones(100_003))
 
 
+def check_embeddings(device: torch.device) -> None:
+    """The same lookups, and gradients, as PyTorch's own bag has on the GPU."""
+    with gradwire.LocalCluster(2) as cluster, cluster.connect() as client:
+        bag = EmbeddingBag(None, 16, client, name="bag", mode="sum", initializer=gradwire.Uniform())
+        first = torch.from_numpy(bag.table.pull(range(1000)))
+        theirs = nn.EmbeddingBag.from_pretrained(first.to(device), freeze=False, mode="sum")
+        ids = torch.randint(0, 1000, (64, 20), device=device)
+        bag.prefetch(ids)
+        pooled = bag(ids)
+        assert pooled.device == ids.device
+        torch.testing.assert_close(pooled, theirs(ids))
+        pooled.sum().backward()
+        theirs(ids).sum().backward()
+        bag.synchronize()
+        gained = torch.from_numpy(bag.table.pull(range(1000))) - first
+        torch.testing.assert_close(gained, theirs.weight.grad.cpu(), rtol=1e-4, atol=1e-4)
+
+
 def rank_main(rank: int, folder: str) -> None:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -150,6 +170,7 @@ def rank_main(rank: int, folder: str) -> None:
         ("streams, without a wait of the host", lambda: check_streams(rank, device)),
         ("DDP", lambda: check_ddp(rank, device)),
         ("parameter server", lambda: check_parameter_server(device)),
+        ("embeddings", lambda: check_embeddings(device)),
     ]
     for name, step in steps:
         step()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_ps import on_workers
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwire
 from gradwire.torch import EmbeddingBag, EmbeddingCollection, EmbeddingConfig
@@ -258,6 +260,71 @@ def test_batches_are_prefetched_in_order_and_no_more_than_permitted():
             bag(three)
         bag.synchronize()
         assert bag.table.pull([1, 2, 3])[:, 0].tolist() == [1, 2, 1]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device. What it holds can be had by a copy to the CPU only: all else that mixes the two is
+    refused, as by a GPU. (`meta` is the one device whose backward needs no driver.)"""
+
+    @staticmethod
+    def __new__(cls, held):
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device="meta")
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        moves = func is torch.ops.aten._to_copy.default
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        inside = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
+        mixed = any(isinstance(leaf, cls) for leaf in inside) and not all(isinstance(leaf, cls) for leaf in inside)
+        assert not mixed, f"{func} of tensors on two devices"
+        target = kwargs.get("device") or torch.device("meta")
+        leaves = [leaf.held if isinstance(leaf, cls) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        out = func(*args, **kwargs)
+        if moves and target.type == "cpu":
+            return out
+        return pytree.tree_map_only(torch.Tensor, cls, out)
+
+
+class Away(TorchDispatchMode):
+    """Has copies to that device be tensors on it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and device is not None and device.type == "meta":
+            return Elsewhere(args[0].clone())
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_embeddings_are_on_the_device_of_their_ids_and_their_gradients_come_home(prefetched):
+    with gradwire.LocalCluster(servers=2) as cluster, cluster.connect() as client:
+        bag = EmbeddingBag(None, 3, client, name="bag", mode="sum", initializer=gradwire.Uniform())
+        collection = EmbeddingCollection([EmbeddingConfig("things", 4, ["seen"])], client, initializer=gradwire.Uniform())
+        held, offsets = torch.tensor([5, 9, 5, 7, 5]), torch.tensor([0, 2])
+        ids = Elsewhere(held)
+        firsts = [torch.from_numpy(table.pull(range(10))) for table in (bag.table, collection._tables[0].table)]
+        with Away():
+            if prefetched:
+                bag.prefetch(ids)
+                collection.prefetch({"seen": ids})
+            pooled, seen = bag(ids, Elsewhere(offsets)), collection({"seen": ids})["seen"]
+            assert isinstance(pooled, Elsewhere) and isinstance(seen, Elsewhere)
+            torch.testing.assert_close(pooled.held, nn.functional.embedding_bag(held, firsts[0], offsets, mode="sum"))
+            torch.testing.assert_close(seen.held, firsts[1][held])
+            (pooled.sum() + 2 * seen.sum()).backward()
+        bag.synchronize()
+        collection.synchronize()
+        times = torch.bincount(held, minlength=10)[:, None]
+        torch.testing.assert_close(torch.from_numpy(bag.table.pull(range(10))) - firsts[0], times.expand(10, 3).float())
+        gained = torch.from_numpy(collection._tables[0].table.pull(range(10))) - firsts[1]
+        torch.testing.assert_close(gained, 2.0 * times.expand(10, 4))
 
 
 class Jagged:

@@ -21,10 +21,12 @@ _MOST_PUSHES = 64
 
 @dataclass
 class _Batch:
-    """The different ids of a batch, where in the batch each lies, and their rows under way."""
+    """The different ids of a batch and where in the batch each lies, on its device; the same ids in the host, and their rows there,
+    which are under way."""
 
     ids: Tensor
     places: Tensor
+    keys: Tensor
     rows: Tensor
     work: PsWork
 
@@ -42,12 +44,12 @@ class _Rows:
         self._dtype = getattr(torch, table.dtype)
 
     def start(self, ids: Tensor) -> _Batch:
-        """Starts to pull the rows of a batch."""
-        if ids.device.type != "cpu":
-            raise ValueError(f"ids are on {ids.device}, and the servers are reached from host memory: pass `.cpu()`")
+        """Starts to pull the rows of a batch, whose ids are counted on its own device: only the different ones travel."""
         different, places = torch.unique(ids.reshape(-1).to(torch.int64), return_inverse=True)
-        rows = torch.empty((different.numel(), self.table.dim), dtype=self._dtype)
-        return _Batch(different, places, rows, self.table.pull_async(different, rows))
+        keys = different.to("cpu")
+        # A copy from pinned memory does not hold the host up.
+        rows = torch.empty((keys.numel(), self.table.dim), dtype=self._dtype, pin_memory=ids.is_cuda)
+        return _Batch(different, places, keys, rows, self.table.pull_async(keys, rows))
 
     def prefetch(self, ids: Tensor) -> None:
         if not self._permits.acquire(timeout=self._timeout_s):
@@ -70,15 +72,16 @@ class _Rows:
         except BaseException:
             self._release(permit)
             raise
+        rows = batch.rows.to(ids.device, non_blocking=True)
         if not torch.is_grad_enabled():
             self._release(permit)
-            return batch.rows, batch.places
-        rows = batch.rows.requires_grad_()
+            return rows, batch.places
+        rows.requires_grad_()
 
         def push(leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             self._release(permit)
-            self._pushes.append(self.table.push_async(batch.ids, gradient.contiguous()))
+            self._pushes.append(self.table.push_async(batch.keys, gradient.to("cpu").contiguous()))
             # Those that have ended are looked at, and beyond a bound the oldest is waited for, so that none is forgotten.
             while self._pushes[0].is_done() or len(self._pushes) > _MOST_PUSHES:
                 self._pushes.popleft().wait()
@@ -119,6 +122,9 @@ class EmbeddingBag(nn.Module):
     The module has no parameters: the servers hold the rows, and their optimizer. Forward pulls the rows of its ids, backward
     pushes their gradients as soon as they are there; `synchronize()` waits until the servers have counted them. On a table
     with `workers` each forward under grad must be followed by its backward, on every worker.
+
+    What it gives is on the device of the ids. The servers are reached from host memory: of ids on another device the host waits for
+    the different ones, and in backward for the gradient of their rows.
 
     Args:
         num_embeddings: most rows over all servers; None: as many as come.
