@@ -135,7 +135,7 @@ def kernels(readme, quick):
 
 
 def many_to_one(readme, quick):
-    senders = ["--senders", "2,16" if quick else "2,4,8,16,32,64", "--seconds", "1" if quick else "3"]
+    senders = ["--senders", "2,16" if quick else "2,4,8,16,32,64", "--seconds", "1" if quick else "3", "--source", "64m"]
     lines = {}
     for wire, ways in [("tcp", "none,credit,plain"), ("shm", "none")]:
         for row in rows_of(BENCH, "many-to-one", "--wire", wire, "--cc", ways, *senders):
@@ -143,8 +143,8 @@ def many_to_one(readme, quick):
             lines.setdefault(row["senders"], {})[f"{wire} {row['cc']}"] = cell
     wanted = [("TCP", "tcp none"), ("TCP, credit", "tcp credit"), ("plain sockets", "tcp plain"), ("shared memory", "shm none")]
     body = (
-        "Many to one over loopback, pushes of 256 KiB, four under way a sender: goodput of all, Jain's index, 99th percentile of "
-        f"a push. Plain sockets are one reading thread without this library. {machine()}.\n\n"
+        "Many to one over loopback, pushes of 256 KiB, four under way a sender, from 64 MiB of all senders together: goodput of all, "
+        f"Jain's index, 99th percentile of a push. Plain sockets are one reading thread without this library. {machine()}.\n\n"
     )
     cells = [[str(count), *(line.get(key, "–") for _, key in wanted)] for count, line in sorted(lines.items())]
     write(readme, "many-to-one", body + table(["senders", *(name for name, _ in wanted)], cells))

@@ -47,6 +47,7 @@ pub(crate) const MANY_TO_ONE: &str = "Examples:
   gradwire-bench many-to-one                                         1, 2, 4, 8 and 16 senders over loopback, with and without credit
   gradwire-bench many-to-one --senders 1..64 --cc none,credit,plain  also beside plain sockets: what the machine itself can do
   gradwire-bench many-to-one --wire shm --senders 4 --each           in shared memory, a line for each sender too
+  gradwire-bench many-to-one --senders 2..64 --source 64m            few senders read as much memory as many do, not a cache
   sudo gradwire-bench many-to-one --senders 16,64 --shape 1gbit:64kb --report out/report
 
 Each sender keeps --depth pushes under way. Goodput is payload a second that came to the receiver, of all senders. Each push has stamps

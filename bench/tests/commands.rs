@@ -27,7 +27,7 @@ fn many_to_one_counts_every_sender_over_both_wires_and_draws_it() {
     for wire in ["tcp", "shm"] {
         let short = ["--senders", "1,3", "--bytes", "50000", "--seconds", "0.5", "--warm-up", "0.1", "--wire", wire];
         let cc = ["--cc", if wire == "tcp" { "none,credit,plain" } else { "none" }];
-        let report = ["--report", folder.path().to_str().unwrap()];
+        let report = ["--report", folder.path().to_str().unwrap(), "--source", "600k"];
         let rows = rows(&[&["many-to-one"][..], &short, &cc, &report].concat());
         let runs: Vec<_> =
             rows.iter().map(|row| (row["senders"].as_u64().unwrap(), row["cc"].as_str().unwrap())).collect();
@@ -35,6 +35,8 @@ fn many_to_one_counts_every_sender_over_both_wires_and_draws_it() {
         assert_eq!(runs, all.filter(|run| wire == "tcp" || run.1 == "none").collect::<Vec<_>>());
         for row in &rows {
             positive(row, &["goodput_gb_per_s", "jain", "p50_us", "p99_us", "pushes", "seconds"]);
+            // One sender has twelve buffers, each of three has four, as many pushes as it may have under way.
+            assert_eq!(row["source_bytes"], 600_000);
             let each = row["per_sender"].as_array().unwrap();
             assert_eq!(each.len() as u64, row["senders"].as_u64().unwrap());
             // A busy machine may leave one of them out of so short a time, but not all.
@@ -148,8 +150,9 @@ fn a_comparison_is_measured_over_both_wires_and_put_into_a_readme() {
 
 #[test]
 fn what_cannot_be_measured_is_refused_with_what_to_do() {
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["many-to-one", "--senders", "99"], "give numbers from 1 to 64"),
+        (&["many-to-one", "--source", "5g"], "give --source <= 4294967296"),
         (&["many-to-one", "--wire", "shm", "--shape", "1gbit:64kb"], "use --wire tcp"),
         (&["many-to-one", "--wire", "shm", "--cc", "plain"], "use --wire tcp"),
         (&["ps", "--bytes", "3"], "multiples of 4"),

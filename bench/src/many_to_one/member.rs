@@ -50,6 +50,9 @@ pub(crate) struct MemberOptions {
     pub(super) bytes: usize,
     #[arg(long)]
     pub(super) depth: usize,
+    /// Buffers that a sender pushes from, in turns
+    #[arg(long)]
+    pub(super) buffers: usize,
     #[arg(long)]
     pub(super) seconds: f64,
     #[arg(long)]

@@ -31,6 +31,7 @@ const NETNS_CLUSTER: &str = include_str!("../../../scripts/netns-cluster");
 /// Longest push: what one message by loan may hold.
 const MOST_BYTES: usize = 4 << 20;
 const MOST_SENDERS: u32 = 64;
+const MOST_SOURCE: usize = 4 << 30;
 
 #[derive(Args)]
 #[command(after_help = help::MANY_TO_ONE)]
@@ -57,6 +58,11 @@ pub(crate) struct Options {
     /// Pushes that a sender has under way at once, from 1 to 64
     #[arg(long, default_value_t = 4)]
     depth: usize,
+    /// Memory that all senders together push from, each from its share of it in turns, up to 4 GiB: the same for every number of
+    /// senders, so that few do not push from caches that are too small for many. By default a sender has a buffer for each push
+    /// that it may have under way
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = sizes::parse)]
+    source: usize,
     /// Seconds to measure each row, from 0.1 to 600
     #[arg(long, default_value_t = 3.0)]
     seconds: f64,
@@ -128,6 +134,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         )
         .into());
     }
+    if options.source > MOST_SOURCE {
+        return Err(format!("give --source <= {MOST_SOURCE}").into());
+    }
     check_wire(options)?;
     let report = Report::open(options.report.as_deref())?;
     let about = About {
@@ -136,11 +145,13 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         shape: options.shape.clone(),
         bytes: options.bytes,
         depth: options.depth,
+        source: options.source,
     };
     let title = format!(
-        "many to one: pushes of {} bytes, {} under way a sender, {}",
+        "many to one: pushes of {} bytes, {} under way a sender{}, {}",
         options.bytes,
         options.depth,
+        if options.source > 0 { format!(", from {} bytes of all", options.source) } else { String::new() },
         path(options)
     );
     if !options.json {
@@ -238,6 +249,7 @@ fn add_member(command: &mut Command, options: &Options, (senders, cc): (u32, Cc)
     command.args(["--wire", options.wire.name(), "--cc", cc.name(), "--bytes", &options.bytes.to_string()]);
     command.args(["--depth", &options.depth.to_string(), "--seconds", &options.seconds.to_string()]);
     command.args(["--warm-up", &options.warm_up.to_string()]);
+    command.args(["--buffers", &row::buffers((options.bytes, options.depth), options.source, senders).to_string()]);
 }
 
 fn section(options: &Options, title: &str, rows: &[Row]) -> Result<Section, Box<dyn Error>> {

@@ -142,10 +142,10 @@ pub(super) fn send(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
     stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(patience))?;
     stream.write_all(&options.rank.to_le_bytes())?;
-    let mut buffers: Vec<Vec<u8>> = (0..options.depth).map(|_| stamp::pattern(options.rank, options.bytes)).collect();
+    let mut buffers: Vec<Vec<u8>> = (0..options.buffers).map(|_| stamp::pattern(options.rank, options.bytes)).collect();
     let (mut sequence, mut under_way) = (0, VecDeque::new());
     let mut push = |stream: &mut TcpStream, under_way: &mut VecDeque<Instant>, flag: u64| {
-        let buffer = &mut buffers[(sequence % options.depth as u64) as usize];
+        let buffer = &mut buffers[(sequence % options.buffers as u64) as usize];
         stamp::stamp(buffer, options.rank, sequence);
         let head = (sequence | flag).to_le_bytes();
         sequence += 1;

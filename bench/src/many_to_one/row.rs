@@ -113,6 +113,8 @@ pub(super) struct Row {
     pub(super) dtype: &'static str,
     pub(super) bytes: usize,
     pub(super) depth: usize,
+    /// What all senders together push from.
+    pub(super) source_bytes: usize,
     pub(super) seconds: f64,
     pub(super) pushes: f64,
     pub(super) goodput_gb_per_s: f64,
@@ -185,6 +187,12 @@ pub(super) struct About {
     pub(super) shape: Option<Shape>,
     pub(super) bytes: usize,
     pub(super) depth: usize,
+    pub(super) source: usize,
+}
+
+/// Buffers of `bytes` that each of `senders` pushes from, `depth` at once at most: its share of `source`.
+pub(super) fn buffers((bytes, depth): (usize, usize), source: usize, senders: u32) -> usize {
+    (source / senders as usize / bytes).max(depth)
 }
 
 impl Row {
@@ -218,6 +226,9 @@ impl Row {
             dtype: "bytes",
             bytes: about.bytes,
             depth: about.depth,
+            source_bytes: buffers((about.bytes, about.depth), about.source, rates.len() as u32)
+                * about.bytes
+                * rates.len(),
             seconds: taken.seconds,
             pushes: taken.pushes.iter().sum(),
             goodput_gb_per_s: total,
@@ -303,7 +314,14 @@ mod tests {
     fn a_row_adds_up_what_the_members_saw() {
         let shape: Shape = "8gbit:64kb".parse().unwrap();
         assert_eq!((shape.gb_per_s, shape.buffer.as_str()), (1.0, "64kb"));
-        let about = About { host: "h".into(), wire: Way::Tcp, shape: Some(shape), bytes: 1_000_000, depth: 2 };
+        let about = About {
+            host: "h".into(),
+            wire: Way::Tcp,
+            shape: Some(shape),
+            bytes: 1_000_000,
+            depth: 2,
+            source: 7_900_000,
+        };
         let taken = Taken { seconds: 2.0, pushes: vec![1000.0, 500.0], refused: None };
         let one = |us: f64| Pushed { push_us: vec![us; 10], sent: Sent { segments: 100, retransmits: us as u64 } };
         let row = Row::new(
@@ -316,12 +334,17 @@ mod tests {
         assert_eq!((row.goodput_gb_per_s, row.share_of_link), (0.75, Some(0.75)));
         assert_eq!((row.jain, row.retransmits, row.segments, row.pushes), (0.9, 8, 200, 1500.0));
         assert_eq!((row.p50_us, row.p99_us, row.per_sender[1].p50_us), (3.0, 5.0, 5.0));
+        assert_eq!(row.source_bytes, 6_000_000, "three whole buffers each");
+        assert_eq!(
+            Row::new(&About { source: 0, ..about }, Cc::None, &taken, vec![one(3.0); 2], None).source_bytes,
+            4_000_000
+        );
         assert_eq!(row.switch, Some(Switch { dropped: 7, queue_p50_bytes: 10.0, queue_p99_bytes: 30.0 }));
     }
 
     #[test]
     fn the_bar_is_missed_by_less_goodput_by_unfairness_and_by_a_starved_sender() {
-        let about = About { host: "h".into(), wire: Way::Tcp, shape: None, bytes: 1_000_000, depth: 2 };
+        let about = About { host: "h".into(), wire: Way::Tcp, shape: None, bytes: 1_000_000, depth: 2, source: 0 };
         let row = |pushes: &[f64]| {
             let taken = Taken { seconds: 1.0, pushes: pushes.to_vec(), refused: None };
             let none = Pushed { push_us: vec![1.0], sent: Sent::default() };

@@ -27,7 +27,8 @@ pub(super) struct Pushed {
 struct Sender<'a> {
     options: &'a MemberOptions,
     wire: Box<dyn Wire>,
-    idle: Vec<Arc<Region>>,
+    /// What it pushes from next, the one that has rested longest first.
+    idle: VecDeque<Arc<Region>>,
     under_way: VecDeque<Instant>,
     sequence: u64,
     pushing: bool,
@@ -45,7 +46,7 @@ pub(super) fn send(options: &MemberOptions) -> Result<(), Box<dyn Error>> {
     let mut sender = Sender {
         options,
         wire,
-        idle: (0..options.depth).map(region).collect(),
+        idle: (0..options.buffers).map(region).collect(),
         under_way: VecDeque::new(),
         sequence: 0,
         pushing: false,
@@ -95,7 +96,7 @@ impl Sender<'_> {
     }
 
     fn push(&mut self, flag: u64) -> Result<(), Box<dyn Error>> {
-        let Some(region) = self.idle.pop() else { return Ok(()) };
+        let Some(region) = self.idle.pop_front() else { return Ok(()) };
         stamp::stamp(&mut region.write(0..region.len())?, self.options.rank, self.sequence);
         let to = Envelope { peer: RECEIVER, tag: PUSH, note: self.sequence | flag };
         self.under_way.push_back(Instant::now());
@@ -106,7 +107,7 @@ impl Sender<'_> {
 
     fn complete(&mut self, completion: Completion) -> Result<(), Box<dyn Error>> {
         match completion {
-            Completion::Sent { slice, .. } => self.idle.push(Arc::clone(slice.region())),
+            Completion::Sent { slice, .. } => self.idle.push_back(Arc::clone(slice.region())),
             Completion::Arrived(arrival) if arrival.from.tag == TAKEN => {
                 let posted = self.under_way.pop_front().ok_or("a word about a push that was not made")?;
                 if self.before.is_some() {
