@@ -85,7 +85,9 @@ pub(crate) fn rounds(
     let Some((input_parts, output_parts, len)) = even(collective, (input, output), world_size) else {
         return in_turn(input, output, 1);
     };
-    let most = slot_bytes.saturating_sub(2 * LINE) / (input_parts + output_parts) / element_bytes * element_bytes;
+    // What lies on one side only begins at the buffer's beginning.
+    let borders = if input_parts > 0 { 2 * LINE } else { 0 };
+    let most = slot_bytes.saturating_sub(borders) / (input_parts + output_parts) / element_bytes * element_bytes;
     if most == 0 || len % element_bytes != 0 {
         return in_turn(input, output, 1);
     }
@@ -208,6 +210,8 @@ mod tests {
         assert_eq!(check(&Collective::AllToAll, 4, (&[long, 4], &[4, long]), 2, SLOT_BYTES), 1);
         assert_eq!(check(&Collective::AllGather, 4, (&[long], &[long, 3 * long]), 2, SLOT_BYTES), 1);
         assert_eq!(check(&SUM, 4, (&[], &[long]), 2, SLOT_BYTES), 3);
+        // Of 4 MiB a rank may hand in the host's memory.
+        assert_eq!(check(&SUM, 4, (&[], &[SLOT_BYTES]), 2, SLOT_BYTES), 1);
     }
 
     #[test]
