@@ -9,7 +9,7 @@ use crate::statistics::sorted;
 use crate::{help, machine, sizes};
 use clap::Args;
 use gradwire_collectives::{
-    Call, Collective, Communicator, DType, DeviceCall, DeviceKernels, Piece, Reduction, Settings,
+    Call, Collective, Communicator, DType, DeviceCall, DeviceKernels, FoldPlace, Piece, Reduction, Settings,
 };
 use gradwire_transport::cuda::{Act, Device, DeviceMemory, DeviceSlice, Driver, Stream};
 use gradwire_transport::{Config, GroupSpec, MemoryStore, Rank, Region, WireChoice, WorldSize, form_group};
@@ -140,7 +140,9 @@ impl Bench {
             let spec =
                 GroupSpec { name: name.into(), rank, world_size, store: Arc::<MemoryStore>::clone(store), config };
             let nvrtc = options.nvrtc.clone();
-            let settings = Settings { same_host: options.shm, cuda_direct, nvrtc, ..Settings::default() };
+            // What is measured is each way, not what would be chosen.
+            let cuda_reduce = Some(if cuda_direct { FoldPlace::Device } else { FoldPlace::Host });
+            let settings = Settings { same_host: options.shm, cuda_direct, cuda_reduce, nvrtc, ..Settings::default() };
             Ok(Communicator::new(form_group(spec, Instant::now() + PATIENCE)?, name, settings)?)
         };
         let kernels = DeviceKernels::new(device, options.nvrtc.as_deref());

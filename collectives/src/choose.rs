@@ -147,13 +147,17 @@ impl Chooser {
             }
             // To each other they are a group of which each is on a host of its own.
             Some((members, me)) => {
-                let numbers: Vec<u32> = (0..).take(members.len()).collect();
-                let apart = self.clone().on(Hosts::new(&numbers), self.costs);
-                let size = WorldSize::new(numbers.len() as u32).expect("a rank is on a host");
-                let schedule = apart.schedule(asked, Rank(numbers[me]), size);
+                let size = WorldSize::new(members.len() as u32).expect("a rank is on a host");
+                let schedule = self.apart(size).schedule(asked, Rank(me as u32), size);
                 Plan::new(schedule, me, &members)
             }
         }
+    }
+
+    /// The chooser of a group of `size` ranks, each on a host of its own.
+    pub(crate) fn apart(&self, size: WorldSize) -> Self {
+        let numbers: Vec<u32> = (0..size.get()).collect();
+        self.clone().on(Hosts::new(&numbers), self.costs)
     }
 
     /// The ranks' hosts, where they are known.

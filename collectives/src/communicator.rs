@@ -4,7 +4,7 @@
 use crate::call::{Call, Piece};
 use crate::choose::Chooser;
 use crate::describe::Description;
-use crate::device::{Bell, Devices, Passage};
+use crate::device::{Asked, Bell, Devices, Passage};
 use crate::driver::Shared;
 use crate::engine::Engine;
 use crate::explain::Explanation;
@@ -282,10 +282,13 @@ impl Communicator {
         Description::new(&engine, &self.links, self.chooser.world(), self.devices.describe())
     }
 
-    /// By which algorithm `collective` over `bytes` bytes (of a rank's buffer, or part) of `dtype` goes, and why.
+    /// By which algorithm `collective` over `bytes` bytes (of a rank's buffer, or part) of `dtype` goes, and why; and where a CUDA
+    /// device's memory is folded in it, once a call of several rounds has found out.
     pub fn explain(&self, collective: &Collective, dtype: DType, bytes: usize) -> Explanation {
         let choice = self.chooser.choice(collective, dtype, bytes, self.world_size);
-        Explanation::new(choice, &self.chooser, self.shared.engine().local.is_some())
+        let folded =
+            self.devices.explain(Asked { collective, dtype, bytes, world_size: self.world_size }, &self.chooser);
+        Explanation::new(choice, &self.chooser, self.shared.engine().local.is_some(), folded)
     }
 
     /// The last operations, [`Settings::REMEMBERED`] at most, with their times, as JSON. Answers also while ranks are late.

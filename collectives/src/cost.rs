@@ -9,7 +9,7 @@ use crate::hosts::Hosts;
 use gradwire_transport::{LinkCosts, Rank};
 
 /// What each byte that is combined, or copied within a rank, takes: it is in cache.
-const COMBINE_NS: f64 = 0.03;
+pub(crate) const COMBINE_NS: f64 = 0.03;
 /// What a round takes more for each rank beyond the first that waits for the same core: another must leave it first.
 const SWITCH_NS: f64 = 20_000.0;
 /// What a copy of a part within a rank takes beside its bytes.

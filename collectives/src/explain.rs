@@ -15,14 +15,17 @@ pub struct Explanation {
 }
 
 impl Explanation {
-    pub(crate) fn new(choice: Choice, chooser: &Chooser, at_segment: bool) -> Self {
+    pub(crate) fn new(choice: Choice, chooser: &Chooser, at_segment: bool, folded: Option<String>) -> Self {
         let named = |(algorithm, us): (crate::algorithm::Algorithm, f64)| (algorithm.name().to_owned(), us);
         let expected_us: Vec<_> = choice.expected_us.into_iter().map(named).collect();
-        let (algorithm, reason) = match (at_segment, choice.wished) {
+        let (algorithm, mut reason) = match (at_segment, choice.wished) {
             (true, _) => ("segment", "all ranks are on this host and share memory".to_owned()),
             (_, true) => (choice.algorithm.name(), "GRADWIRE_ALGO says so".to_owned()),
             _ => (choice.algorithm.name(), format!("it is expected to take the least; {}", chooser.world())),
         };
+        if let Some(folded) = folded {
+            reason += &format!("; CUDA tensors are folded {folded}");
+        }
         Self { algorithm: algorithm.to_owned(), reason, expected_us }
     }
 }

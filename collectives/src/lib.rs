@@ -55,7 +55,7 @@ pub use call::{Call, Piece};
 pub use collective::Collective;
 pub use communicator::{Communicator, Pending};
 pub use describe::{Description, LinkDescription};
-pub use device::{DeviceCall, DeviceKernels};
+pub use device::{DeviceCall, DeviceKernels, FoldPlace};
 pub use dtype::DType;
 pub use error::{CollectiveError, Operation};
 pub use explain::Explanation;

@@ -2,6 +2,7 @@
 
 use crate::CollectiveError;
 use crate::choose::Chooser;
+use crate::device::FoldPlace;
 use crate::patience::Patience;
 use gradwire_transport::{PeerName, Rank};
 use std::path::PathBuf;
@@ -32,6 +33,10 @@ pub struct Settings {
     /// Whether ranks lend each other memory of their CUDA devices (`GRADWIRE_CUDA_DIRECT`): on one host by CUDA IPC, between hosts by
     /// RDMA where the network card reads it. Default: yes.
     pub cuda_direct: bool,
+    /// Where what is on CUDA devices is folded in calls of several rounds (`GRADWIRE_CUDA_REDUCE`). The hosts are where all ranks go of
+    /// which one says so, else the devices, wherever there is a kernel. Default: where a call is expected to take less, as all ranks
+    /// have measured it.
+    pub cuda_reduce: Option<FoldPlace>,
     /// File that stands for NVRTC, which compiles for CUDA devices (`GRADWIRE_NVRTC_LIBRARY`). Default: as the system finds it.
     pub nvrtc: Option<PathBuf>,
 }
@@ -49,6 +54,7 @@ impl Default for Settings {
             cores: 1,
             trace: None,
             cuda_direct: true,
+            cuda_reduce: None,
             nvrtc: None,
         }
     }

@@ -41,6 +41,12 @@ impl Submitter {
         Ok(self.shared.submit_job(move |sequence| Job { call, shape, fingerprint, sequence, called, timeout }))
     }
 
+    /// Hands `call` to the engine, among all ranks, as a part of another call and in that one's name.
+    pub(crate) fn submit_for(&self, call: Call, fingerprint: Fingerprint) -> Result<Arc<Ticket>, CollectiveError> {
+        let make = self.prepare(call)?;
+        Ok(self.shared.submit_job(move |sequence| Job { fingerprint, ..make(sequence) }))
+    }
+
     /// Carries out `call` from this thread.
     pub(crate) fn run(&self, call: Call) -> Result<(), CollectiveError> {
         self.run_made(self.prepare(call)?)

@@ -10,7 +10,7 @@ mod double;
 #[path = "common/on_device.rs"]
 mod on_device;
 
-use beside_host::{LONG, ROUNDS, SUM, bits, compare, on_device, settings, small};
+use beside_host::{LONG, ROUNDS, SUM, bits, compare, on_device, on_hosts, settings, small};
 use common::{group_on_hosts, group_over_verbs_on};
 use double::{Counter, Double, Setting};
 use gradwire_collectives::{Collective, DType, Reduction, Settings};
@@ -125,7 +125,7 @@ fn what_is_to_be_in_the_order_of_the_ranks_and_hosts_that_are_not_alike_go_by_wa
     let cases: [(&[u32], bool); 2] = [(&[0, 0, 1, 1], true), (&[0, 0, 1], false)];
     for (world, deterministic) in cases {
         let double = Double::new(1);
-        let settings = |_| Settings { deterministic, ..settings(&double) };
+        let settings = |_| Settings { deterministic, ..on_hosts(&double) };
         group_on_hosts(world, settings, |c| {
             let stream = Stream::new(&device(&double, 0)).unwrap();
             let given = if deterministic { bits(c.rank().0.into(), LONG) } else { small(DType::F32, 1, LONG) };

@@ -30,6 +30,7 @@ NAMES = {
     "GRADWIRE_TLS_SERVER_NAME": "name that called ends must be certified for; default the host, as it is called",
     "GRADWIRE_CUDA_LIBRARY": "file of CUDA's driver; default libcuda.so.1, looked for when a CUDA tensor is handed in",
     "GRADWIRE_CUDA_DIRECT": "0: ranks lend each other no memory of their CUDA devices: all is staged; default 1",
+    "GRADWIRE_CUDA_REDUCE": "auto, device or host: where CUDA tensors of more than 4 MiB are summed; default auto, as measured",
     "GRADWIRE_NVRTC_LIBRARY": "file of NVRTC, which compiles for CUDA devices; default its wheel's, or as the system finds it",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
     "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
@@ -86,6 +87,8 @@ class Config:
         trace: folder that the record of the last operations goes to when the group fails.
         trace_signal: signal on which the record goes there too, while the program goes on: "USR2", or its number.
         cuda_direct: whether ranks lend each other memory of their CUDA devices, on one host and over RDMA.
+        cuda_reduce: where CUDA tensors of more than 4 MiB are summed: "auto" (where it takes less, as the ranks measure it), "device"
+            (wherever there is a kernel) or "host" (where one rank says so, all do).
         nvrtc: file of NVRTC, which compiles what folds on a device; None: that of NVIDIA's wheel, or as the system finds it.
         timeout_s: seconds after which an operation fails.
         ib_hca: RDMA devices to use, in NCCL's grammar.
@@ -113,6 +116,7 @@ class Config:
     trace: str | None = None
     trace_signal: str | None = None
     cuda_direct: bool | None = None
+    cuda_reduce: str | None = None
     nvrtc: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     ib_hca: str | None = None
@@ -155,6 +159,7 @@ class Config:
             trace=environment.get("GRADWIRE_TRACE"),
             trace_signal=environment.get("GRADWIRE_TRACE_SIGNAL") or None,
             cuda_direct=_switch(environment, "GRADWIRE_CUDA_DIRECT"),
+            cuda_reduce=environment.get("GRADWIRE_CUDA_REDUCE"),
             nvrtc=environment.get("GRADWIRE_NVRTC_LIBRARY"),
             timeout_s=_seconds(environment, "GRADWIRE_TIMEOUT") or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
@@ -177,6 +182,7 @@ class Config:
             "trace": self.trace,
             "trace_signal": self.trace_signal,
             "cuda_direct": self.cuda_direct,
+            "cuda_reduce": self.cuda_reduce,
             "nvrtc": self.nvrtc or _nvrtc_of_wheels(),
             "cores": len(os.sched_getaffinity(0)),
             "tls": {name: getattr(self, f"tls_{name}") for name in _TLS_NAMES},

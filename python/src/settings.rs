@@ -1,7 +1,7 @@
 //! Does: settings as Python names them, turned into those of the crates; reads the certificates that they name.
 
 use crate::on_signal;
-use gradwire_collectives::Settings;
+use gradwire_collectives::{FoldPlace, Settings};
 use gradwire_transport::{Config, CreditSettings, Tls, TlsFiles, VerbsConfig, WireChoice};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -27,6 +27,7 @@ pub(crate) struct Options {
     trace: Option<PathBuf>,
     trace_signal: Option<String>,
     cuda_direct: Option<bool>,
+    cuda_reduce: Option<String>,
     nvrtc: Option<PathBuf>,
     cores: usize,
     ib: Ib,
@@ -122,6 +123,7 @@ impl Options {
         let deterministic = self.deterministic.unwrap_or_default();
         let check_nan = self.check_nan.unwrap_or_default();
         let (cuda_direct, nvrtc) = (self.cuda_direct.unwrap_or(true), self.nvrtc);
+        let cuda_reduce = place_of(self.cuda_reduce.as_deref().unwrap_or("auto"))?;
         let settings = Settings {
             timeout,
             algorithms,
@@ -130,6 +132,7 @@ impl Options {
             cores,
             trace,
             cuda_direct,
+            cuda_reduce,
             nvrtc,
             ..Settings::default()
         };
@@ -143,6 +146,18 @@ impl Options {
     pub(crate) fn wires(self, base: Config) -> PyResult<Config> {
         let wire = wire_of(self.transport.as_deref().unwrap_or("auto"))?;
         Ok(Config { wire, verbs: self.ib.parse()?, tls: self.tls.load()?, ..base })
+    }
+}
+
+fn place_of(name: &str) -> PyResult<Option<FoldPlace>> {
+    match name {
+        "auto" | "" => Ok(None),
+        "device" => Ok(Some(FoldPlace::Device)),
+        "host" => Ok(Some(FoldPlace::Host)),
+        other => {
+            let text = format!("GRADWIRE_CUDA_REDUCE: `{other}` is no place to sum at: auto, device or host");
+            Err(PyValueError::new_err(text))
+        }
     }
 }
 

@@ -44,8 +44,20 @@ def check_communicator(rank: int, device: torch.device, folder: str) -> None:
 
 def check_lent(rank: int, device: torch.device, folder: str) -> None:
     """Long calls of ranks on one host: from device to device, in the bits that the host makes; nothing is left on the device."""
+    check_folds(rank, device, f"{folder}/l", "from device to device by CUDA IPC")
+
+
+def check_brought(rank: int, device: torch.device, folder: str) -> None:
+    """The same where devices reach no other: what a rank folds is brought to its device."""
+    os.environ["GRADWIRE_CUDA_DIRECT"] = "0"
+    check_folds(rank, device, f"{folder}/b", "for what is brought to the device")
+    del os.environ["GRADWIRE_CUDA_DIRECT"]
+
+
+def check_folds(rank: int, device: torch.device, folder: str, way: str) -> None:
+    os.environ["GRADWIRE_CUDA_REDUCE"] = "device"
     length, folds = 9_000_001, (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
-    with gradwire.Communicator(f"file://{folder}/l", rank=rank, world_size=RANKS, deterministic=True) as group:
+    with gradwire.Communicator(f"file://{folder}", rank=rank, world_size=RANKS, deterministic=True) as group:
         for dtype in folds:
             generator = torch.Generator().manual_seed(rank)
             odd = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 65504.0])
@@ -59,9 +71,13 @@ def check_lent(rank: int, device: torch.device, folder: str) -> None:
                 group.all_reduce(here, op=op)
                 whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
                 assert torch.equal(there.cpu().view(whole), here.view(whole)), (dtype, op)
-        told = group.describe().devices[-1]
-        assert "from device to device by CUDA IPC" in told and "folded there" in told, told
+        told = group.describe().devices[1]
+        assert way in told and "folded there" in told, told
         print(told)
+    del os.environ["GRADWIRE_CUDA_REDUCE"]
+    with gradwire.Communicator(f"file://{folder}m", rank=rank, world_size=RANKS) as group:
+        group.all_reduce(torch.ones(length, device=device))
+        print(group.describe().devices[-1])
 
 
 def check_memory_is_given_back(rank: int, device: torch.device, folder: str) -> None:
@@ -160,6 +176,7 @@ def rank_main(rank: int, folder: str) -> None:
     steps: list[Any] = [
         ("communicator", lambda: check_communicator(rank, device, folder)),
         ("devices that lend each other memory", lambda: check_lent(rank, device, folder)),
+        ("devices that are brought what they fold", lambda: check_brought(rank, device, folder)),
     ]
     dist.init_process_group(
         "gradwire", init_method=f"file://{folder}/t", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60)

@@ -69,6 +69,7 @@ def test_every_call_takes_memory_of_a_device(double: str) -> None:
 def lent(rank: int, size: int, url: str, path: str) -> None:
     """Processes of one host: each reaches the others' devices by handles, and kernels of the double fold there."""
     os.environ["GRADWIRE_CUDA_LIBRARY"] = os.environ["GRADWIRE_NVRTC_LIBRARY"] = path
+    os.environ["GRADWIRE_CUDA_REDUCE"] = "device"
     cuda, length = Driver(path, rank % 2), 9_000_001
     with gradwire.Communicator(url, rank=rank, world_size=size) as group:
         for op, expected in (("sum", sum(own(one, length) for one in range(size))), ("max", own(size - 1, length))):
@@ -81,7 +82,8 @@ def lent(rank: int, size: int, url: str, path: str) -> None:
         part = cuda.array(numpy.zeros(length, "float32"))
         group.reduce_scatter(parts, part)
         numpy.testing.assert_array_equal(cuda.numpy(part), own(rank, length) * size)
-        told = group.describe().devices[-1]
+        _, told, folded = group.describe().devices
+        assert folded.endswith("(rank 0 was told to by GRADWIRE_CUDA_REDUCE=device)"), folded
         how = "from device to device by CUDA IPC, 32 MiB lent, folded there (NVRTC 99.1, sm_90)"
         assert told == f"calls of several rounds {how}", told
 
@@ -90,6 +92,30 @@ def test_ranks_of_one_host_lend_each_other_memory_of_their_devices(double: str) 
     run(3, lent, double)
     counted = struct.unpack("512q", pathlib.Path(f"{double}.control").read_bytes())
     assert counted[LAUNCHES] >= 3 * 3 and counted[LIVE_OPENED] == 0
+
+
+def folded(rank: int, size: int, url: str, path: str) -> None:
+    """Told by the environment, told wrongly, and told nothing: by what all ranks have measured."""
+    os.environ["GRADWIRE_CUDA_LIBRARY"] = os.environ["GRADWIRE_NVRTC_LIBRARY"] = path
+    cuda, length = Driver(path), 2_000_003
+    hosts = "CUDA tensors are folded on the hosts (rank 1: told not to by GRADWIRE_CUDA_REDUCE=host)"
+    for number, (said, told) in enumerate([("host", hosts), (None, "CUDA tensors are folded on the "), ("auto", "expected: ")]):
+        os.environ.pop("GRADWIRE_CUDA_REDUCE", None)
+        if said and rank == 1:
+            os.environ["GRADWIRE_CUDA_REDUCE"] = said
+        with gradwire.Communicator(f"{url}/{number}", rank=rank, world_size=size, transport="tcp") as group:
+            tensor = cuda.array(own(rank, length))
+            group.all_reduce(tensor)
+            numpy.testing.assert_array_equal(cuda.numpy(tensor), own(0, length) + own(1, length))
+            reason = group.explain("all_reduce", 4 * length).reason
+            assert told in reason, reason
+    os.environ["GRADWIRE_CUDA_REDUCE"] = "moon"
+    with pytest.raises(ValueError, match="GRADWIRE_CUDA_REDUCE: `moon` is no place to sum at: auto, device or host"):
+        gradwire.Communicator(url, rank=rank, world_size=size)
+
+
+def test_where_tensors_are_folded_is_told_or_measured(double: str) -> None:
+    run(2, folded, double)
 
 
 def ordered(rank: int, size: int, url: str, path: str) -> None:

@@ -3,7 +3,7 @@
 use super::DeviceCall;
 use super::cut::{self, Act, Round, SLOTS, Side};
 use super::lane::Lane;
-use super::lent::Lending;
+use super::lent::{Leg, Lending};
 use super::worker::Entry;
 use crate::call::{Call, Piece};
 use crate::pending::{Outcome, Ticket};
@@ -40,8 +40,8 @@ const LOOK: Duration = Duration::from_millis(50);
 struct Staging<'a> {
     call: &'a DeviceCall,
     rounds: &'a [Round],
-    /// Where only the ranks in this one's place on their hosts take part: in the name of which call.
-    across: Option<Fingerprint>,
+    /// Where it is a part of a call: which, and in the name of which call.
+    part: Option<(Leg, Fingerprint)>,
     reads_output: bool,
     writes_output: bool,
 }
@@ -65,7 +65,7 @@ impl Carry {
                 let (reads_output, writes_output) =
                     cut::uses_of_output(&self.call.collective, self.submitter.rank.index());
                 let (call, rounds) = (&self.call, self.rounds.as_slice());
-                let staging = Staging { call, rounds, across: None, reads_output, writes_output };
+                let staging = Staging { call, rounds, part: None, reads_output, writes_output };
                 self.stage(&staging, &mut entry)
             }
             Err(error) => Err(error),
@@ -89,18 +89,18 @@ impl Carry {
         if self.rounds.len() > 1 { lending.carry(self) } else { Ok(false) }
     }
 
-    /// What `call`, a part of this one, has between hosts, among the ranks in this one's place there: a collective for each of as many
-    /// rounds as all ranks have. However it ends, the device is done with the memory then.
+    /// What `call`, a part of this one, has by way of the host: a collective for each of as many rounds as all ranks have. However it
+    /// ends, the device is done with the memory then.
     pub(super) fn across(
         &self,
         call: &DeviceCall,
         rounds: usize,
-        fingerprint: Fingerprint,
+        part: (Leg, Fingerprint),
     ) -> Result<(), CollectiveError> {
         let (input, output) = call.lens();
         let rounds = cut::in_turn(&input, &output, rounds);
         let (reads_output, writes_output) = cut::uses_of_output(&call.collective, self.submitter.rank.index());
-        let staging = Staging { call, rounds: &rounds, across: Some(fingerprint), reads_output, writes_output };
+        let staging = Staging { call, rounds: &rounds, part: Some(part), reads_output, writes_output };
         self.stage(&staging, &mut None)
     }
 
@@ -134,8 +134,9 @@ impl Carry {
                     self.settle(&mut slot.fetching)?;
                     let left = self.deadline.saturating_duration_since(Instant::now());
                     let call = staging.call.staged(&staging.rounds[round], self.buffer(round), Some(left));
-                    slot.with_group = Some(match staging.across {
-                        Some(fingerprint) => self.submitter.submit_across(call, fingerprint)?,
+                    slot.with_group = Some(match staging.part {
+                        Some((Leg::BetweenHosts, name)) => self.submitter.submit_across(call, name)?,
+                        Some((Leg::Come | Leg::Go, name)) => self.submitter.submit_for(call, name)?,
                         None => self.submitter.submit(call)?,
                     });
                     if round + 1 == staging.rounds.len() {

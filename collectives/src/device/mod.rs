@@ -3,16 +3,21 @@
 
 mod carry;
 mod cut;
+mod fold;
 mod lane;
 mod lent;
+mod measure;
 mod worker;
 
 use crate::call::Piece;
+use crate::choose::Chooser;
 use crate::communicator::Communicator;
 use crate::communicator::Pending;
 use crate::pending::Ticket;
 use crate::{Collective, CollectiveError, DType, Settings};
 use carry::Carry;
+pub(crate) use fold::Asked;
+pub use fold::FoldPlace;
 use gradwire_transport::cuda::{Device, DeviceSlice, Event, Stream};
 use gradwire_transport::{Link, Overlap, Rank, Region};
 use lane::Lane;
@@ -98,11 +103,10 @@ pub(crate) struct Devices {
 impl Devices {
     /// For a group with a link by RDMA or none, and these links.
     pub(crate) fn new(rdma: bool, links: &[Link], settings: &Settings) -> Self {
-        let refusal = (!settings.cuda_direct).then(|| "told not to by GRADWIRE_CUDA_DIRECT=0".to_owned());
         Self {
             lanes: Mutex::default(),
             rdma,
-            lending: Arc::new(Lending::new(links, refusal, settings.nvrtc.clone())),
+            lending: Arc::new(Lending::new(links, settings)),
             calls: Worker::new("gradwire-cuda"),
             receives: Arc::new(Worker::new("gradwire-cuda-r")),
             order: Arc::default(),
@@ -141,8 +145,22 @@ impl Devices {
                     lane.way.as_ref().map_or_else(String::new, |way| format!(" ({way})"))
                 )
             })
-            .chain(self.lending.words())
+            .chain(self.lending.told().into_iter().flat_map(|(words, _)| words))
             .collect()
+    }
+
+    /// Where `collective` over `bytes` bytes (of a rank's buffer, or part) of `dtype` is folded, in words, once the ranks have told each
+    /// other what they need to know; `None` where nothing is folded.
+    pub(crate) fn explain(&self, asked: Asked<'_>, chooser: &Chooser) -> Option<String> {
+        asked.collective.reduction()?;
+        let (n, bytes) = (asked.world_size.get() as usize, asked.bytes);
+        let (input, output) = match asked.collective {
+            Collective::ReduceScatter { .. } => (vec![n * bytes], [bytes]),
+            _ => (vec![], [bytes]),
+        };
+        let rounds = cut::rounds(asked.collective, asked.dtype.bytes(), (&input, &output), n, cut::SLOT_BYTES).len();
+        let (_, folding) = self.lending.told()?;
+        Some(if rounds > 1 { folding.told(asked, chooser) } else { "on the hosts (one round)".to_owned() })
     }
 
     fn lane(&self, device: &Arc<Device>) -> Result<Arc<Lane>, CollectiveError> {

@@ -4,7 +4,7 @@
 use crate::double::Double;
 use crate::on_device::{all, get, put};
 use gradwire_collectives::{
-    Call, Collective, CollectiveError, Communicator, DType, DeviceCall, Piece, Reduction, Settings,
+    Call, Collective, CollectiveError, Communicator, DType, DeviceCall, FoldPlace, Piece, Reduction, Settings,
 };
 use gradwire_transport::Region;
 use gradwire_transport::cuda::{DeviceMemory, Stream};
@@ -78,8 +78,15 @@ pub fn compare(c: &Communicator, stream: &Stream, call: (Collective, DType), inp
     }
 }
 
+/// Folded on devices wherever that can be: what a double would be measured to take is chance.
 pub fn settings(double: &Double) -> Settings {
-    Settings { deterministic: true, nvrtc: Some(double.path()), ..Settings::default() }
+    let (nvrtc, cuda_reduce) = (Some(double.path()), Some(FoldPlace::Device));
+    Settings { deterministic: true, nvrtc, cuda_reduce, ..Settings::default() }
+}
+
+/// Folded on the hosts.
+pub fn on_hosts(double: &Double) -> Settings {
+    Settings { cuda_reduce: Some(FoldPlace::Host), ..settings(double) }
 }
 
 /// Two rounds and a part: the sets change hands.

@@ -56,7 +56,8 @@ pub fn group_on_hosts<T: Send>(
     group_changed(hosts.len() as u32, Way::Shm, settings, change, body)
 }
 
-fn group_changed<T: Send>(
+/// The same in a group that was changed before the ranks talk.
+pub fn group_changed<T: Send>(
     size: u32,
     way: Way,
     settings: impl Fn(Rank) -> Settings,

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 const OURS: &str = "GRADWIRE_";
 /// What ranks and clients read, beside the variables of our flags: both may be started with one environment.
 /// `python/gradwire/config.py` has what they mean.
-const OF_OTHERS: [&str; 12] = [
+const OF_OTHERS: [&str; 13] = [
     "GRADWIRE_SOCKET_IFNAME",
     "GRADWIRE_PORT_RANGE",
     "GRADWIRE_LANES",
@@ -18,6 +18,7 @@ const OF_OTHERS: [&str; 12] = [
     "GRADWIRE_TRACE_SIGNAL",
     "GRADWIRE_CUDA_LIBRARY",
     "GRADWIRE_CUDA_DIRECT",
+    "GRADWIRE_CUDA_REDUCE",
     "GRADWIRE_NVRTC_LIBRARY",
 ];
 /// Likeness from which a name may have been meant, of 1.

@@ -12,9 +12,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 const SOURCE: &str = include_str!("fold.cu");
 /// What is compiled for processors of a kind and revision, and a type.
 type Image = ((i32, i32, &'static str), Arc<Vec<u8>>);
-/// Types that they fold.
-const TYPES: [DType; 6] = [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::I64];
-
 /// The kernels of one device, by type and reduction.
 pub struct DeviceKernels {
     device: Arc<Device>,
@@ -23,6 +20,9 @@ pub struct DeviceKernels {
 }
 
 impl DeviceKernels {
+    /// Types that they fold.
+    pub(crate) const TYPES: [DType; 6] = [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::I64];
+
     /// With those of `float32`, so that what is amiss shows at once. The compiler is the file at `library`, or what the system has.
     ///
     /// # Errors
@@ -35,7 +35,7 @@ impl DeviceKernels {
 
     /// Whether there is one, in the same bits as the host's.
     pub(crate) fn has(dtype: DType, op: Reduction) -> bool {
-        TYPES.contains(&dtype) && name(op).is_some()
+        Self::TYPES.contains(&dtype) && name(op).is_some()
     }
 
     /// That of `dtype` and `op`: float16, bfloat16, float32, float64, int32 and int64; sum, average, product, minimum and maximum.

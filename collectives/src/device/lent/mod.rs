@@ -10,18 +10,21 @@ mod reach;
 
 use super::DeviceCall;
 use super::carry::Carry;
-use super::cut::Side;
+use super::cut::{Side, even};
+use super::fold::{Asked, FoldPlace, Folding, Pace};
+use super::measure;
 use crate::call::Piece;
 use crate::messages::{Fetch, Kind, Message};
 use crate::pending::Ticket;
 use crate::submitter::Submitter;
-use crate::{CollectiveError, Fingerprint, Reduction};
+use crate::{Collective, CollectiveError, DType, Fingerprint, Reduction, Settings};
 use gradwire_transport::cuda::{Act, Copying, DeviceSlice, MOST_SOURCES};
 use gradwire_transport::{Link, Rank, Region, RemoteSlice, WireKind};
 pub use kernels::DeviceKernels;
 use meeting::Met;
 use plan::hierarchy::Between;
-use plan::{LINE, Place, Round, SET_BYTES, SETS, Seen, Task};
+use plan::{LINE, Place, Round, SETS, Seen, Task};
+pub(crate) use plan::{Leg, SET_BYTES, SLACK};
 use reach::{Own, Slot};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,11 +41,15 @@ pub(crate) struct Lending {
     links: Vec<(Rank, WireKind)>,
     /// Why this rank lends nothing, where it does not.
     refusal: Option<String>,
+    /// Where this rank was told to fold.
+    wish: Option<FoldPlace>,
+    /// Whether this rank looks for NaN in what hosts fold.
+    checks_nan: bool,
     /// The file that stands for NVRTC.
     compiler: Option<PathBuf>,
     /// For the one thread that carries calls out.
     met: Mutex<Option<Met>>,
-    words: Mutex<Option<String>>,
+    told: Mutex<Option<(Vec<String>, Folding)>>,
 }
 
 /// Memory that ranks lend each other.
@@ -59,6 +66,8 @@ struct Reached {
     abroad: bool,
     /// How ranks of different hosts reach each other, where there are several hosts of several ranks.
     between: Option<Between>,
+    /// Whether no rank reaches another's: what a rank folds is brought to it by way of the hosts.
+    brings: bool,
 }
 
 /// What a phase reads of other hosts, and where it lands.
@@ -69,14 +78,21 @@ struct Landing {
 }
 
 impl Lending {
-    pub(super) fn new(links: &[Link], refusal: Option<String>, compiler: Option<PathBuf>) -> Self {
-        let links = links.iter().filter_map(|link| Some((link.peer.rank?, link.kind))).collect();
-        Self { links, refusal, compiler, met: Mutex::default(), words: Mutex::default() }
+    pub(super) fn new(links: &[Link], settings: &Settings) -> Self {
+        Self {
+            links: links.iter().filter_map(|link| Some((link.peer.rank?, link.kind))).collect(),
+            refusal: (!settings.cuda_direct).then(|| "told not to by GRADWIRE_CUDA_DIRECT=0".to_owned()),
+            wish: settings.cuda_reduce,
+            checks_nan: settings.check_nan,
+            compiler: settings.nvrtc.clone(),
+            met: Mutex::default(),
+            told: Mutex::default(),
+        }
     }
 
-    /// How long calls travel, in words, once there was one.
-    pub(super) fn words(&self) -> Option<String> {
-        self.words.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// How long calls travel, in words, and where they are folded, once there was one.
+    pub(super) fn told(&self) -> Option<(Vec<String>, Folding)> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Carries a call of several rounds out, if it can go by this way; all ranks say the same. However it ends, the device is done
@@ -88,11 +104,12 @@ impl Lending {
         let mut met = self.met.lock().unwrap_or_else(PoisonError::into_inner);
         if met.is_none() {
             let new = Met::new(self, carry)?;
-            *self.words.lock().unwrap_or_else(PoisonError::into_inner) = Some(new.words());
+            let told = (new.words(&carry.submitter), new.folding.clone());
+            *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);
             *met = Some(new);
         }
         match &mut *met {
-            Some(Met::Reached(reached)) => reached.carry(carry),
+            Some(Met { reached: Some(reached), folding, .. }) => reached.carry(carry, folding),
             _ => Ok(false),
         }
     }
@@ -100,20 +117,31 @@ impl Lending {
 
 impl Reached {
     /// The rounds of a call that can go this way; all ranks say the same.
-    fn rounds(&self, call: &DeviceCall, submitter: &Submitter) -> Option<Vec<Round>> {
+    fn rounds(&self, call: &DeviceCall, submitter: &Submitter, folding: &Folding) -> Option<Vec<Round>> {
         let folds = |op| self.kernels.is_ok() && DeviceKernels::has(call.dtype, op);
         if !call.collective.reduction().is_none_or(folds) {
             return None;
         }
         let (input, output) = call.lens();
+        let world_size = submitter.world_size;
+        if call.collective.reduction().is_some() {
+            let (.., bytes) = even(&call.collective, (&input, &output), world_size.get() as usize)?;
+            let asked = Asked { collective: &call.collective, dtype: call.dtype, bytes, world_size };
+            if folding.place(asked, &submitter.chooser) == FoldPlace::Host {
+                return None;
+            }
+        }
         let seen = Seen {
             collective: &call.collective,
             element_bytes: call.dtype.bytes(),
             input: &input,
             output: &output,
             rank: submitter.rank.index(),
-            ranks: submitter.world_size.get() as usize,
+            ranks: world_size.get() as usize,
         };
+        if self.brings {
+            return seen.rounds_brought(SET_BYTES);
+        }
         // What is to be in the order of the ranks cannot be in that of the hosts first.
         let ordered = submitter.chooser.orders(&call.collective, call.dtype);
         let by_hosts = self.between.zip(submitter.chooser.hosts()).filter(|_| !ordered);
@@ -121,8 +149,8 @@ impl Reached {
         rounds.or_else(|| seen.rounds(SET_BYTES).filter(|_| self.between != Some(Between::Staged)))
     }
 
-    fn carry(&mut self, carry: &mut Carry) -> Result<bool, CollectiveError> {
-        let Some(rounds) = self.rounds(&carry.call, &carry.submitter) else { return Ok(false) };
+    fn carry(&mut self, carry: &mut Carry, folding: &Folding) -> Result<bool, CollectiveError> {
+        let Some(rounds) = self.rounds(&carry.call, &carry.submitter, folding) else { return Ok(false) };
         let ordinal = carry.lane.device.ordinal();
         if ordinal != self.ordinal {
             let reason = format!(
@@ -151,46 +179,62 @@ impl Reached {
         fingerprint: Fingerprint,
         working: &mut Vec<Copying<Vec<DeviceSlice>>>,
     ) -> Result<(), CollectiveError> {
+        if self.brings {
+            // What comes and goes has other lengths than the call: that all are in the same one is found out before.
+            step(carry, fingerprint)?;
+        }
         for round in rounds {
             for (number, tasks) in round.iter().enumerate() {
                 if number > 0 {
                     carry.settle(working)?;
+                }
+                if number > 0 && !self.brings {
                     step(carry, fingerprint)?;
                 }
-                working.extend(self.begin(tasks, carry)?);
+                working.extend(self.begin(tasks, &carry.call, carry)?);
                 for task in tasks {
-                    if let Task::Across { input, output, rounds } = task {
+                    if let Task::Across { leg, input, output, rounds } = task {
                         carry.settle(working)?;
-                        self.across((input, output), *rounds, carry, fingerprint)?;
+                        self.across((input, output), *rounds, carry, (*leg, fingerprint))?;
                     }
                 }
             }
-            self.round += 1;
+            self.round += usize::from(!self.brings);
         }
         // Nobody leaves, and takes its slot along, while another still reads it.
         carry.settle(working)?;
-        step(carry, fingerprint)
+        if self.brings { Ok(()) } else { step(carry, fingerprint) }
     }
 
-    /// What these places have between hosts.
+    /// What these places have by way of the host.
     fn across(
         &self,
         (input, output): (&[Place], &[Place]),
         rounds: usize,
         carry: &Carry,
-        fingerprint: Fingerprint,
+        part: (Leg, Fingerprint),
     ) -> Result<(), CollectiveError> {
         let here = |places: &[Place]| -> Result<Vec<_>, _> {
             places.iter().map(|place| self.place(place, &carry.call, &mut Landing::default())).collect()
         };
         let (input, output) = (here(input)?, here(output)?);
         let DeviceCall { collective, dtype, timeout, .. } = carry.call;
-        carry.across(&DeviceCall { collective, dtype, input, output, timeout }, rounds, fingerprint)
+        let collective = match part.0 {
+            Leg::BetweenHosts => collective,
+            Leg::Come => Collective::AllToAll,
+            Leg::Go => Collective::AllGather,
+        };
+        carry.across(&DeviceCall { collective, dtype, input, output, timeout }, rounds, part)
     }
 
     /// Has the card read what lies on other hosts, then begins `tasks` on the device.
-    fn begin(&mut self, tasks: &[Task], carry: &Carry) -> Result<Option<Copying<Vec<DeviceSlice>>>, CollectiveError> {
-        let (call, mut landing) = (&carry.call, Landing::default());
+    fn begin(
+        &mut self,
+        tasks: &[Task],
+        call: &DeviceCall,
+        carry: &Carry,
+    ) -> Result<Option<Copying<Vec<DeviceSlice>>>, CollectiveError> {
+        let mut landing = Landing::default();
         let mut places = Vec::with_capacity(tasks.len());
         for task in tasks {
             places.push(match task {
@@ -219,6 +263,25 @@ impl Reached {
             None => from.into_iter().map(|from| Act::Copy { from, to: to.clone() }).collect(),
         });
         Ok(carry.lane.out.work(acts.collect())?)
+    }
+
+    /// What it takes to fold what lies in the slots of all ranks that are reached; all do this at once, and none writes there.
+    fn pace(&mut self, carry: &Carry) -> Result<Pace, CollectiveError> {
+        let is_there = |slot: &&Slot| !matches!(slot, Slot::Away);
+        let sources = self.slots.iter().filter(is_there).count().min(MOST_SOURCES);
+        let (me, collective) = (carry.submitter.rank.index(), Collective::AllReduce { op: Reduction::Sum });
+        let call = DeviceCall { collective, dtype: DType::F32, input: vec![], output: vec![], timeout: None };
+        let mut working = Vec::new();
+        let pace = measure::pace(|bytes| {
+            let bytes = (bytes / sources).next_multiple_of(LINE);
+            let there = self.slots.iter().enumerate().filter(|(_, slot)| is_there(slot)).take(sources);
+            let from = there.map(|(rank, _)| Place::Slot { rank, range: 0..bytes }).collect();
+            let into = Place::Slot { rank: me, range: SET_BYTES / 2..SET_BYTES / 2 + bytes };
+            working.extend(self.begin(&[Task::Fold { from, into, whole: true }], &call, carry)?);
+            carry.settle(&mut working)
+        });
+        Copying::let_go(working);
+        pace
     }
 
     /// Where a place is, for this rank's device: of a slot on another host, where it lands.

@@ -6,6 +6,7 @@
 //! all have taken the first step of the round between, so have read what they wanted of it. Reductions fold in the order of the
 //! ranks, and only one rank makes each element of what several get: the same bits on all.
 
+pub(super) mod brought;
 pub(super) mod hierarchy;
 
 use crate::Collective;
@@ -54,14 +55,24 @@ pub(crate) enum Task {
         into: Place,
         whole: bool,
     },
-    /// The call's own collective over these places, by way of the host, among the ranks in this one's place on their hosts: in
-    /// `rounds` rounds, on every rank as many, each over as many of the places, in their order. What the device was given in this
-    /// phase is done before.
+    /// A collective over these places by way of the host: in `rounds` rounds, on every rank as many, each over as many of the places,
+    /// in their order. What the device was given in this phase is done before.
     Across {
+        leg: Leg,
         input: Vec<Place>,
         output: Vec<Place>,
         rounds: usize,
     },
+}
+
+/// What goes by way of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leg {
+    /// The call's own collective, among the ranks in this one's place on their hosts.
+    BetweenHosts,
+    /// An all-to-all or an all-gather of all ranks, by which what is to be folded comes to a device, or goes from it.
+    Come,
+    Go,
 }
 
 impl Task {
@@ -176,6 +187,11 @@ fn share(range: Range<usize>, count: usize, index: usize) -> Range<usize> {
     let lines = chunk(range.len().div_ceil(LINE), count, index);
     let at = |line: usize| range.start + (line * LINE).min(range.len());
     at(lines.start)..at(lines.end)
+}
+
+/// `places` cut into `rounds` rounds: as many of each.
+fn in_rounds(places: &[Place], rounds: usize) -> Vec<Place> {
+    (0..rounds).flat_map(|number| places.iter().map(move |place| place.share(rounds, number))).collect()
 }
 
 #[cfg(test)]

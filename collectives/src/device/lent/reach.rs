@@ -41,6 +41,14 @@ pub(super) struct Own {
     pub(super) near: bool,
 }
 
+impl Own {
+    /// Memory that nobody else reaches.
+    pub(super) fn alone(memory: Arc<DeviceMemory>) -> Self {
+        let exposed = RemoteSlice { key: 0, offset: 0, bytes: 0 };
+        Self { memory, handle: [0; HANDLE_BYTES], exposed, ways: String::new(), apart: None, near: false }
+    }
+}
+
 /// Lends a slot of `device`, by the ways that lead to the other ranks.
 ///
 /// # Errors

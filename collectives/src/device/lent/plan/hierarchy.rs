@@ -4,7 +4,7 @@
 //!
 //! Elements are combined in the order of the ranks of each host, then in that of the hosts.
 
-use super::{LINE, Place, Round, SLACK, Seen, Task, share};
+use super::{LINE, Leg, Place, Round, SLACK, Seen, Task, in_rounds, share};
 use crate::device::cut::{Side, even, ring_rounds};
 use crate::hosts::Hosts;
 use crate::{Collective, Reduction};
@@ -100,10 +100,8 @@ impl Part<'_> {
 
     /// These places between hosts, cut into rounds.
     fn bring(&self, input: &[Place], output: &[Place]) -> Task {
-        let cut = |places: &[Place]| {
-            (0..self.cuts).flat_map(|number| places.iter().map(move |place| place.share(self.cuts, number))).collect()
-        };
-        Task::Across { input: cut(input), output: cut(output), rounds: self.cuts }
+        let (input, output, rounds) = (in_rounds(input, self.cuts), in_rounds(output, self.cuts), self.cuts);
+        Task::Across { leg: Leg::BetweenHosts, input, output, rounds }
     }
 
     /// The owner of a share in each host folds what its host has of it, then has the sum with the owners on other hosts.

@@ -157,7 +157,7 @@ impl Under<'_> {
             let mut given = Vec::new();
             let mut targets = Vec::new();
             for &member in &members {
-                let Some(Task::Across { input, output, rounds }) = now[member] else { return };
+                let Some(Task::Across { input, output, rounds, .. }) = now[member] else { return };
                 assert_eq!(*turns.get_or_insert(*rounds), *rounds, "all ranks make as many calls");
                 let from = if input.is_empty() { output } else { input };
                 let bytes = from.iter().map(|place| read(all, member, place, set, self.size, phase));
@@ -313,7 +313,7 @@ fn what_is_staged_fits_the_ring_and_keeps_it_at_work() {
             let seen = Seen { collective, element_bytes: 4, input, output, rank: ranks - 1, ranks };
             let plan = seen.rounds_by_hosts(&Hosts::new(&world), Between::Staged, SET_BYTES).unwrap();
             for task in plan.iter().flatten().flatten() {
-                let Task::Across { input, output, rounds } = task else { continue };
+                let Task::Across { input, output, rounds, .. } = task else { continue };
                 let lens = |places: &[Place]| places.iter().map(Place::len).collect::<Vec<_>>();
                 let turns = in_turn(&lens(input), &lens(output), *rounds);
                 assert!(turns.iter().all(|turn| turn.bytes <= SLOT_BYTES), "{hosts} hosts of {each}: {collective:?}");
