@@ -2,7 +2,7 @@
 
 use crate::CollectiveError;
 use crate::choose::Chooser;
-use crate::device::FoldPlace;
+use crate::device::{FoldPlace, SLOT_BYTES};
 use crate::patience::Patience;
 use gradwire_transport::{PeerName, Rank};
 use std::path::PathBuf;
@@ -37,6 +37,9 @@ pub struct Settings {
     /// which one says so, else the devices, wherever there is a kernel. Default: where a call is expected to take less, as all ranks
     /// have measured it.
     pub cuda_reduce: Option<FoldPlace>,
+    /// Bytes of a call above which all ranks hand in memory of a CUDA device, or none does (`GRADWIRE_CUDA_ALIKE`), so that it may go from
+    /// device to device; all ranks must say the same. More than the default counts as that: what has several rounds is alike. Default: 4 MiB.
+    pub cuda_alike: usize,
     /// File that stands for NVRTC, which compiles for CUDA devices (`GRADWIRE_NVRTC_LIBRARY`). Default: as the system finds it.
     pub nvrtc: Option<PathBuf>,
 }
@@ -55,6 +58,7 @@ impl Default for Settings {
             trace: None,
             cuda_direct: true,
             cuda_reduce: None,
+            cuda_alike: SLOT_BYTES,
             nvrtc: None,
         }
     }

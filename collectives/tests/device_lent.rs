@@ -129,6 +129,56 @@ fn over_rdma_the_card_reads_other_hosts_devices_and_no_byte_comes_to_the_host() 
 }
 
 #[test]
+fn shorter_calls_go_from_device_to_device_above_the_bytes_from_which_all_are_alike() {
+    let (double, fabric, alike) = (Double::new(1), Fabric::default(), 64 << 10);
+    double.set(Setting::DmaBuf, 1);
+    fabric.take_dma_bufs();
+    let own = |_| Settings { cuda_alike: alike, ..settings(&double) };
+    group_over_verbs(2, &fabric, own, |c| {
+        let stream = Stream::new(&device(&double, 0)).unwrap();
+        let (seed, op) = (u64::from(c.rank().0), Reduction::Avg);
+        let launches = |calls: &dyn Fn()| {
+            let barrier = || c.run(common::call(Collective::Barrier, &[], &[])).unwrap();
+            barrier();
+            let before = double.count(Counter::Launches);
+            barrier();
+            calls();
+            barrier();
+            let launched = double.count(Counter::Launches) - before;
+            barrier();
+            launched
+        };
+        let reduce = |bytes| compare(c, &stream, (SUM, DType::F32), &[], &[bits(seed, bytes)]);
+        assert_eq!(launches(&|| reduce(alike + 4)), 2);
+        let parts = [bits(seed, alike), bits(seed + 7, alike)];
+        let scatter = || compare(c, &stream, (Collective::ReduceScatter { op }, DType::F32), &parts, &[vec![0; alike]]);
+        assert_eq!(launches(&scatter), 2);
+        compare(c, &stream, (Collective::AllGather, DType::F32), &parts[..1], &vec![vec![0; alike]; 2]);
+        compare(
+            c,
+            &stream,
+            (Collective::Gather { root: Rank(0) }, DType::F32),
+            &parts[..1],
+            &[vec![0; alike], vec![0; alike]][..2 - 2 * seed as usize],
+        );
+        // Up to there, a rank may hand in its host's memory.
+        let given = bits(seed, alike);
+        let mixed = || {
+            if c.rank() == Rank(1) {
+                on_host(c, (SUM, DType::F32), &[], std::slice::from_ref(&given));
+            } else {
+                let (memory, _coming) = put(&stream, &given);
+                on_device(c, &stream, (SUM, DType::F32), &[], &[memory]).unwrap();
+            }
+        };
+        assert_eq!(launches(&mixed), 0);
+        assert!(c.explain(&SUM, DType::F32, alike + 4).reason.contains("folded on the devices (rank 0 was told to"));
+        assert!(c.explain(&SUM, DType::F32, alike).reason.contains("on the hosts (a rank may hand in"));
+    });
+    assert_eq!((double.held(), fabric.queue_pairs()), ([0; 7], 0));
+}
+
+#[test]
 fn a_card_that_reads_no_device_says_why_and_all_goes_by_way_of_the_host() {
     let (double, fabric) = (Double::new(1), Fabric::default());
     double.set(Setting::DmaBuf, 1);

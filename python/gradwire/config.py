@@ -31,6 +31,7 @@ NAMES = {
     "GRADWIRE_CUDA_LIBRARY": "file of CUDA's driver; default libcuda.so.1, looked for when a CUDA tensor is handed in",
     "GRADWIRE_CUDA_DIRECT": "0: ranks lend each other no memory of their CUDA devices: all is staged; default 1",
     "GRADWIRE_CUDA_REDUCE": "auto, device or host: where CUDA tensors of more than 4 MiB are summed; default auto, as measured",
+    "GRADWIRE_CUDA_ALIKE": "bytes of a call above which all ranks hand in CUDA tensors, or none does; default and most 4194304",
     "GRADWIRE_NVRTC_LIBRARY": "file of NVRTC, which compiles for CUDA devices; default its wheel's, or as the system finds it",
     "GRADWIRE_LOG": "log level of the binaries: error, warn, info, debug or trace",
     "GRADWIRE_LOG_FORMAT": "text or json: how the binaries log",
@@ -52,6 +53,7 @@ _IB_NUMBERS = ("gid_index", "queue_pairs", "traffic_class", "service_level", "ti
 #: The least and the most of what is a whole number.
 _LIMITS = {
     "lanes": (1, 64),
+    "cuda_alike": (0, 4 << 20),
     "ib_gid_index": (0, 255),
     "ib_queue_pairs": (1, 8),
     "ib_traffic_class": (0, 255),
@@ -89,6 +91,8 @@ class Config:
         cuda_direct: whether ranks lend each other memory of their CUDA devices, on one host and over RDMA.
         cuda_reduce: where CUDA tensors of more than 4 MiB are summed: "auto" (where it takes less, as the ranks measure it), "device"
             (wherever there is a kernel) or "host" (where one rank says so, all do).
+        cuda_alike: bytes of a call above which all ranks hand in CUDA tensors, or none does, so that they may go from device to device: at
+            most 4 MiB; the same on all ranks.
         nvrtc: file of NVRTC, which compiles what folds on a device; None: that of NVIDIA's wheel, or as the system finds it.
         timeout_s: seconds after which an operation fails.
         ib_hca: RDMA devices to use, in NCCL's grammar.
@@ -117,6 +121,7 @@ class Config:
     trace_signal: str | None = None
     cuda_direct: bool | None = None
     cuda_reduce: str | None = None
+    cuda_alike: int | None = None
     nvrtc: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     ib_hca: str | None = None
@@ -160,6 +165,7 @@ class Config:
             trace_signal=environment.get("GRADWIRE_TRACE_SIGNAL") or None,
             cuda_direct=_switch(environment, "GRADWIRE_CUDA_DIRECT"),
             cuda_reduce=environment.get("GRADWIRE_CUDA_REDUCE"),
+            cuda_alike=_number(environment, "GRADWIRE_CUDA_ALIKE", int),
             nvrtc=environment.get("GRADWIRE_NVRTC_LIBRARY"),
             timeout_s=_seconds(environment, "GRADWIRE_TIMEOUT") or DEFAULT_TIMEOUT_S,
             ib_hca=environment.get("GRADWIRE_IB_HCA"),
@@ -183,6 +189,7 @@ class Config:
             "trace_signal": self.trace_signal,
             "cuda_direct": self.cuda_direct,
             "cuda_reduce": self.cuda_reduce,
+            "cuda_alike": self.cuda_alike,
             "nvrtc": self.nvrtc or _nvrtc_of_wheels(),
             "cores": len(os.sched_getaffinity(0)),
             "tls": {name: getattr(self, f"tls_{name}") for name in _TLS_NAMES},

@@ -28,6 +28,7 @@ pub(crate) struct Options {
     trace_signal: Option<String>,
     cuda_direct: Option<bool>,
     cuda_reduce: Option<String>,
+    cuda_alike: Option<usize>,
     nvrtc: Option<PathBuf>,
     cores: usize,
     ib: Ib,
@@ -123,6 +124,7 @@ impl Options {
         let deterministic = self.deterministic.unwrap_or_default();
         let check_nan = self.check_nan.unwrap_or_default();
         let (cuda_direct, nvrtc) = (self.cuda_direct.unwrap_or(true), self.nvrtc);
+        let cuda_alike = self.cuda_alike.unwrap_or(Settings::default().cuda_alike);
         let cuda_reduce = place_of(self.cuda_reduce.as_deref().unwrap_or("auto"))?;
         let settings = Settings {
             timeout,
@@ -133,6 +135,7 @@ impl Options {
             trace,
             cuda_direct,
             cuda_reduce,
+            cuda_alike,
             nvrtc,
             ..Settings::default()
         };

@@ -83,10 +83,12 @@ impl Carry {
         (outcome.map(|()| crate::Done::default()), self.call)
     }
 
-    /// Carries it out from device to device, where that can be: calls of several rounds, of which all ranks hand in memory of one.
+    /// Carries it out from device to device, where that can be: a call of which all ranks know that all hand in memory of one.
     fn between_devices(&mut self) -> Result<bool, CollectiveError> {
-        let lending = Arc::clone(&self.lending);
-        if self.rounds.len() > 1 { lending.carry(self) } else { Ok(false) }
+        let (lending, (input, output)) = (Arc::clone(&self.lending), self.call.lens());
+        let ranks = self.submitter.world_size.get() as usize;
+        let is_known = cut::even(&self.call.collective, (&input, &output), ranks).is_some();
+        if is_known && cut::is_alike(&self.rounds, lending.alike) { lending.carry(self) } else { Ok(false) }
     }
 
     /// What `call`, a part of this one, has by way of the host: a collective for each of as many rounds as all ranks have. However it

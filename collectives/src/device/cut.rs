@@ -111,6 +111,11 @@ pub(crate) fn rounds(
     (0..len.div_ceil(most).max(1)).map(|number| round(number * most)).collect()
 }
 
+/// Whether what goes in these rounds is memory of devices on all ranks, or on none, who are alike in calls of more than `alike` bytes.
+pub(crate) fn is_alike(rounds: &[Round], alike: usize) -> bool {
+    rounds.len() > 1 || rounds.iter().map(|round| round.bytes).sum::<usize>() > alike
+}
+
 /// Parts of input and output, and the bytes of each, where every rank knows them to be the same on all.
 pub(crate) fn even(
     collective: &Collective,

@@ -16,6 +16,7 @@ use crate::communicator::Pending;
 use crate::pending::Ticket;
 use crate::{Collective, CollectiveError, DType, Settings};
 use carry::Carry;
+pub(crate) use cut::SLOT_BYTES;
 pub(crate) use fold::Asked;
 pub use fold::FoldPlace;
 use gradwire_transport::cuda::{Device, DeviceSlice, Event, Stream};
@@ -158,9 +159,14 @@ impl Devices {
             Collective::ReduceScatter { .. } => (vec![n * bytes], [bytes]),
             _ => (vec![], [bytes]),
         };
-        let rounds = cut::rounds(asked.collective, asked.dtype.bytes(), (&input, &output), n, cut::SLOT_BYTES).len();
+        let rounds = cut::rounds(asked.collective, asked.dtype.bytes(), (&input, &output), n, cut::SLOT_BYTES);
         let (_, folding) = self.lending.told()?;
-        Some(if rounds > 1 { folding.told(asked, chooser) } else { "on the hosts (one round)".to_owned() })
+        let alike = cut::is_alike(&rounds, self.lending.alike);
+        Some(if alike {
+            folding.told(asked, chooser)
+        } else {
+            "on the hosts (a rank may hand in its host's memory)".to_owned()
+        })
     }
 
     fn lane(&self, device: &Arc<Device>) -> Result<Arc<Lane>, CollectiveError> {
@@ -183,7 +189,8 @@ impl Communicator {
     /// Begins a collective over a device's memory, after all that `stream` has been given so far, and returns at once.
     ///
     /// What `stream` is given later does not wait for it: [`Pending::order`] does that, or [`Pending::wait`]. All ranks must call
-    /// with memory of a device, or with parts of at most 4 MiB: longer ones are cut, and each part is a collective.
+    /// with memory of a device, or with parts of at most 4 MiB ([`Settings::cuda_alike`]): longer ones are cut, and each part is a
+    /// collective.
     ///
     /// # Errors
     /// `Invalid`: the call does not fit its pieces, or `stream` is of another device; `Cuda`. Nothing was sent.

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 const OURS: &str = "GRADWIRE_";
 /// What ranks and clients read, beside the variables of our flags: both may be started with one environment.
 /// `python/gradwire/config.py` has what they mean.
-const OF_OTHERS: [&str; 13] = [
+const OF_OTHERS: [&str; 14] = [
     "GRADWIRE_SOCKET_IFNAME",
     "GRADWIRE_PORT_RANGE",
     "GRADWIRE_LANES",
@@ -19,6 +19,7 @@ const OF_OTHERS: [&str; 13] = [
     "GRADWIRE_CUDA_LIBRARY",
     "GRADWIRE_CUDA_DIRECT",
     "GRADWIRE_CUDA_REDUCE",
+    "GRADWIRE_CUDA_ALIKE",
     "GRADWIRE_NVRTC_LIBRARY",
 ];
 /// Likeness from which a name may have been meant, of 1.

@@ -47,6 +47,8 @@ pub(crate) struct Lending {
     checks_nan: bool,
     /// The file that stands for NVRTC.
     compiler: Option<PathBuf>,
+    /// Bytes of a call above which all ranks hand in memory of a device, or none.
+    pub(super) alike: usize,
     /// For the one thread that carries calls out.
     met: Mutex<Option<Met>>,
     told: Mutex<Option<(Vec<String>, Folding)>>,
@@ -85,6 +87,7 @@ impl Lending {
             wish: settings.cuda_reduce,
             checks_nan: settings.check_nan,
             compiler: settings.nvrtc.clone(),
+            alike: settings.cuda_alike,
             met: Mutex::default(),
             told: Mutex::default(),
         }
