@@ -206,6 +206,12 @@ fn what_was_lent_to_no_avail_is_given_back_while_the_group_goes_on() {
     group_over_verbs(2, &fabric, other, |c| {
         let stream = Stream::new(&device(&double, 0)).unwrap();
         compare(c, &stream, (SUM, DType::F32), &[], &[bits(c.rank().0.into(), LONG)]);
+        c.run(common::call(Collective::Barrier, &[], &[])).unwrap();
+        // The thread that streams wait for frees nothing: that may wait for the streams.
+        assert!(double.count(Counter::DeviceBytes) >= 32 << 20, "rank 0's slot");
+        c.run(common::call(Collective::Barrier, &[], &[])).unwrap();
+        compare(c, &stream, (SUM, DType::F32), &[], &[bits(c.rank().0.into(), LONG)]);
+        c.run(common::call(Collective::Barrier, &[], &[])).unwrap();
         assert!(double.count(Counter::DeviceBytes) < 32 << 20, "both ranks' tensors at most");
         let told = c.describe().to_string();
         assert!(told.contains("do not reach each other (rank 1: told not to by GRADWIRE_CUDA_DIRECT=0)"), "{told}");

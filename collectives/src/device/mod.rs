@@ -196,6 +196,7 @@ impl Communicator {
     /// `Invalid`: the call does not fit its pieces, or `stream` is of another device; `Cuda`. Nothing was sent.
     pub fn start_on_device(&self, call: DeviceCall, stream: &Stream) -> Result<Pending, CollectiveError> {
         let (devices, submitter) = (&self.devices, self.submitter.clone());
+        devices.lending.sweep();
         let device = stream.device();
         one_device(&call, device)?;
         let lane = devices.lane(device)?;

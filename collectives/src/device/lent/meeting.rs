@@ -60,9 +60,11 @@ impl Met {
         let folding = folding(&all.iter().map(Told::decode).collect::<Vec<_>>(), way);
         let mut reached = reached.ok().map(Box::new);
         if let (Folding::OnHosts(reason), Some(kept)) = (&folding, &mut reached) {
-            kept.kernels = Err(reason.clone());
+            lending.leave(std::mem::replace(&mut kept.kernels, Err(reason.clone())));
         }
-        let reached = reached.filter(|reached| !reached.brings || reached.kernels.is_ok());
+        if reached.as_ref().is_some_and(|reached| reached.brings && reached.kernels.is_err()) {
+            lending.leave(reached.take());
+        }
         Ok(Self { reached, refusal, folding })
     }
 
@@ -142,7 +144,7 @@ fn link(lending: &Lending, carry: &Carry) -> Result<Result<Linked, String>, Coll
     let (lent, apart) = match (lent, refusal(&cards)) {
         (Ok(lent), None) => (lent, None),
         (Ok(lent), Some(reason)) if all_near => (lent, Some(reason)),
-        (Ok(lent), Some(reason)) => return Ok(Err(not(&lent, submitter, reason))),
+        (Ok(lent), Some(reason)) => return Ok(Err(not(lent, lending, submitter, reason))),
         (Err(own), reason) => return Ok(Err(reason.unwrap_or(own))),
     };
     if apart.is_some() {
@@ -162,22 +164,34 @@ fn link(lending: &Lending, carry: &Carry) -> Result<Result<Linked, String>, Coll
     let abroad = cards.iter().any(|card| card.process != *reach::PROCESS);
     Ok(match (slots, refusal(&reached)) {
         (Ok(slots), None) => Ok(Linked { slots, own: lent, between, abroad }),
-        (_, Some(reason)) | (Err(reason), None) => Err(not(&lent, submitter, reason)),
+        (slots, told) => {
+            let reason = told.or(slots.as_ref().err().cloned()).unwrap_or_default();
+            lending.leave(slots);
+            Err(not(lent, lending, submitter, reason))
+        }
     })
 }
 
-fn not(lent: &Own, submitter: &Submitter, reason: String) -> String {
-    reach::take_back(lent, submitter);
+fn not(lent: Own, lending: &Lending, submitter: &Submitter, reason: String) -> String {
+    reach::take_back(&lent, submitter);
+    lending.leave(lent);
     reason
 }
 
 /// What folds what is brought to this rank's device; else why nothing does.
 fn brought(lending: &Lending, carry: &Carry, kernels: Result<DeviceKernels, String>) -> Result<Reached, String> {
-    if lending.checks_nan {
-        return Err("GRADWIRE_CHECK_NAN=1 looks through what hosts fold".to_owned());
-    }
     let (kernels, device, submitter) = (kernels?, &carry.lane.device, &carry.submitter);
-    let memory = DeviceMemory::allocate(device, SET_BYTES).map_err(|error| error.to_string())?;
+    let memory = match lending.checks_nan {
+        true => Err("GRADWIRE_CHECK_NAN=1 looks through what hosts fold".to_owned()),
+        false => DeviceMemory::allocate(device, SET_BYTES).map_err(|error| error.to_string()),
+    };
+    let memory = match memory {
+        Ok(memory) => memory,
+        Err(reason) => {
+            lending.leave(kernels);
+            return Err(reason);
+        }
+    };
     let slot = |rank| if rank == submitter.rank { Slot::Near(Arc::clone(&memory)) } else { Slot::Away };
     let slots = submitter.world_size.ranks().map(slot).collect();
     let linked = Linked { slots, own: Own::alone(memory), between: None, abroad: false };

@@ -26,6 +26,7 @@ use plan::hierarchy::Between;
 use plan::{LINE, Place, Round, SETS, Seen, Task};
 pub(crate) use plan::{Leg, SET_BYTES, SLACK};
 use reach::{Own, Slot};
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -52,6 +53,9 @@ pub(crate) struct Lending {
     /// For the one thread that carries calls out.
     met: Mutex<Option<Met>>,
     told: Mutex<Option<(Vec<String>, Folding)>>,
+    /// What was made to no avail. Freeing it may wait for the whole device, so for streams that wait for the thread that carries calls
+    /// out: a caller does it.
+    leftover: Mutex<Vec<Box<dyn Any + Send>>>,
 }
 
 /// Memory that ranks lend each other.
@@ -90,12 +94,23 @@ impl Lending {
             alike: settings.cuda_alike,
             met: Mutex::default(),
             told: Mutex::default(),
+            leftover: Mutex::default(),
         }
     }
 
     /// How long calls travel, in words, and where they are folded, once there was one.
     pub(super) fn told(&self) -> Option<(Vec<String>, Folding)> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn leave(&self, what: impl Any + Send) {
+        self.leftover.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(what));
+    }
+
+    /// Frees what was made to no avail. For callers.
+    pub(super) fn sweep(&self) {
+        let leftover = std::mem::take(&mut *self.leftover.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(leftover);
     }
 
     /// Carries a call of several rounds out, if it can go by this way; all ranks say the same. However it ends, the device is done
