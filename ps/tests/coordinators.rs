@@ -131,7 +131,10 @@ fn etcd_may_be_gone_for_a_while_and_stops_no_push() {
     let mut log = String::new();
     other.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     assert!(!other.wait().unwrap().success());
-    assert!(log.contains("has 1 shards with 1 copies of each, and --shards says 7"), "{log}");
+    assert!(
+        log.contains("has 1 shards with 1 copies of each, and its coordinator is to have 7 with 1: see --shards"),
+        "{log}"
+    );
 }
 
 #[test]

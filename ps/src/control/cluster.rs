@@ -21,6 +21,10 @@ const LATELY: Duration = Duration::from_secs(1);
 /// servers take to find it.
 const GRACE: Duration = Duration::from_secs(15);
 
+/// How long a coordinator that knows nothing listens before it begins a cluster: a server that has lost its own calls again after
+/// 0.6 s at most.
+const FIRST: Duration = Duration::from_secs(1);
+
 /// Drained processes that are remembered, where some are gone: more than an operator drains before those before have ended.
 const MOST_LEAVING: usize = 64;
 
@@ -67,6 +71,8 @@ pub struct Cluster {
     processes: HashMap<u64, Process>,
     /// Until when nothing that is in somebody's memory is given up: who had it before this coordinator began may still come.
     grace: Option<Instant>,
+    /// Before this no cluster begins, however many seats there are: servers of one that is there may still come.
+    begins: Option<Instant>,
     /// Shards of which primary and backups are all silent, and since when: it may be this coordinator that is cut off.
     silent: HashMap<u32, Instant>,
     moves: Moves,
@@ -77,7 +83,14 @@ impl Cluster {
     pub fn new(shards: u32, replicas: u32) -> Self {
         let map = ClusterMap { replicas, ..ClusterMap::default() };
         let (processes, silent) = (HashMap::new(), HashMap::new());
-        Self { map, shards, origin: String::new(), processes, grace: None, silent, moves: Moves::default() }
+        let (origin, moves) = (String::new(), Moves::default());
+        Self { map, shards, origin, processes, grace: None, begins: None, silent, moves }
+    }
+
+    /// The same, of a coordinator that began at `now` and may be one started anew: nobody but servers could tell it what was, and
+    /// new ones may come before those do.
+    pub fn listening_first(self, now: Instant) -> Self {
+        Self { begins: Some(now + FIRST), ..self }
     }
 
     /// The same, which begins with what the checkpoint of that name holds, where it begins at all: not where there is a map.
@@ -313,7 +326,8 @@ impl Cluster {
         let (shards, replicas) = (map.shards.len(), map.replicas);
         if shards != 0 && (shards != self.shards as usize || replicas != self.map.replicas) {
             return Err(format!(
-                "it has {shards} shards with {replicas} copies of each, and --shards says {}, --replicas {}",
+                "it has {shards} shards with {replicas} copies of each, and its coordinator is to have {} with {}: see --shards (of \
+                 `serve --coordinate`: --cluster-shards) and --replicas",
                 self.shards, self.map.replicas
             ));
         }
@@ -355,7 +369,8 @@ impl Cluster {
         self.relieve(now);
         if self.map.shards.is_empty() {
             let wanted = self.shards as usize * (1 + self.map.replicas as usize);
-            if self.spare_seats() < wanted || self.processes.len() <= self.map.replicas as usize {
+            let is_early = self.begins.is_some_and(|at| now < at);
+            if is_early || self.spare_seats() < wanted || self.processes.len() <= self.map.replicas as usize {
                 return;
             }
             let first = ShardSeats { origin: self.origin.clone(), ..ShardSeats::default() };

@@ -113,6 +113,8 @@ impl Coordinator {
         let (wire, address) = dial::listener(&config, settings.listen, (dial::random()?, MAX_PEERS))?;
         let cluster = Cluster::new(settings.shards, settings.replicas);
         let empty = cluster.beginning_with(settings.restore.unwrap_or_default());
+        // Etcd tells what was; else servers do.
+        let empty = if settings.etcd.is_some() { empty } else { empty.listening_first(Instant::now()) };
         let right = Right::new(settings.etcd.as_ref(), address.to_string())?;
         let stop = Arc::new(AtomicBool::new(false));
         let (servers, questions) = (HashSet::new(), Arc::default());

@@ -279,6 +279,27 @@ fn a_primary_that_is_drained_hands_over_although_the_coordinator_changes_meanwhi
 }
 
 #[test]
+fn a_coordinator_started_anew_begins_no_cluster_before_servers_of_one_could_come() {
+    let mut before = Bench { cluster: Cluster::new(1, 0), now: Instant::now() };
+    assert!(before.join(1, &[10]));
+    let map = before.cluster.map().clone();
+    let mut bench = Bench { cluster: Cluster::new(1, 0).listening_first(before.now), now: before.now };
+    // One that was started with it is always the first to come.
+    assert!(!bench.join(2, &[20]));
+    bench.now += FIRST - Duration::from_millis(1);
+    assert!(!bench.cluster.tick(bench.now));
+    bench.join_knowing(1, &[10], map.clone());
+    assert_eq!(*bench.cluster.map(), map);
+    bench.now += FIRST;
+    assert!(!bench.cluster.tick(bench.now) && bench.seats(0) == [10, 0, 0]);
+    // Where nobody knows of any, it begins by itself.
+    let mut bench = Bench { cluster: Cluster::new(1, 0).listening_first(before.now), now: before.now };
+    bench.join(2, &[20]);
+    bench.now += FIRST;
+    assert!(bench.cluster.tick(bench.now) && bench.seats(0) == [20, 0, 0]);
+}
+
+#[test]
 fn a_cluster_begins_with_its_checkpoint_until_it_has_copies_and_never_again() {
     let mut bench = Bench { cluster: Cluster::new(1, 1).beginning_with("one".to_owned()), now: Instant::now() };
     let origin = |bench: &Bench| bench.cluster.map().shards[0].origin.clone();
@@ -304,8 +325,8 @@ fn a_cluster_begins_with_its_checkpoint_until_it_has_copies_and_never_again() {
 fn a_map_of_another_size_is_of_another_cluster() {
     let map = Bench::formed().cluster.map().clone();
     let now = Instant::now();
-    assert!(Cluster::new(2, 1).restore(map.clone(), now).unwrap_err().contains("--shards says 2"));
-    assert!(Cluster::new(1, 0).restore(map.clone(), now).unwrap_err().contains("--replicas 0"));
+    assert!(Cluster::new(2, 1).restore(map.clone(), now).unwrap_err().contains("is to have 2 with 1: see --shards"));
+    assert!(Cluster::new(1, 0).restore(map.clone(), now).unwrap_err().contains("is to have 1 with 0"));
     let mut other = Bench::new(2);
     other.join_knowing(1, &[10], map.clone());
     assert_eq!(other.cluster.map().epoch, Epoch(0));
