@@ -2,7 +2,9 @@
 
 mod command;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use command::config::Of;
 use std::ffi::OsString;
 use std::path::Path;
@@ -56,6 +58,7 @@ Examples:
   Let tables outlive a server (recovery=\"replicate\"): a coordinator, and at least two servers on different machines:
       gradwire-ps coordinate --listen 10.0.0.1:7000 --shards 2
       gradwire-ps serve --listen 10.0.0.2:7000 --shards 2 --coordinator 10.0.0.1:7000      (and so on 10.0.0.3, ...)
+      gradwire-ps serve --listen 10.0.0.2:7000 --shards 2 --coordinate 10.0.0.2:7100       (or a server carries it, with no other process)
       gradwire-ps status --coordinator 10.0.0.1:7000
       gradwire-ps snapshot --coordinator 10.0.0.1:7000 --every 10m             (servers started with --checkpoint-dir, one that all see)
       gradwire-ps coordinate --shards 2 --restore latest --checkpoint-dir /shared/run1     (a cluster that begins where all were lost)
@@ -78,13 +81,25 @@ Examples:
 
 `gradwire-ps serve --help` explains every flag. Stop a server with Ctrl-C or SIGTERM.";
 
+/// The command that was given. What is in the environment for coordinators is left to them where `serve` carries none; typed, it is
+/// a mistake.
+fn read(matches: ArgMatches) -> Result<Command, clap::Error> {
+    let serve = matches.subcommand_matches("serve");
+    let typed = |name: &str| serve.and_then(|serve| serve.value_source(name)) == Some(ValueSource::CommandLine);
+    if typed("etcd") && serve.is_some_and(|serve| !serve.contains_id("coordinate")) {
+        let why = "--etcd is for coordinators: say --coordinate ADDRESS:PORT too, or leave it to those that --coordinator names";
+        return Err(Arguments::command().error(ErrorKind::MissingRequiredArgument, why));
+    }
+    Arguments::from_arg_matches(&matches).map(|arguments| arguments.command)
+}
+
 /// A command with what the file says, and `typed` behind it.
 fn with_file(of: Of, path: &Path, typed: impl Iterator<Item = OsString>) -> Result<Command, String> {
     let arguments = Arguments::command();
     let command = arguments.find_subcommand(of.name()).expect("it is one of the commands");
     let said = command::config::arguments(command, path, |name| std::env::var_os(name).is_some())?;
     let all = ["gradwire-ps", of.name()].map(OsString::from).into_iter().chain(said).chain(typed);
-    let read = Arguments::try_parse_from(all).map(|arguments| arguments.command);
+    let read = arguments.clone().try_get_matches_from(all).and_then(read);
     read.map_err(|error| format!("{}: {error}", path.display()))
 }
 
@@ -130,7 +145,7 @@ impl Command {
 fn main() -> ExitCode {
     let names = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     let warnings = command::environment::warnings(&Arguments::command(), names);
-    let command = Arguments::parse().command;
+    let command = read(Arguments::command().get_matches()).unwrap_or_else(|error| error.exit());
     let command = match command.file() {
         // What was typed comes behind the file, and so wins.
         Some((of, path)) => with_file(of, path, std::env::args_os().skip(2)),

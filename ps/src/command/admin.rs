@@ -31,6 +31,10 @@ pub(crate) trait Told: Send + Sync + 'static {
     fn metrics(&self) -> String;
     /// Who does not answer, if anybody.
     fn silent(&self) -> Option<String>;
+    /// The same, of those whose silence a new process would end.
+    fn dead(&self) -> Option<String> {
+        self.silent()
+    }
 }
 
 /// The shards that are served here.
@@ -62,6 +66,25 @@ impl Told for Monitor<CoordinatorReport> {
 
     fn silent(&self) -> Option<String> {
         self.report(COORDINATOR_PATIENCE).is_none().then(|| "the coordinator".to_owned())
+    }
+}
+
+/// A server, and the coordinator that its process carries.
+pub(crate) struct Both(pub(crate) Shards, pub(crate) Monitor<CoordinatorReport>);
+
+impl Told for Both {
+    fn metrics(&self) -> String {
+        self.0.metrics() + &self.1.metrics()
+    }
+
+    fn silent(&self) -> Option<String> {
+        let silent: Vec<String> = self.0.silent().into_iter().chain(self.1.silent()).collect();
+        (!silent.is_empty()).then(|| silent.join(", "))
+    }
+
+    /// A coordinator that waits for an etcd which is gone is no reason to end a server that holds tables.
+    fn dead(&self) -> Option<String> {
+        self.0.dead()
     }
 }
 
@@ -146,21 +169,21 @@ impl House {
                 response.headers_mut().insert(CONTENT_TYPE, kind);
                 response
             }
-            "/healthz" => self.health(true),
-            "/readyz" => self.health(self.ready.load(Ordering::Acquire)),
+            "/healthz" => health(self.told.dead(), true),
+            "/readyz" => health(self.told.silent(), self.ready.load(Ordering::Acquire)),
             _ => text(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz\n".to_owned()),
         }
     }
+}
 
-    fn health(&self, ready: bool) -> Response<String> {
-        if let Some(silent) = self.told.silent() {
-            return text(StatusCode::SERVICE_UNAVAILABLE, format!("no answer from {silent}\n"));
-        }
-        if ready {
-            text(StatusCode::OK, "ok\n".to_owned())
-        } else {
-            text(StatusCode::SERVICE_UNAVAILABLE, "stopping\n".to_owned())
-        }
+fn health(silent: Option<String>, ready: bool) -> Response<String> {
+    if let Some(silent) = silent {
+        return text(StatusCode::SERVICE_UNAVAILABLE, format!("no answer from {silent}\n"));
+    }
+    if ready {
+        text(StatusCode::OK, "ok\n".to_owned())
+    } else {
+        text(StatusCode::SERVICE_UNAVAILABLE, "stopping\n".to_owned())
     }
 }
 

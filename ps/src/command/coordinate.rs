@@ -57,7 +57,7 @@ pub(crate) struct Coordinate {
 
 /// Where several coordinators agree which of them leads.
 #[derive(Args)]
-struct Etcd {
+pub(super) struct Etcd {
     /// Keep the map in this etcd. Several coordinators may then run: one leads, and where it dies another goes on. Servers and
     /// clients are given the addresses of all. A client address each, http:// or https://
     #[arg(long, env = "GRADWIRE_ETCD", value_name = "ADDRESS,...", value_delimiter = ',')]
@@ -77,7 +77,8 @@ struct Etcd {
 }
 
 impl Etcd {
-    fn settings(&self) -> Option<EtcdSettings> {
+    /// Where it is, if there is one.
+    pub(super) fn settings(&self) -> Option<EtcdSettings> {
         let identity = self.etcd_cert.clone().zip(self.etcd_key.clone());
         let there = !self.etcd.is_empty();
         let (endpoints, cluster, ca) = (self.etcd.clone(), self.cluster.clone(), self.etcd_ca.clone());
@@ -114,13 +115,7 @@ impl Coordinate {
     pub(crate) fn run(self, warnings: &[String]) -> Result<(), String> {
         self.log.begin(warnings);
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("watching for signals: {error}"))?;
-        let restore = match self.checkpoint_dir.as_ref().zip(self.restore.as_ref()) {
-            Some((place, which)) => Checkpoints::find(place, which).map_err(|error| error.to_string())?,
-            None => None,
-        };
-        if self.restore.is_some() {
-            tracing::info!(checkpoint = restore.as_deref().unwrap_or("none yet"), "a cluster that begins restores");
-        }
+        let restore = beginning(self.checkpoint_dir.as_deref(), self.restore.as_deref())?;
         let mut coordinator = Coordinator::bind(self.settings(restore)?).map_err(|error| error.to_string())?;
         let ready = Arc::new(AtomicBool::new(true));
         let told = Arc::new(coordinator.monitor());
@@ -139,11 +134,24 @@ impl Coordinate {
 
     fn announce(&self, address: SocketAddr, admin: Option<SocketAddr>) -> std::io::Result<()> {
         let mut out = std::io::stdout().lock();
-        match self.json {
-            true => writeln!(out, "{}", serde_json::json!({ "coordinator": address.to_string() }))?,
-            false => writeln!(out, "the coordinator listens at {address}")?,
-        }
+        announce(&mut out, self.json, address)?;
         admin::announce(&mut out, self.json, admin)?;
         out.flush()
+    }
+}
+
+/// The checkpoint at `place` that a cluster begins with: `which`, or the latest whole one, which may be none yet.
+pub(super) fn beginning(place: Option<&str>, which: Option<&str>) -> Result<Option<String>, String> {
+    let Some((place, which)) = place.zip(which) else { return Ok(None) };
+    let found = Checkpoints::find(place, which).map_err(|error| error.to_string())?;
+    tracing::info!(checkpoint = found.as_deref().unwrap_or("none yet"), "a cluster that begins restores");
+    Ok(found)
+}
+
+/// Tells where a coordinator listens, for people or for programs.
+pub(super) fn announce(out: &mut impl Write, json: bool, address: SocketAddr) -> std::io::Result<()> {
+    match json {
+        true => writeln!(out, "{}", serde_json::json!({ "coordinator": address.to_string() })),
+        false => writeln!(out, "the coordinator listens at {address}"),
     }
 }

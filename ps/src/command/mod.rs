@@ -4,6 +4,7 @@ mod admin;
 pub(crate) mod config;
 pub(crate) mod coordinate;
 pub(crate) mod drain;
+mod embedded;
 pub(crate) mod environment;
 pub(crate) mod exchange;
 mod log;

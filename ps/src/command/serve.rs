@@ -1,11 +1,12 @@
 //! Does: `gradwire-ps serve`: starts the shards, says where they are, stops on a signal.
 
-use super::admin::Shards;
+use super::admin::{Both, Shards, Told};
+use super::embedded::{Beginning, Carried, Embedded};
 use super::log::Log;
 use super::periodic::{Periodic, Whom};
 use super::wire::Wires;
-use super::{Certificates, Token, admin, memory_of_machine, parse_bytes, parse_duration, show_bytes};
-use clap::Args;
+use super::{Certificates, Token, admin, coordinate, memory_of_machine, parse_bytes, parse_duration, show_bytes};
+use clap::{ArgGroup, Args};
 use gradwire_ps::{Checkpoints, ClientSettings, ClusterServers, Limits, LocalServers, Monitor, ServerSettings};
 use gradwire_transport::Config;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 /// Flags of `serve`.
 #[derive(Args)]
+#[command(group = ArgGroup::new("joins").args(["coordinator", "coordinate"]).multiple(true))]
 pub(crate) struct Serve {
     /// TOML file with these flags as keys, without their dashes; what is typed, or in the environment, wins over it
     #[arg(long, value_name = "FILE")]
@@ -33,11 +35,13 @@ pub(crate) struct Serve {
     /// copied here for the case that their server dies; --shards is how many there is room for
     #[arg(long, value_delimiter = ',', value_name = "HOST:PORT,...")]
     coordinator: Vec<String>,
+    #[command(flatten)]
+    embedded: Embedded,
     /// Host name or address by which others call this machine, where it is not the one listened at
-    #[arg(long, value_name = "HOST", requires = "coordinator")]
+    #[arg(long, value_name = "HOST", requires = "joins")]
     advertise: Option<String>,
     /// The longest that a server which is to end waits until others have taken over its shards; a second signal ends it at once
-    #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "TIME", requires = "coordinator")]
+    #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "TIME", requires = "joins")]
     drain_timeout: Duration,
     #[command(flatten)]
     token: Token,
@@ -70,7 +74,8 @@ pub(crate) struct Serve {
     /// Whole checkpoints to keep
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     checkpoint_keep: u16,
-    /// Begin with a checkpoint, `latest` or its name, at any number of shards. `latest` begins empty where there is none yet
+    /// Begin with a checkpoint, `latest` or its name, at any number of shards. `latest` begins empty where there is none yet. With
+    /// --coordinate, the whole cluster begins with it; one that is there already goes on with what it has
     #[arg(long, value_name = "NAME", requires = "checkpoint_dir")]
     restore: Option<String>,
     /// Address that answers /metrics for Prometheus, /healthz and /readyz, to whoever reaches it [default: none]
@@ -101,6 +106,23 @@ impl Servers {
         match self {
             Self::Alone(servers) => servers.monitors(),
             Self::Clustered(servers) => servers.monitors(),
+        }
+    }
+
+    /// What each of them is.
+    fn what(&self) -> &'static str {
+        match self {
+            Self::Alone(_) => "shard",
+            Self::Clustered(_) => "seat",
+        }
+    }
+
+    /// What an admin address tells of, with the coordinator that is carried beside them, if one is.
+    fn told(&self, carried: Option<&Carried>) -> Arc<dyn Told> {
+        let shards = Shards(self.monitors().to_vec());
+        match carried {
+            Some(carried) => Arc::new(Both(shards, carried.monitor())),
+            None => Arc::new(shards),
         }
     }
 
@@ -137,16 +159,25 @@ impl Serve {
     /// Whether a server could start with these flags.
     pub(crate) fn check(&self) -> Result<(), String> {
         self.fits()?;
-        self.settings()?.check().map_err(|error| error.to_string())
+        let settings = self.settings()?;
+        settings.check().map_err(|error| error.to_string())?;
+        self.embedded.check(&settings, self.shards, self.beginning())
+    }
+
+    fn beginning(&self) -> Beginning<'_> {
+        (self.checkpoint_dir.as_deref(), self.restore.as_deref())
     }
 
     /// Refuses flags that cannot be kept together.
     fn fits(&self) -> Result<(), String> {
-        if self.coordinator.is_empty() {
-            return Ok(());
-        }
-        let refused = |flag: &str, remedy: &str| Err(format!("--coordinator with {flag}: {remedy}"));
-        if self.restore.is_some() {
+        self.embedded.fits(&self.coordinator, self.advertise.as_deref())?;
+        let with = match (self.embedded.is_there(), self.coordinator.is_empty()) {
+            (true, _) => "--coordinate",
+            (false, false) => "--coordinator",
+            (false, true) => return Ok(()),
+        };
+        let refused = |flag: &str, remedy: &str| Err(format!("{with} with {flag}: {remedy}"));
+        if self.restore.is_some() && !self.embedded.is_there() {
             return refused("--restore", "all shards begin with one checkpoint: gradwire-ps coordinate --restore");
         }
         if self.checkpoint_every.is_some() {
@@ -169,14 +200,20 @@ impl Serve {
         }
         let (token, transport) = (settings.token.clone(), settings.transport.clone());
         let caller = ClientSettings { token, transport, ..ClientSettings::default() };
-        let servers = self.start(settings)?;
+        let carried = self.embedded.start(&settings, self.shards, self.beginning())?;
+        let joined = self.embedded.joined(&self.coordinator, carried.as_ref(), self.advertise.as_deref());
+        let servers = self.start(settings, &joined)?;
         let ready = Arc::new(AtomicBool::new(true));
-        let told = Arc::new(Shards(servers.monitors().to_vec()));
+        let told = servers.told(carried.as_ref());
         let admin = self.admin.map(|listen| admin::start(listen, told, Arc::clone(&ready))).transpose()?;
-        self.announce(servers.addresses(), admin).map_err(|error| format!("writing the addresses: {error}"))?;
+        let announced = self.announce(carried.as_ref(), &servers, admin);
+        announced.map_err(|error| format!("writing the addresses: {error}"))?;
         tracing::info!(shards = self.shards, memory = show_bytes(memory), token = secured, tls, "serving");
+        if carried.is_some() {
+            self.embedded.forewarn(&joined);
+        }
         let keeps = self.checkpoint_dir.is_some();
-        let periodic = keeps.then(|| Periodic::start(servers.asked(&self.coordinator), caller, self.checkpoint_every));
+        let periodic = keeps.then(|| Periodic::start(servers.asked(&joined), caller, self.checkpoint_every));
         let periodic = periodic.transpose()?;
         let signal = signals.forever().next();
         ready.store(false, Ordering::Release);
@@ -184,6 +221,8 @@ impl Serve {
         drop(periodic);
         servers.hand_over(self.drain_timeout, signals);
         drop(servers);
+        // Last: it has heard the others take over.
+        drop(carried);
         tracing::info!("stopped");
         Ok(())
     }
@@ -212,9 +251,10 @@ impl Serve {
         self.max_memory.unwrap_or_else(|| memory_of_machine() / 2)
     }
 
-    fn start(&self, settings: ServerSettings) -> Result<Servers, String> {
-        if !self.coordinator.is_empty() {
-            let (coordinators, advertise) = (self.coordinator.clone(), self.advertise.as_deref());
+    /// `coordinators`: of the cluster to join, if any.
+    fn start(&self, settings: ServerSettings, coordinators: &[String]) -> Result<Servers, String> {
+        if !coordinators.is_empty() {
+            let (coordinators, advertise) = (coordinators.to_vec(), self.advertise.as_deref());
             let joined = ClusterServers::join(self.shards, &settings, coordinators, advertise);
             return joined.map(Servers::Clustered).map_err(|error| error.to_string());
         }
@@ -231,11 +271,14 @@ impl Serve {
         Ok(Servers::Alone(restored.0))
     }
 
-    /// One line a shard, or seat, at once, for whoever started us.
-    fn announce(&self, addresses: &[String], admin: Option<SocketAddr>) -> std::io::Result<()> {
+    /// One line for the coordinator that is carried, if one is, and one a shard, or seat, at once, for whoever started us.
+    fn announce(&self, carried: Option<&Carried>, servers: &Servers, admin: Option<SocketAddr>) -> std::io::Result<()> {
         let mut out = std::io::stdout().lock();
-        let what = if self.coordinator.is_empty() { "shard" } else { "seat" };
-        for (number, address) in addresses.iter().enumerate() {
+        if let Some(carried) = carried {
+            coordinate::announce(&mut out, self.json, carried.address())?;
+        }
+        let what = servers.what();
+        for (number, address) in servers.addresses().iter().enumerate() {
             if self.json {
                 writeln!(out, "{}", serde_json::json!({ what: number, "address": address }))?;
             } else {

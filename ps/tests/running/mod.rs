@@ -16,6 +16,15 @@ pub fn command(arguments: &[&str]) -> Command {
     command
 }
 
+fn spawn(shards: usize, arguments: &[&str]) -> (Child, Lines<BufReader<ChildStdout>>) {
+    let shards = shards.to_string();
+    let mut all = vec!["serve", "--shards", &shards, "--json"];
+    all.extend(arguments);
+    let mut child = command(&all).spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    (child, lines)
+}
+
 /// A running server, killed when the test fails before its end.
 pub struct Running {
     pub child: Child,
@@ -34,12 +43,19 @@ impl Running {
         Self::start_what("seat", seats, arguments)
     }
 
+    /// A server with so many seats that carries a coordinator, and where that is.
+    pub fn start_carrying(seats: usize, arguments: &[&str]) -> (Self, String) {
+        let (child, mut lines) = spawn(seats, arguments);
+        let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        let coordinator = line["coordinator"].as_str().unwrap().to_owned();
+        (Self::listening("seat", seats, (child, lines)), coordinator)
+    }
+
     fn start_what(what: &str, shards: usize, arguments: &[&str]) -> Self {
-        let shards_text = shards.to_string();
-        let mut all = vec!["serve", "--shards", &shards_text, "--json"];
-        all.extend(arguments);
-        let mut child = command(&all).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self::listening(what, shards, spawn(shards, arguments))
+    }
+
+    fn listening(what: &str, shards: usize, (child, mut lines): (Child, Lines<BufReader<ChildStdout>>)) -> Self {
         let addresses = (0..shards).map(|shard| {
             let line: serde_json::Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
             assert_eq!(line[what], shard);
