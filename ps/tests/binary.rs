@@ -3,7 +3,7 @@
 
 mod running;
 
-use gradwire_ps::{Client, ClientSettings, DType, Mode, PsError, TableOptions};
+use gradwire_ps::{Client, ClientSettings, Codec, Compression, DType, Mode, PsError, SparseOptions, TableOptions};
 use gradwire_transport::Region;
 use running::{Running, command};
 use std::time::{Duration, Instant};
@@ -91,6 +91,52 @@ fn status_prints_tables_and_clients_for_people_and_programs() {
     let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(json[0]["tables"][0]["elements"], 35);
     assert!(json[1]["clients"].as_array().unwrap().iter().any(|client| client["client"] == 3));
+}
+
+#[test]
+fn status_says_how_tables_travel_and_what_clips_them() {
+    let running = Running::start(1, &[]);
+    let client = Client::connect(&running.addresses, ClientSettings::default()).unwrap();
+    let compression = Compression { push: Codec::Int8, pull: Codec::Bf16 };
+    let mode = Mode::Sync { workers: 1 };
+    let clipped = TableOptions { mode, clipped: true, compression, ..TableOptions::default() };
+    client.dense("clipped", &[10], DType::F32, clipped).unwrap();
+    client.dense("plain", &[10], DType::F32, TableOptions::default()).unwrap();
+    let both = Compression { push: Codec::F16, pull: Codec::F16 };
+    let rows = SparseOptions { max_grad_norm: Some(1.5), compression: both, ..SparseOptions::default() };
+    client.sparse("rows", 4, DType::F32, rows).unwrap();
+    client.sparse("free", 4, DType::F32, SparseOptions::default()).unwrap();
+    let status = |more: &[&str]| {
+        let said = command(&[&["status", "--servers", &running.addresses[0]], more].concat()).output().unwrap();
+        String::from_utf8(said.stdout).unwrap()
+    };
+    let text = status(&[]);
+    // A cell ends where two spaces begin.
+    let cells =
+        |line: &str| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).map(str::to_owned).collect();
+    let rows: Vec<Vec<String>> = text.lines().map(cells).collect();
+    let cell = |table: &str, column: &str| {
+        let at = rows.iter().position(|row| row.get(1).is_some_and(|name| name == table)).unwrap();
+        let head = rows[..at].iter().rfind(|row| row.first().is_some_and(|cell| cell == "SHARD")).unwrap();
+        assert_eq!(head.len(), rows[at].len(), "{text}");
+        rows[at][head.iter().position(|name| name == column).unwrap()].clone()
+    };
+    for (table, compression, column, clips) in [
+        ("clipped", "push int8, pull bf16", "CLIPPED", "yes"),
+        ("plain", "none", "CLIPPED", "no"),
+        ("rows", "fp16", "MAX GRAD NORM", "1.5"),
+        ("free", "none", "MAX GRAD NORM", "none"),
+    ] {
+        assert_eq!((&*cell(table, "COMPRESSION"), &*cell(table, column)), (compression, clips), "{table}: {text}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&status(&["--json"])).unwrap();
+    let table = |kind: &str, name: &str| {
+        let tables = json[0][kind].as_array().unwrap();
+        tables.iter().find(|table| table["name"] == name).unwrap().clone()
+    };
+    assert_eq!(table("tables", "clipped")["compression"], "push int8, pull bf16");
+    assert!(table("tables", "clipped")["clipped"] == true && table("tables", "plain")["clipped"] == false);
+    assert!(table("sparse", "rows")["max_grad_norm"] == 1.5 && table("sparse", "free")["max_grad_norm"].is_null());
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod cluster;
 use super::servers::Servers;
 use super::show_bytes;
 use clap::Args;
-use gradwire_ps::{ClientSettings, ClusterMap, ShardStatus, SparseStatus, TableStatus};
+use gradwire_ps::{ClientSettings, ClusterMap, Compression, ShardStatus, SparseStatus, TableStatus};
 use serde_json::{Value, json};
 use std::io::Write;
 use std::time::Duration;
@@ -89,6 +89,7 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
             "duplicates": table.duplicates,
             "waiting": table.waiting,
             "compression": table.spec.compression.to_string(),
+            "clipped": table.spec.clipped,
             "pushed_bytes": table.pushed_bytes,
             "pushed_whole_bytes": table.pushed_whole_bytes,
             "pulled_bytes": table.pulled_bytes,
@@ -116,28 +117,48 @@ fn to_json(shard: &ShardStatus, address: &str) -> Value {
     })
 }
 
+/// The heads of columns.
+const TABLES: [&str; 17] = [
+    "SHARD",
+    "TABLE",
+    "SHAPE",
+    "DTYPE",
+    "MODE",
+    "RULE",
+    "COMPRESSION",
+    "CLIPPED",
+    "HERE",
+    "MEMORY",
+    "CLOCK",
+    "PUSHES",
+    "PULLS",
+    "AGAIN",
+    "WAITING",
+    "PUSHED",
+    "PULLED",
+];
+const SPARSE: [&str; 17] = [
+    "SHARD",
+    "SPARSE TABLE",
+    "DIM",
+    "DTYPE",
+    "MODE",
+    "RULE",
+    "COMPRESSION",
+    "MAX GRAD NORM",
+    "ROWS",
+    "MEMORY",
+    "CLOCK",
+    "PUSHES",
+    "PULLS",
+    "AGAIN",
+    "WAITING",
+    "EVICTED",
+    "UNADMITTED",
+];
+
 fn to_text(status: &[ShardStatus], addresses: &[String]) -> String {
-    let mut tables = vec![row([
-        "SHARD", "TABLE", "SHAPE", "DTYPE", "MODE", "RULE", "HERE", "MEMORY", "CLOCK", "PUSHES", "PULLS", "AGAIN",
-        "WAITING", "PUSHED", "PULLED",
-    ])];
-    let mut sparse = vec![row([
-        "SHARD",
-        "SPARSE TABLE",
-        "DIM",
-        "DTYPE",
-        "MODE",
-        "RULE",
-        "ROWS",
-        "MEMORY",
-        "CLOCK",
-        "PUSHES",
-        "PULLS",
-        "AGAIN",
-        "WAITING",
-        "EVICTED",
-        "UNADMITTED",
-    ])];
+    let (mut tables, mut sparse) = (vec![row(TABLES)], vec![row(SPARSE)]);
     let mut clients = vec![row(["SHARD", "CLIENT", "HOST", "PID", "ADDRESS", "RECEIVED", "SENT"])];
     let mut text = String::new();
     for (n, (shard, address)) in status.iter().zip(addresses).enumerate() {
@@ -171,6 +192,9 @@ fn table_row(shard: usize, table: &TableStatus) -> Vec<String> {
         spec.dtype.name(),
         &spec.mode.to_string(),
         rule.split('(').next().unwrap_or(&rule),
+        &shortened(spec.compression),
+        // By which norm, over which tables, their workers know.
+        if spec.clipped { "yes" } else { "no" },
         &table.elements.to_string(),
         &show_bytes(table.bytes),
         &table.clock.to_string(),
@@ -181,6 +205,12 @@ fn table_row(shard: usize, table: &TableStatus) -> Vec<String> {
         &travelled(table.pushed_bytes, table.pushed_whole_bytes),
         &travelled(table.pulled_bytes, table.pulled_whole_bytes),
     ])
+}
+
+/// How a table travels: one word where both ways are alike.
+fn shortened(compression: Compression) -> String {
+    let Compression { push, pull } = compression;
+    if push == pull { push.to_string() } else { compression.to_string() }
 }
 
 /// Bytes that travelled, and how many they stood for where these are not as many.
@@ -197,6 +227,8 @@ fn sparse_row(shard: usize, table: &SparseStatus) -> Vec<String> {
         spec.dtype.name(),
         &spec.mode.to_string(),
         rule.split('(').next().unwrap_or(&rule),
+        &shortened(spec.compression),
+        &spec.max_grad_norm.map_or("none".to_owned(), |most| most.to_string()),
         &table.rows.to_string(),
         &show_bytes(table.bytes),
         &table.clock.to_string(),
