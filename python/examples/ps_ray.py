@@ -2,9 +2,11 @@
 
     pip install ray && python python/examples/ps_ray.py --server target/release/gradwire-ps
 
-Untested: Ray is not among what this project's tests install. What it runs on the servers is what ps_torchrun.py runs.
+Ray is not among what this project's tests install: it was run by hand, with Ray 2.60.0 on one node of two cores. What it runs on the
+servers is what ps_torchrun.py runs.
 
-Ray places the actors wherever the cluster has room; the servers listen at the address that Ray knows their node by.
+Ray places the actors wherever the cluster has room; the servers listen at the address that Ray knows their node by. On several nodes
+each needs gradwire, this folder and the binary, at the same places.
 """
 
 import argparse
@@ -12,11 +14,14 @@ import secrets
 
 import ray
 from ps_torchrun import start_servers, train
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import gradwire
 
 
-@ray.remote(num_cpus=1)
+# They sleep while nobody asks, so none of Ray's cores is set aside for them.
+@ray.remote(num_cpus=0)
 class Servers:
     """The process with the servers, as long as this actor lives."""
 
@@ -48,14 +53,21 @@ def main():
     arguments = parser.parse_args()
 
     ray.init()
+    size = arguments.workers
+    # They train in step: some that run and wait for others which Ray has no room for would wait in vain.
+    room = placement_group([{"CPU": 1}] * size)
+    if not room.wait(60):
+        raise RuntimeError(f"Ray has no room for {size} workers, a core each: begin fewer (--workers), or add nodes")
     token = secrets.token_hex(32)
     servers = Servers.remote(arguments.server, arguments.shards, token)
     addresses = ray.get(servers.addresses.remote())
-    size = arguments.workers
-    right = ray.get([work.remote(addresses, token, rank, size, arguments.epochs) for rank in range(size)])
-    print(f"{size} workers, {len(addresses)} servers: held-out accuracy {right[0]:.1%}")
-    ray.get(servers.stop.remote())
-    ray.shutdown()
+    try:
+        worker = work.options(scheduling_strategy=PlacementGroupSchedulingStrategy(room))
+        right = ray.get([worker.remote(addresses, token, rank, size, arguments.epochs) for rank in range(size)])
+        print(f"{size} workers, {len(addresses)} servers: held-out accuracy {right[0]:.1%}")
+    finally:
+        ray.get(servers.stop.remote())
+        ray.shutdown()
 
 
 if __name__ == "__main__":
