@@ -57,9 +57,10 @@ impl VerbsWire {
     }
 
     fn propose(&mut self, at: usize, now: Instant) {
+        let timeout = self.config.timeout;
         let Some(Some(link)) = self.links.get_mut(at) else { return };
         let proposal = link.propose(now, &mut self.nic);
-        link.patience = ANSWER;
+        link.patience = if link.epoch == 0 { ANSWER } else { patience(Duration::ZERO, timeout) };
         for (lane, queue_pair) in link.lanes.iter().map(|lane| lane.queue_pair).enumerate() {
             self.routes.extend(queue_pair.map(|queue_pair| (queue_pair, (at, lane))));
         }
@@ -300,12 +301,12 @@ impl Beside for VerbsWire {
     }
 
     fn settle(&mut self, peer: PeerId, is_there: bool, now: Instant) {
-        let at = peer.index();
+        let (at, timeout) = (peer.index(), self.config.timeout);
         let Some(Some(link)) = self.links.get_mut(at) else { return };
         let Phase::Apart { since: Some(since) } = link.phase else { return };
         let waited = now.saturating_duration_since(since);
         if is_there {
-            link.patience = waited + ANSWER;
+            link.patience = patience(waited, timeout);
         } else {
             let mut done = std::mem::take(&mut self.pending);
             self.end(at, LossCause::Silent(waited), &mut done);
@@ -340,6 +341,12 @@ impl Beside for VerbsWire {
     }
 }
 
+/// For how long in all an answer is awaited before the peer's host is asked for again, where it has been for `waited`: not beyond
+/// the `timeout`, at which the peer is given up whatever its host says.
+fn patience(waited: Duration, timeout: Duration) -> Duration {
+    (waited + ANSWER).min(timeout)
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::loopback::Fabric;
@@ -348,8 +355,8 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(100);
 
-    fn ends(fabric: &Fabric, now: Instant) -> [VerbsWire; 2] {
-        let config = Config { timeout: TIMEOUT, ..Config::default() };
+    fn ends(fabric: &Fabric, timeout: Duration, now: Instant) -> [VerbsWire; 2] {
+        let config = Config { timeout, ..Config::default() };
         [1, 0].map(|peer| {
             let mut wire = VerbsWire::new(&config, Box::new(fabric.adapter()));
             let name = PeerName { rank: None, host: String::new(), pid: peer, address: String::new() };
@@ -371,8 +378,12 @@ mod tests {
 
     /// Two ends that were connected; the queue pairs of the first have failed, under a message.
     fn broken(now: Instant) -> [VerbsWire; 2] {
+        broken_with(TIMEOUT, now)
+    }
+
+    fn broken_with(timeout: Duration, now: Instant) -> [VerbsWire; 2] {
         let fabric = Fabric::default();
-        let mut ends = ends(&fabric, now);
+        let mut ends = ends(&fabric, timeout, now);
         talk(&mut ends, now);
         assert!(ends[0].is_up(PeerId(1)) && ends[1].is_up(PeerId(0)));
         fabric.fail_at_random(1, 1_000_000, 1);
@@ -434,11 +445,33 @@ mod tests {
     #[test]
     fn a_peer_that_never_answers_is_given_up_soon_at_first_and_at_the_timeout_later() {
         let now = Instant::now();
-        let [mut first, _] = ends(&Fabric::default(), now);
+        let [mut first, _] = ends(&Fabric::default(), TIMEOUT, now);
         assert_eq!(silence(&mut first, now + ANSWER), Some(ANSWER));
         let [mut end, _] = broken(now);
         assert_eq!(silence(&mut end, now + TIMEOUT - ANSWER), None);
         end.settle(PeerId(1), true, now + TIMEOUT - ANSWER);
         assert_eq!(silence(&mut end, now + TIMEOUT), Some(TIMEOUT));
+    }
+
+    #[test]
+    fn a_peer_that_never_answers_is_looked_at_again_at_the_timeout_not_after_it() {
+        let seconds = Duration::from_secs;
+        let looks = |waited: u64, timeout: u64| patience(seconds(waited), seconds(timeout)).as_secs();
+        assert_eq!([looks(0, 100), looks(5, 100), looks(94, 100)], [5, 10, 99]);
+        assert_eq!([looks(95, 100), looks(96, 100), looks(99, 100), looks(0, 3), looks(7, 3)], [100, 100, 100, 3, 3]);
+        let now = Instant::now();
+        let [mut end, _] = broken(now);
+        end.settle(PeerId(1), true, now + TIMEOUT - seconds(2));
+        assert_eq!(end.deadline(), Some(now + TIMEOUT));
+        assert_eq!(silence(&mut end, now + TIMEOUT - seconds(1)), None);
+        assert_eq!(silence(&mut end, now + TIMEOUT), Some(TIMEOUT));
+    }
+
+    #[test]
+    fn a_timeout_shorter_than_the_usual_wait_for_an_answer_is_kept_too() {
+        let (now, short) = (Instant::now(), ANSWER / 2);
+        let [mut end, _] = broken_with(short, now);
+        assert_eq!((silence(&mut end, now + short / 2), end.deadline()), (None, Some(now + short)));
+        assert_eq!(silence(&mut end, now + short), Some(short));
     }
 }
