@@ -8,9 +8,11 @@
 //! budget, in case all come at once after all; after longer, all of it. What it was granted is forgotten when it is lost.
 
 mod climb;
+mod held;
 
 use crate::PeerId;
 use climb::Climb;
+pub(crate) use held::Held;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 

@@ -291,9 +291,14 @@ impl Inbox {
         Ok(())
     }
 
+    /// Conversation and length of a message that was granted as `key`.
+    pub(crate) fn asked(&self, key: u64) -> Option<(Tag, usize)> {
+        self.messages.get(key).map(|message| (message.from.tag, message.bytes))
+    }
+
     /// Length of a message that was granted as `key`.
     pub(crate) fn bytes_of(&self, key: u64) -> usize {
-        self.messages.get(key).map_or(0, |message| message.bytes)
+        self.asked(key).map_or(0, |(_, bytes)| bytes)
     }
 
     /// The slice that a message granted as `key` fills: a device writes it, and [`Inbox::filled`] follows.

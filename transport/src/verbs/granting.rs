@@ -5,43 +5,29 @@
 
 use super::link::{Link, Out};
 use super::wire::VerbsWire;
-use crate::credit::Want;
 use crate::inbox::Reply;
-use std::collections::BTreeMap;
 use std::time::Instant;
-
-/// Announced messages of one peer that wait for credit, and bytes that have come of those that had it.
-#[derive(Default)]
-pub(super) struct Held {
-    replies: BTreeMap<u32, Reply>,
-    wants: Vec<Want>,
-    next: u32,
-    came: u64,
-}
 
 impl Link {
     /// Answers an announced message that has met its receive; where credit is granted, once it is.
     pub(super) fn answer(&mut self, reply: Reply) {
-        match (&mut self.held, reply) {
-            (Some(held), Reply::Grant { key, .. }) if self.inbox.bytes_of(key) > 0 => {
-                held.wants.push(Want { id: held.next, bytes: self.inbox.bytes_of(key) as u64, urgent: false });
-                held.replies.insert(held.next, reply);
-                held.next = held.next.wrapping_add(1);
-            }
-            (_, reply) => self.queue.push_back(Out::Answer(reply)),
-        }
+        let reply = match &mut self.held {
+            Some(held) => held.hold(reply, &self.inbox),
+            None => Some(reply),
+        };
+        self.queue.extend(reply.map(Out::Answer));
     }
 
     /// A granted message of `bytes` is there.
     pub(super) fn count_came(&mut self, bytes: usize) {
         if let Some(held) = &mut self.held {
-            held.came += bytes as u64;
+            held.count(bytes);
         }
     }
 
     /// Whether messages wait of which credit has not been told.
     pub(super) fn wants_credit(&self) -> bool {
-        self.held.as_ref().is_some_and(|held| !held.wants.is_empty())
+        self.held.as_ref().is_some_and(|held| held.has_wants())
     }
 }
 
@@ -55,18 +41,90 @@ impl VerbsWire {
             if link.lost.is_some() {
                 credit.gone(peer);
             } else if let Some(held) = &mut link.held {
-                let came = std::mem::take(&mut held.came);
-                if came > 0 {
-                    credit.came(peer, came, now);
-                }
-                held.wants.drain(..).for_each(|want| credit.want(peer, want));
+                held.tell(peer, credit, now);
             }
         }
         credit.grant(now, &mut self.granted);
         for grant in self.granted.drain(..) {
             let Some(Some(link)) = self.links.get_mut(grant.to.index()) else { continue };
-            let reply = link.held.as_mut().and_then(|held| held.replies.remove(&grant.id));
+            let reply = link.held.as_mut().and_then(|held| held.granted(&grant));
             link.queue.extend(reply.map(Out::Answer));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::loopback::Fabric;
+    use super::*;
+    use crate::{Beside, Completion, Config, CreditSettings, Envelope, PeerId, PeerName, Region, Tag, Wire};
+    use std::time::Duration;
+
+    const BYTES: usize = 1 << 20;
+    const URGENT: Tag = Tag(Tag::CONTROL_BIT | 9);
+
+    /// A receiver that grants, and senders, of which each is connected to it.
+    fn wires(senders: u32) -> Vec<VerbsWire> {
+        let fabric = Fabric::default();
+        let config = Config { credit: Some(CreditSettings::default()), ..Config::default() };
+        let mut wires: Vec<_> = (0..=senders).map(|_| VerbsWire::new(&config, Box::new(fabric.adapter()))).collect();
+        for sender in 1..=senders {
+            let ends = [(0, sender), (sender, 0)];
+            let words = ends.map(|(here, there)| {
+                let name = PeerName { rank: None, host: String::new(), pid: there, address: String::new() };
+                wires[here as usize].attach(PeerId(there), name, Instant::now()).unwrap();
+                wires[here as usize].next_words().unwrap().1
+            });
+            for ((here, there), words) in ends.into_iter().zip(words.into_iter().rev()) {
+                wires[here as usize].hear(PeerId(there), words, Instant::now());
+            }
+        }
+        wires
+    }
+
+    /// The last of all that are offered is urgent.
+    const OFFERS: [(u32, Tag); 7] =
+        [(1, Tag(1)), (1, Tag(2)), (2, Tag(1)), (1, Tag(3)), (2, Tag(2)), (2, Tag(3)), (2, URGENT)];
+
+    /// Wires whose receiver has been offered all that, and has posted the receives within `time`.
+    fn offered(time: Duration, until: Instant) -> Vec<VerbsWire> {
+        loop {
+            let mut wires = wires(2);
+            for (sender, tag) in OFFERS {
+                let to = Envelope { peer: PeerId(0), tag, note: 0 };
+                wires[sender as usize].post_send(to, Region::zeroed(BYTES).read(0..BYTES).unwrap()).unwrap();
+            }
+            while OFFERS.iter().any(|(_, tag)| wires[0].probe(*tag).is_none()) {
+                assert!(Instant::now() < until);
+                wires.iter_mut().for_each(|wire| wire.poll(Instant::now(), &mut Vec::new()));
+            }
+            let spaces = OFFERS.map(|_| Region::zeroed(BYTES).write(0..BYTES).unwrap());
+            let began = Instant::now();
+            for ((sender, tag), space) in OFFERS.into_iter().zip(spaces) {
+                wires[0].post_recv(PeerId(sender), tag, space).unwrap();
+            }
+            if began.elapsed() < time {
+                return wires;
+            }
+            assert!(Instant::now() < until);
+        }
+    }
+
+    #[test]
+    fn an_urgent_message_comes_before_all_that_wait_however_long_it_is() {
+        let until = Instant::now() + Duration::from_secs(20);
+        // What is granted counts as slow after half a millisecond, and then others are granted more.
+        let mut wires = offered(Duration::from_micros(400), until);
+        let (mut order, mut done) = (Vec::new(), Vec::new());
+        while order.len() < OFFERS.len() {
+            assert!(Instant::now() < until, "{order:?}");
+            wires.iter_mut().for_each(|wire| wire.poll(Instant::now(), &mut done));
+            order.extend(done.drain(..).filter_map(|completion| match completion {
+                Completion::Received { from, .. } => Some(from.tag),
+                _ => None,
+            }));
+        }
+        // Two whole messages were asked for before it was known.
+        assert!(order[..3].contains(&URGENT), "{order:?}");
     }
 }

@@ -4,7 +4,6 @@
 
 use super::adapter::Remote;
 use super::fault::Fault;
-use super::granting::Held;
 use super::grants::{self, Grant, Grants};
 use super::lane::{Carried, Lane};
 use super::nic::Nic;
@@ -14,6 +13,7 @@ use super::registered_pool::Lent;
 use super::settings::VerbsConfig;
 pub(super) use super::under_way::{Access, Large, Part, Remotely};
 use super::watching::Ring;
+use crate::credit::Held;
 use crate::flights::{Cargo, Flights};
 use crate::inbox::{Inbox, Payload, Receive, Reply};
 use crate::pool::Pool;
