@@ -161,6 +161,12 @@ impl Credit {
         self.outstanding
     }
 
+    /// Of these, those of senders that are late.
+    #[cfg(test)]
+    pub(crate) fn late(&self) -> u64 {
+        self.senders.values().filter(|sender| sender.pace == Pace::Late).map(Sender::outstanding).sum()
+    }
+
     /// A message of `from` has met its receive.
     pub(crate) fn want(&mut self, from: PeerId, want: Want) {
         self.whole = self.whole.map(|longest| longest.max(want.bytes));

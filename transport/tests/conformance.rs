@@ -14,6 +14,8 @@ use std::sync::LazyLock;
 promises! {
     over_sim by crate::promises::sim;
     over_bad_sim by crate::promises::bad_sim;
+    over_sim_credit by crate::promises::sim_credit;
+    over_bad_sim_credit by crate::promises::bad_sim_credit;
     over_shm by crate::promises::shm;
     over_mesh by crate::promises::mesh;
     over_mixed_mesh by crate::promises::mixed_mesh;

@@ -1,8 +1,9 @@
 //! Pure: the simulated network itself: what happens next, and what it does to whom.
 
-use super::link::{Frame, Link, answer};
+use super::link::{Frame, Link, grants};
 use super::plan::{FaultPlan, Manner, Moment};
 use super::random::Random;
+use crate::credit::Credit;
 use crate::flights::Cargo;
 use crate::inbox::Receive;
 use crate::pool::Pool;
@@ -30,6 +31,8 @@ pub(super) enum Event {
     Die { peer: PeerId, manner: Manner },
     /// Whoever leaves waits no longer.
     Leave { peer: PeerId },
+    /// The credit of `at` is looked at though nothing has come.
+    Look { at: PeerId },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +51,9 @@ pub(super) struct Node {
     pub(super) pool: Arc<Pool>,
     pub(super) exposed: Slab<(PeerId, RegionSliceMut)>,
     pub(super) state: State,
+    pub(super) credit: Option<Credit>,
+    /// When credit is looked at next though nothing comes.
+    pub(super) look: Option<Instant>,
     messages: u64,
 }
 
@@ -77,9 +83,18 @@ impl Core {
         assert!(self.nodes[me.index()].is_none(), "peer {} is on this network already", me.0);
         let pool = Arc::new(Pool::default());
         let (config, exposed) = (config.clone(), Slab::default());
-        let links = Vec::new();
-        self.nodes[me.index()] =
-            Some(Node { config, links, done: Vec::new(), pool, exposed, state: State::Up, messages: 0 });
+        let credit = config.credit.filter(|_| grants(&config)).map(Credit::new);
+        self.nodes[me.index()] = Some(Node {
+            config,
+            links: Vec::new(),
+            done: Vec::new(),
+            pool,
+            exposed,
+            state: State::Up,
+            credit,
+            look: None,
+            messages: 0,
+        });
         let others: Vec<PeerId> = self.peers().filter(|&other| other != me).collect();
         for other in others {
             if self.node(other).state == State::Up {
@@ -121,6 +136,7 @@ impl Core {
                 Event::Again { from, to, number, .. } => self.end(from, to).is_none_or(|link| number < link.first),
                 Event::Lost { at, peer, .. } => self.end(at, peer).is_none_or(|link| link.lost.is_some()),
                 Event::Leave { peer } => self.node(peer).links.iter().flatten().all(|link| !link.closing),
+                Event::Look { at: who } => self.node(who).look != Some(at),
                 _ => false,
             };
             if !stale {
@@ -144,6 +160,7 @@ impl Core {
                 Event::Lost { at, peer, silent } => self.lose(at, peer, silent),
                 Event::Die { peer, manner } => self.die(peer, manner),
                 Event::Leave { peer } => self.take_leave(peer, true),
+                Event::Look { at } => self.grant(at),
             }
         }
         self.now = self.now.max(now);
@@ -185,7 +202,7 @@ impl Core {
         }
         let node = self.node(me);
         let link = node.links[peer.index()].as_mut().expect("it was there just now");
-        let frame = link.inbox.post(tag, receive, &mut node.done).map(answer);
+        let frame = link.inbox.post(tag, receive, &mut node.done).and_then(|reply| link.answer(reply));
         self.follow_up(me, peer, frame);
         Ok(())
     }
@@ -221,6 +238,7 @@ impl Core {
         };
         link.end(error, &mut node.done);
         self.send(me, peer, Frame::Abort(text));
+        self.grant(me);
     }
 
     /// `me` leaves in good order: goodbyes follow what it posted, at `until` at the latest.
@@ -260,11 +278,13 @@ impl Core {
 
     fn connect(&mut self, me: PeerId, peer: PeerId) {
         let (now, start) = (self.now, self.start);
+        let theirs = self.node(peer).config.clone();
         let node = self.node(me);
         if node.links.len() <= peer.index() {
             node.links.resize_with(peer.index() + 1, || None);
         }
-        node.links[peer.index()] = Some(Link::new(peer, name(peer), &node.config, Arc::clone(&node.pool), now));
+        let ends = (&node.config, &theirs);
+        node.links[peer.index()] = Some(Link::new((peer, name(peer)), ends, Arc::clone(&node.pool), now));
         let timeout = node.config.timeout;
         for cut in self.plan.partitions.clone() {
             let silence = start + cut.from + timeout;
@@ -279,13 +299,14 @@ impl Core {
         self.events.push(Reverse((at.max(self.now), self.scheduled, event)));
     }
 
-    /// Sends a reply, the window that is due, and a goodbye that has waited for the last message.
+    /// Sends a reply, what is granted now, the window that is due, and a goodbye that has waited for the last message.
     pub(super) fn follow_up(&mut self, me: PeerId, peer: PeerId, reply: Option<Frame>) {
         let Some(link) = self.node(me).links[peer.index()].as_mut().filter(|link| link.lost.is_none()) else { return };
         let credit = link.credit();
         for frame in [reply, credit].into_iter().flatten() {
             self.send(me, peer, frame);
         }
+        self.grant(me);
         self.take_leave(me, false);
     }
 
@@ -319,6 +340,7 @@ impl Core {
         if node.state != State::Up {
             node.done.clear();
         }
+        self.grant(at);
     }
 
     fn die(&mut self, me: PeerId, manner: Manner) {

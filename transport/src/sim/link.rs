@@ -1,5 +1,6 @@
 //! Pure: one peer's end of a simulated connection: its frames on their way, and what has come from the other end.
 
+use crate::credit::{Held, UNASKED_BYTES, UNASKED_WINDOW};
 use crate::flights::{Cargo, Flights};
 use crate::inbox::{Inbox, Payload, Reply};
 use crate::pool::Pool;
@@ -8,6 +9,7 @@ use crate::{
     Completion, Config, Envelope, LossCause, PeerId, PeerName, RegionSliceMut, RemoteSlice, Traffic, TransportError,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -30,18 +32,22 @@ pub(super) enum Frame {
         to: Envelope,
         bytes: usize,
     },
+    /// Leave to send message `id` up to byte `until`.
     Grant {
         id: u64,
         key: u64,
+        until: u64,
     },
     Refuse {
         id: u64,
         capacity: usize,
     },
+    /// Bytes of a message that was asked for.
     Data {
         flight: u64,
         key: u64,
-        cargo: Cargo,
+        cargo: Arc<Cargo>,
+        bytes: Range<usize>,
     },
     Credit(u64),
     Put {
@@ -66,7 +72,8 @@ impl Frame {
     pub(super) fn bytes(&self) -> usize {
         FRAME_BYTES
             + match self {
-                Self::Eager { cargo, .. } | Self::Data { cargo, .. } | Self::Put { cargo, .. } => cargo.len(),
+                Self::Eager { cargo, .. } | Self::Put { cargo, .. } => cargo.len(),
+                Self::Data { bytes, .. } => bytes.len(),
                 Self::Got { bytes, .. } => bytes.len(),
                 Self::Abort(text) => text.len(),
                 _ => 0,
@@ -82,6 +89,13 @@ impl Frame {
 pub(super) struct Sent {
     pub(super) frame: Frame,
     pub(super) since: Instant,
+}
+
+/// A message that the other end has been told of, and how far it has asked for it.
+struct Offer {
+    flight: u64,
+    cargo: Arc<Cargo>,
+    asked: usize,
 }
 
 /// One end.
@@ -103,7 +117,9 @@ pub(super) struct Link {
     pub(super) early: BTreeSet<u64>,
     /// Whether a goodbye follows what was posted.
     pub(super) closing: bool,
-    announced: BTreeMap<u64, (u64, Cargo)>,
+    /// What waits for credit, where we grant it.
+    pub(super) held: Option<Held>,
+    announced: BTreeMap<u64, Offer>,
     max_unmatched: usize,
     next_id: u64,
     eager_bytes: usize,
@@ -114,7 +130,15 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new(peer: PeerId, name: PeerName, config: &Config, pool: Arc<Pool>, now: Instant) -> Self {
+    /// An end with settings `config`; `theirs` are the other end's.
+    pub(super) fn new(
+        (peer, name): (PeerId, PeerName),
+        (config, theirs): (&Config, &Config),
+        pool: Arc<Pool>,
+        now: Instant,
+    ) -> Self {
+        let unasked = |config: &Config| if grants(config) { UNASKED_WINDOW } else { usize::MAX };
+        let eager_bytes = if grants(theirs) { UNASKED_BYTES } else { usize::MAX };
         Self {
             peer,
             inbox: Inbox::new(peer, name.clone(), pool),
@@ -128,12 +152,13 @@ impl Link {
             expected: 0,
             early: BTreeSet::new(),
             closing: false,
+            held: grants(config).then(Held::default),
             announced: BTreeMap::new(),
             max_unmatched: config.queue_depth + config.window_bytes / 64,
             next_id: 0,
-            eager_bytes: config.eager_bytes,
-            window_bytes: config.window_bytes as u64,
-            window: config.window_bytes as u64,
+            eager_bytes: config.eager_bytes.min(eager_bytes),
+            window_bytes: config.window_bytes.min(unasked(config)) as u64,
+            window: config.window_bytes.min(unasked(theirs)) as u64,
             told: 0,
             sent: (0, 0),
         }
@@ -153,8 +178,20 @@ impl Link {
         }
         let id = self.next_id;
         self.next_id += 1;
-        self.announced.insert(id, (flight, cargo));
+        self.announced.insert(id, Offer { flight, cargo: Arc::new(cargo), asked: 0 });
         Frame::Announce { id, to, bytes }
+    }
+
+    /// The answer to an announced message that has met its receive; none where it waits for credit.
+    pub(super) fn answer(&mut self, reply: Reply) -> Option<Frame> {
+        let reply = match &mut self.held {
+            Some(held) => held.hold(reply, &self.inbox)?,
+            None => reply,
+        };
+        Some(match reply {
+            Reply::Grant { id, key, .. } => Frame::Grant { id, key, until: self.inbox.bytes_of(key) as u64 },
+            Reply::Refuse { id, capacity } => Frame::Refuse { id, capacity },
+        })
     }
 
     /// The frame that gives the other end its window back, once it is worth one.
@@ -198,23 +235,26 @@ impl Link {
                 self.inbox.deliver(from(to), Payload::Bytes(cargo), Frame::cost(cargo.len()), turn, done);
             }
             Frame::Announce { id, to, bytes } => {
-                return Ok(self.inbox.announce(from(to), *bytes, *id, turn, done).map(answer));
+                let reply = self.inbox.announce(from(to), *bytes, *id, turn, done);
+                return Ok(reply.and_then(|reply| self.answer(reply)));
             }
-            Frame::Grant { id, key } => {
-                let (flight, cargo) =
-                    self.announced.remove(id).ok_or_else(|| protocol("it granted what was not offered"))?;
-                return Ok(Some(Frame::Data { flight, key: *key, cargo }));
+            Frame::Grant { id, key, until } => {
+                let data = self.asked(*id, *key, *until);
+                return data.map(Some).ok_or_else(|| protocol("it granted what was not offered"));
             }
             Frame::Refuse { id, capacity } => {
-                let (flight, cargo) =
+                let Offer { flight, cargo, .. } =
                     self.announced.remove(id).ok_or_else(|| protocol("it refused what was not offered"))?;
+                let cargo = Arc::into_inner(cargo).ok_or_else(|| protocol("it refused what it had asked for"))?;
                 let Envelope { tag, note, .. } = self.flights.to(flight).expect("what is offered is under way");
                 let (peer, bytes) = (Box::new(self.name.clone()), cargo.len());
                 let error = TransportError::MessageTooLong { peer, tag, note, bytes, capacity: *capacity };
                 self.flights.end(flight, cargo.into_slice(), Some(error), done);
             }
-            Frame::Data { key, cargo, .. } => {
-                self.inbox.fill(*key, 0, Payload::Bytes(cargo), done).map_err(protocol)?;
+            Frame::Data { key, cargo, bytes, .. } => {
+                self.held.iter_mut().for_each(|held| held.count(bytes.len()));
+                let part = Payload::Bytes(&cargo[bytes.clone()]);
+                self.inbox.fill(*key, bytes.start as u64, part, done).map_err(protocol)?;
             }
             Frame::Credit(bytes) => self.window += bytes,
             Frame::Got { key, bytes } => {
@@ -230,6 +270,21 @@ impl Link {
         Ok(None)
     }
 
+    /// The bytes of message `id`, `key` to the other end, that it now asks for, up to byte `until`.
+    fn asked(&mut self, id: u64, key: u64, until: u64) -> Option<Frame> {
+        let offer = self.announced.get_mut(&id)?;
+        let bytes = offer.asked..usize::try_from(until).ok()?;
+        if bytes.end > offer.cargo.len() || (bytes.is_empty() && !offer.cargo.is_empty()) {
+            return None;
+        }
+        offer.asked = bytes.end;
+        let data = Frame::Data { flight: offer.flight, key, cargo: Arc::clone(&offer.cargo), bytes };
+        if offer.asked == offer.cargo.len() {
+            self.announced.remove(&id);
+        }
+        Some(data)
+    }
+
     /// The other end has taken every frame before number `next`.
     pub(super) fn acknowledged(&mut self, next: u64, done: &mut Vec<Completion>) {
         while self.first < next
@@ -237,15 +292,24 @@ impl Link {
         {
             self.first += 1;
             match sent.frame {
-                Frame::Eager { flight, cargo, .. } | Frame::Data { flight, cargo, .. } => {
-                    self.sent.0 += cargo.len() as u64;
-                    self.sent.1 += 1;
-                    self.flights.end(flight, cargo.into_slice(), None, done);
+                Frame::Eager { flight, cargo, .. } => self.gone(flight, cargo, done),
+                Frame::Data { flight, cargo, .. } => {
+                    // Whoever holds the last part of a message holds it alone.
+                    if let Some(cargo) = Arc::into_inner(cargo) {
+                        self.gone(flight, cargo, done);
+                    }
                 }
                 Frame::Put { flight, cargo, .. } => self.flights.end(flight, cargo.into_slice(), None, done),
                 _ => {}
             }
         }
+    }
+
+    /// A message has been taken whole.
+    fn gone(&mut self, flight: u64, cargo: Cargo, done: &mut Vec<Completion>) {
+        self.sent.0 += cargo.len() as u64;
+        self.sent.1 += 1;
+        self.flights.end(flight, cargo.into_slice(), None, done);
     }
 
     /// Ends everything with `error`. Frames keep their numbers, so that a last word can follow them.
@@ -257,17 +321,22 @@ impl Link {
         done.push(Completion::PeerDown { peer: self.peer, error: error.clone() });
         for sent in &mut self.frames {
             match std::mem::replace(&mut sent.frame, Frame::Void) {
-                Frame::Eager { flight, cargo, .. }
-                | Frame::Data { flight, cargo, .. }
-                | Frame::Put { flight, cargo, .. } => {
+                Frame::Eager { flight, cargo, .. } | Frame::Put { flight, cargo, .. } => {
                     self.flights.end(flight, cargo.into_slice(), Some(error.clone()), done);
+                }
+                Frame::Data { flight, cargo, .. } => {
+                    if let Some(cargo) = Arc::into_inner(cargo) {
+                        self.flights.end(flight, cargo.into_slice(), Some(error.clone()), done);
+                    }
                 }
                 last @ (Frame::Goodbye | Frame::Abort(_)) => sent.frame = last,
                 _ => {}
             }
         }
-        for (flight, cargo) in std::mem::take(&mut self.announced).into_values() {
-            self.flights.end(flight, cargo.into_slice(), Some(error.clone()), done);
+        for Offer { flight, cargo, .. } in std::mem::take(&mut self.announced).into_values() {
+            if let Some(cargo) = Arc::into_inner(cargo) {
+                self.flights.end(flight, cargo.into_slice(), Some(error.clone()), done);
+            }
         }
         for (Envelope { peer, tag, .. }, slice) in self.gets.take_all() {
             done.push(Completion::RecvFailed { peer, tag, slice: Some(slice), error: error.clone() });
@@ -276,10 +345,7 @@ impl Link {
     }
 }
 
-/// A reply as a frame.
-pub(super) fn answer(reply: Reply) -> Frame {
-    match reply {
-        Reply::Grant { id, key, .. } => Frame::Grant { id, key },
-        Reply::Refuse { id, capacity } => Frame::Refuse { id, capacity },
-    }
+/// Whether an end with settings `config` grants what comes: of conversations that are marked, it knows nothing.
+pub(super) fn grants(config: &Config) -> bool {
+    config.credit.is_some_and(|settings| !settings.marked)
 }

@@ -4,11 +4,14 @@
 //! Time is what `poll` is given; nothing sleeps. A driver polls every wire, and where nothing comes of it jumps its clock
 //! to [`SimNetwork::next_event`]. Frames that are lost or overtaken are sent again and put in order by the wire itself, so
 //! that it promises what every wire promises. A message is delivered whether its receiver polls or not, as a network card
-//! would.
+//! would; and, with [`Config::credit`](crate::Config), large ones come as the receiver grants them, in portions.
 
 mod core;
+mod granting;
 mod journey;
 mod link;
+#[cfg(test)]
+mod many_to_one;
 mod plan;
 mod random;
 mod wire;

@@ -302,6 +302,16 @@ pub fn sim(config: &Config, count: u32) -> World {
     sim_world(plan, config, count)
 }
 
+/// The same, and what comes is granted in portions.
+pub fn sim_credit(config: &Config, count: u32) -> World {
+    sim(&Config { credit: Some(CreditSettings::default()), ..config.clone() }, count)
+}
+
+/// What comes over the bad one is granted in portions.
+pub fn bad_sim_credit(config: &Config, count: u32) -> World {
+    bad_sim(&Config { credit: Some(CreditSettings::default()), ..config.clone() }, count)
+}
+
 /// A network that loses, doubles and reorders.
 pub fn bad_sim(config: &Config, count: u32) -> World {
     let mut plan = FaultPlan::default();
