@@ -45,7 +45,8 @@ pub struct CreditSettings {
     pub allowance_bytes: u64,
     /// Bytes on their way at most. Default 16 MiB: 400 Gb/s times 300 µs.
     pub most_bytes: u64,
-    /// Whether peers on this very host are granted credit too. Default false: nothing queues between them that can be lost.
+    /// Whether peers on this very host are granted credit too, over TCP and shared memory. Default false: nothing queues between
+    /// them that can be lost; what a sender of shared memory has copied and its receiver has not read is 4 MiB at most, in slots.
     pub loopback: bool,
     /// Whether credit is only for conversations that both ends have marked ([`Wire::mark`](crate::Wire::mark)), and others are
     /// asked for at once, as in a group, which does much else than sending many to one. Over TCP. Default false.
@@ -152,7 +153,7 @@ impl Credit {
 
     /// Bytes that may be on their way now.
     pub(crate) fn budget(&self) -> u64 {
-        self.climb.budget().max(2 * self.whole.unwrap_or(0))
+        self.climb.budget()
     }
 
     /// Bytes that are on their way, late ones included.
@@ -169,7 +170,10 @@ impl Credit {
 
     /// A message of `from` has met its receive.
     pub(crate) fn want(&mut self, from: PeerId, want: Want) {
-        self.whole = self.whole.map(|longest| longest.max(want.bytes));
+        if self.whole.is_some_and(|longest| longest < want.bytes) {
+            self.whole = Some(want.bytes);
+            self.climb.raise(2 * want.bytes);
+        }
         let class = usize::from(!(want.urgent || want.bytes <= LEAST_GRANT));
         let messages = &mut self.senders.entry(from).or_default().messages[class];
         if messages.is_empty() {

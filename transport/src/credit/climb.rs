@@ -67,6 +67,18 @@ impl Climb {
         climb
     }
 
+    /// From now on at least `least` may be on their way, whatever the path holds; where less was, the search begins there.
+    pub(super) fn raise(&mut self, least: u64) {
+        if least <= self.least {
+            return;
+        }
+        (self.least, self.most) = (least, self.most.max(least));
+        if self.budget < least {
+            (self.budget, self.phase) = (least, Phase::Start { tried: Vec::new(), stalls: 0 });
+            self.begin();
+        }
+    }
+
     /// The budget in force.
     pub(super) fn budget(&self) -> u64 {
         match self.phase {
@@ -189,6 +201,29 @@ mod tests {
             climb.came(5000, ms % 7 != 0, start + Duration::from_millis(ms));
         }
         assert_eq!(climb.budget(), 1000);
+    }
+
+    #[test]
+    fn a_least_that_is_raised_is_kept_and_what_more_a_path_holds_is_found() {
+        let (mut climb, start) = (Climb::new(1000, 1 << 20), Instant::now());
+        climb.raise(500);
+        assert_eq!(climb.budget(), 1000);
+        climb.raise(100_000);
+        assert_eq!(climb.budget(), 100_000);
+        feed(&mut climb, start, 30.0, 1e8, 800_000.0, &mut || 1.0);
+        assert!((600_000..=1 << 20).contains(&climb.budget()), "{}", climb.budget());
+        feed(&mut climb, start + Duration::from_secs(30), 60.0, 1e8, 3000.0, &mut || 1.0);
+        assert!((100_000..200_000).contains(&climb.budget()), "{}", climb.budget());
+        climb.raise(3 << 20);
+        assert_eq!(climb.budget(), 3 << 20);
+        // What had been tried before is too little now, however good it was.
+        let mut climb = Climb::new(1000, 1 << 20);
+        feed(&mut climb, start, 0.006, 1e8, 500.0, &mut || 1.0);
+        climb.raise(100_000);
+        for step in 4000..5000 {
+            climb.came(25_000, true, start + Duration::from_micros(250 * step));
+            assert!(climb.budget() >= 100_000, "{} at step {step}", climb.budget());
+        }
     }
 
     #[test]

@@ -178,6 +178,15 @@ fn the_budget_grows_to_what_a_long_fast_path_holds() {
 }
 
 #[test]
+fn whole_messages_too_fill_a_path_that_holds_more_than_two_of_them() {
+    let mut network = Network::new(8, 3e9, Duration::from_micros(300));
+    network.credit = Credit::of_whole_messages(CreditSettings::default());
+    let (share, _) = saturate(&mut network, 8, 256 << 10, 0.3);
+    assert!(share > 0.9, "{share} of the link, with a budget of {}", network.credit.budget());
+    assert!(network.credit.budget() < 6 << 20, "the path holds 1.8 MB and a message, not {}", network.credit.budget());
+}
+
+#[test]
 fn urgent_messages_go_first_and_starve_nobody() {
     let mut network = Network::new(9, 125e6, Duration::from_micros(50));
     for sender in 0..8 {
