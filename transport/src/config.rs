@@ -46,8 +46,8 @@ pub struct Config {
     /// 128 KiB, and as much again that was taken and of which the sender has not heard.
     pub window_bytes: usize,
     /// Lets large messages come as the receiver grants them, so that many senders do not overrun the network: in portions over
-    /// TCP, whole over queue pairs. Shared memory has none: each pair's ring holds its sender back, and nothing can be lost.
-    /// Default: none, messages are asked for at once; a parameter server and its clients have it.
+    /// TCP, whole over queue pairs and shared memory. Default: none, messages are asked for at once; a parameter server and its
+    /// clients have it.
     pub credit: Option<CreditSettings>,
     /// Operations queued per peer and direction. Default 65,536.
     pub queue_depth: usize,

@@ -17,6 +17,7 @@ promises! {
     over_sim_credit by crate::promises::sim_credit;
     over_bad_sim_credit by crate::promises::bad_sim_credit;
     over_shm by crate::promises::shm;
+    over_shm_credit by crate::promises::shm_credit;
     over_mesh by crate::promises::mesh;
     over_mixed_mesh by crate::promises::mixed_mesh;
     over_tcp by crate::promises::tcp;

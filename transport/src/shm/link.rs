@@ -1,6 +1,7 @@
 //! Does: one peer on the same host: what goes into its ring, and what comes out of ours.
 
 use super::ring::{ABORTED, CLOSED, GOODBYE, INLINE_BYTES, Inlet, Kind, Outlet, PairMemory, Record, SLOT_BYTES, SLOTS};
+use crate::credit::{Held, UNASKED_BYTES, UNASKED_WINDOW};
 use crate::flights::{Cargo, Flights};
 use crate::inbox::{Inbox, Payload, Receive, Reply};
 use crate::pool::Pool;
@@ -30,7 +31,7 @@ const NONE: u64 = u64::MAX;
 /// Why a link ends: its peer broke the rules.
 type Broken = &'static str;
 
-enum Out {
+pub(super) enum Out {
     Message { flight: u64, to: Envelope, cargo: Cargo },
     Answer(Reply),
 }
@@ -64,7 +65,9 @@ pub(super) struct Link {
     pool: Arc<Pool>,
     outlet: Outlet,
     inlet: Inlet,
-    queue: VecDeque<Out>,
+    pub(super) queue: VecDeque<Out>,
+    /// What waits for credit, where that is granted.
+    pub(super) held: Option<Held>,
     announced: Slab<(u64, Cargo)>,
     large: VecDeque<Large>,
     window_bytes: u64,
@@ -81,6 +84,9 @@ pub(super) struct Link {
 impl Link {
     pub(super) fn new(peer: PeerId, name: PeerName, memory: PairMemory, config: &Config, pool: Arc<Pool>) -> Self {
         let memory = Arc::new(memory);
+        // As over TCP: where one end grants, both do, and little goes unasked.
+        let grants = super::granting::grants(config);
+        let (eager, window) = if grants { (UNASKED_BYTES, UNASKED_WINDOW) } else { (SLOT_BYTES, usize::MAX) };
         Self {
             peer,
             inbox: Inbox::new(peer, name.clone(), Arc::clone(&pool)),
@@ -92,10 +98,11 @@ impl Link {
             outlet: Outlet::new(Arc::clone(&memory)),
             inlet: Inlet::new(memory),
             queue: VecDeque::new(),
+            held: grants.then(Held::default),
             announced: Slab::default(),
             large: VecDeque::new(),
-            window_bytes: config.window_bytes as u64,
-            eager_bytes: config.eager_bytes.min(SLOT_BYTES),
+            window_bytes: config.window_bytes.min(window) as u64,
+            eager_bytes: config.eager_bytes.min(eager),
             max_message_bytes: config.max_message_bytes,
             max_unmatched: config.queue_depth + config.window_bytes / MESSAGE_COST as usize,
             spent: 0,
@@ -154,7 +161,7 @@ impl Link {
     /// A receive is posted.
     pub(super) fn receive(&mut self, tag: Tag, receive: Receive, done: &mut Vec<Completion>) -> Result<(), Broken> {
         if let Some(reply) = self.inbox.post(tag, receive, done) {
-            self.queue.push_back(Out::Answer(reply));
+            self.answer(reply);
             self.flush(done)?;
         }
         self.give_credit();
@@ -285,8 +292,9 @@ impl Link {
             Kind::Announce => {
                 let bytes = usize::try_from(record.bytes).ok().filter(|&bytes| bytes <= self.max_message_bytes);
                 let bytes = bytes.ok_or("a message longer than GRADWIRE takes (Config::max_message_bytes)")?;
-                let reply = self.inbox.announce(from, bytes, record.id, turn, done);
-                self.queue.extend(reply.map(Out::Answer));
+                if let Some(reply) = self.inbox.announce(from, bytes, record.id, turn, done) {
+                    self.answer(reply);
+                }
             }
             Kind::Grant => {
                 let (flight, cargo) = self.announced.remove(record.id).ok_or("an answer to what was not offered")?;
@@ -306,6 +314,7 @@ impl Link {
             }
             Kind::Piece => {
                 let (slot, bytes) = slot_of(record)?;
+                self.held.iter_mut().for_each(|held| held.count(bytes));
                 let keep = self.outlet.memory.held() < HELD;
                 let loan = self.outlet.memory.read_slot(slot, bytes);
                 let payload = if keep { Payload::Loan(loan) } else { return self.copy_piece(record, &loan, done) };

@@ -2,6 +2,7 @@
 //! wire between pairs of processes.
 
 mod core;
+mod granting;
 mod group_segment;
 mod link;
 mod offer;

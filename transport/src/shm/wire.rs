@@ -3,6 +3,7 @@
 use super::link::Link;
 use super::offer::{self, ShmEnd, ShmOffer};
 use super::ring::{CLOSED, GOODBYE, PairMemory};
+use crate::credit::{Credit, Grant};
 use crate::flights::{self, Cargo};
 use crate::inbox::{self, Receive};
 use crate::pool::Pool;
@@ -31,7 +32,7 @@ const BELL: u64 = u64::MAX;
 /// The wire to other processes of this host.
 pub struct ShmWire {
     config: Config,
-    links: Recent<Box<Link>>,
+    pub(super) links: Recent<Box<Link>>,
     /// The descriptors of the peers' processes, by peer, where the system has such.
     lives: Recent<OwnedFd>,
     /// Our end of what was offered last.
@@ -40,6 +41,9 @@ pub struct ShmWire {
     bell: Arc<Bell>,
     sleep_on: OwnedFd,
     pending: Vec<Completion>,
+    pub(super) credit: Option<Credit>,
+    /// Scratch of `granting`.
+    pub(super) granted: Vec<Grant>,
     /// Messages that have come from anybody.
     turn: u64,
     polls: u32,
@@ -78,6 +82,8 @@ impl ShmWire {
             bell: Arc::new(Bell { near, far }),
             sleep_on,
             pending: Vec::new(),
+            credit: config.credit.filter(|_| super::granting::grants(config)).map(Credit::of_whole_messages),
+            granted: Vec::new(),
             turn: 0,
             polls: 0,
             closed: false,
@@ -185,10 +191,14 @@ impl ShmWire {
         if let Err(error) = ready {
             return Err((error, receive));
         }
-        if let Some(link) = self.links.get(peer.0)
-            && let Err(broken) = link.receive(tag, receive, &mut self.pending)
-        {
+        let Some(link) = self.links.get(peer.0) else { return Ok(()) };
+        if let Err(broken) = link.receive(tag, receive, &mut self.pending) {
             link.break_off(broken, &mut self.pending);
+        }
+        if link.wants_credit() {
+            let mut done = std::mem::take(&mut self.pending);
+            self.grant_to_all(&mut done);
+            self.pending = done;
         }
         Ok(())
     }
@@ -233,6 +243,7 @@ impl Beside for ShmWire {
         self.offered = None;
         if let Some(link) = self.links.remove(peer.0) {
             link.memory().leave(CLOSED, "");
+            self.credit.iter_mut().for_each(|credit| credit.gone(peer));
         }
         self.lives.remove(peer.0);
     }
@@ -249,6 +260,10 @@ impl Beside for ShmWire {
 
     fn sleep_on(&self) -> BorrowedFd<'_> {
         self.sleep_on.as_fd()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.credit.as_ref()?.deadline()
     }
 
     fn wake_up(&mut self) {
@@ -339,9 +354,11 @@ impl Wire for ShmWire {
         for link in self.links.values_mut() {
             link.progress(&mut self.turn, done);
         }
+        self.grant_to_all(done);
     }
 
     fn park(&mut self, until: Instant) {
+        let until = self.deadline().map_or(until, |deadline| deadline.min(until));
         let wait = until.saturating_duration_since(Instant::now());
         if self.fall_asleep() && !wait.is_zero() {
             let timeout = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };

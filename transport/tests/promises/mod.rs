@@ -173,6 +173,12 @@ pub fn shm(config: &Config, count: u32) -> World {
     boxed(shm_wires(config, count, count))
 }
 
+/// The same, and what comes is granted, whole messages at a time.
+pub fn shm_credit(config: &Config, count: u32) -> World {
+    let credit = CreditSettings { loopback: true, ..CreditSettings::default() };
+    shm(&Config { credit: Some(credit), ..config.clone() }, count)
+}
+
 /// Sockets for all, and shared memory between the first `near` of them.
 fn mesh_world(config: &Config, count: u32, near: u32) -> World {
     let better = shm_wires(config, count, near).into_iter().map(|wire| -> Box<dyn Beside> { Box::new(wire) });
