@@ -164,7 +164,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     }
     let mut rows = Vec::new();
     let runs = options.senders.0.iter().flat_map(|senders| options.cc.iter().map(|cc| (*senders, *cc)));
-    let runs: Vec<_> = runs.filter(|(_, cc)| options.wire != Way::Shm || *cc == Cc::None).collect();
+    let runs: Vec<_> = runs.collect();
     let progress = Progress::start(runs.len());
     for (senders, cc) in runs {
         progress.next(format!("{} by {}", plural(senders, "sender"), cc.name()));
