@@ -58,7 +58,7 @@ impl Messages {
     pub(super) fn form(plan: &Plan, meeting: &mut Meeting) -> Result<Self, Box<dyn Error>> {
         let config = Config { wire: WireChoice::Verbs, verbs: settings()?, ..Config::default() };
         let group = form_group(meeting.group(config), deadline())?;
-        let device = group.links.first().map(|link| link.reason.clone()).unwrap_or_default();
+        let device = group.links.first().map(|link| device_of(&link.reason).to_owned()).unwrap_or_default();
         Ok(Self::with(group.wire, device, plan, meeting))
     }
 
@@ -304,5 +304,24 @@ impl End for Messages {
 impl Drop for Messages {
     fn drop(&mut self) {
         self.wire.shutdown(Instant::now() + Duration::from_millis(500));
+    }
+}
+
+/// The device in a group's reason for its link, with what is said of it; its name comes first, as a device's own does.
+fn device_of(reason: &str) -> &str {
+    reason.strip_prefix("RDMA by ").unwrap_or(reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_device_of_a_group_is_told_by_its_name() {
+        assert_eq!(
+            device_of("RDMA by rxe0:1 GID 1 (10.0.0.2): by this address"),
+            "rxe0:1 GID 1 (10.0.0.2): by this address"
+        );
+        assert_eq!(device_of("mlx5_0:1"), "mlx5_0:1");
     }
 }
