@@ -3,7 +3,9 @@
 //! Nothing can be lost here, and a sender that is ahead of its receiver is held back by the pair's memory: slots of 4 MiB and a
 //! ring of 256 KiB. Of 64 senders that is 272 MiB, which fits no cache. With credit the budget bounds what all have copied and
 //! the receiver has not read, and all get as much, whichever share of the cores the system gives them. It costs: who waits for
-//! a grant sleeps, and a grant is a wake-up.
+//! a grant sleeps, and a grant is a wake-up. On two cores, which other programs used too, in turns without and with it, pushes of
+//! 256 KiB by 8, 16 and 64 threads: goodput with it 0.42 to 0.92, 0.44 to 0.75 and 0.95 to 1.12 of that without; Jain's index 0.994 to
+//! 0.999, 1.000 and 1.000, where it was 0.990 to 0.996, 0.996 to 0.998 and 0.982 to 0.998. So it is for many senders that must fare alike.
 //!
 //! Messages are granted whole: a slot or two hold one of usual length, and a portion would cost a wake-up of its own.
 
