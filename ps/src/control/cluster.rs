@@ -399,29 +399,17 @@ impl Cluster {
         for shard in 0..self.shards {
             let seats = &self.map.shards[shard as usize];
             let wanted = seats.backups.len() < self.map.replicas as usize && seats.candidate.is_none();
-            let others: Vec<u64> = seats.chain().map(|(who, _)| who.process).collect();
-            if wanted
-                && seats.primary.is_some()
-                && let Some(seating) = self.take_seat(&others)
-            {
-                self.change(shard, |seats| seats.candidate = Some(seating));
+            if !wanted || seats.primary.is_none() {
+                continue;
+            }
+            match self.take_seat(&self.processes_of(shard)) {
+                Some(seating) => self.change(shard, |seats| seats.candidate = Some(seating)),
+                None => self.make_room(shard),
             }
         }
     }
-
-    /// A seat without a part, of a process that is none of `but`: of the one with the fewest parts.
-    fn take_seat(&mut self, but: &[u64]) -> Option<Seating> {
-        let free = |process: &Process| process.seats.iter().any(|(.., used)| !used);
-        let parts = |process: &Process| process.seats.iter().filter(|(.., used)| *used).count();
-        let able = self.processes.iter().filter(|&(number, process)| !but.contains(number) && free(process));
-        let able = able.filter(|(_, process)| !process.leaving);
-        let process = able.min_by_key(|&(&number, process)| (parts(process), number)).map(|(&number, _)| number)?;
-        let seats = &mut self.processes.get_mut(&process)?.seats;
-        let (seat, address, used) = seats.iter_mut().find(|(.., used)| !used)?;
-        *used = true;
-        Some(Seating { seat: *seat, process, address: address.clone() })
-    }
 }
 
+mod seating;
 #[cfg(test)]
 mod tests;

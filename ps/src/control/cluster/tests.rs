@@ -53,6 +53,64 @@ fn parts_go_to_different_processes_and_only_once_all_seats_are_there() {
     assert_eq!(*bench.cluster.map(), before);
 }
 
+/// Lets copies come, and seats that lost their part begin anew, until nothing changes; whether clients may come.
+fn forms(bench: &mut Bench, processes: &[Vec<u64>]) -> bool {
+    let mut seats = processes.to_vec();
+    let mut next = 1_000_000;
+    for _ in 0..30 {
+        let map = bench.cluster.map().clone();
+        for (number, seats) in (1..).zip(&mut seats) {
+            // What had a part and has none any more comes with another number.
+            for seat in seats.iter_mut() {
+                let was = bench.cluster.processes[&number].seats.iter().any(|(other, _, used)| other == seat && *used);
+                if was && map.part_of(*seat).is_none() {
+                    next += 1;
+                    *seat = next;
+                }
+            }
+            bench.join(number, seats);
+        }
+        let map = bench.cluster.map().clone();
+        for (shard, of) in (0..).zip(&map.shards) {
+            let chain: Vec<u64> = of.chain().map(|(who, _)| who.process).collect();
+            assert!((1..chain.len()).all(|at| !chain[..at].contains(&chain[at])), "{chain:?}");
+            if let Some(whom) = of.candidate.as_ref().map(|who| who.seat) {
+                let by = of.before(whom).unwrap().seat;
+                bench.cluster.report(Sighting::Synced { shard, by, whom }, bench.now);
+            }
+        }
+    }
+    bench.cluster.map().addresses().is_some()
+}
+
+#[test]
+fn where_there_are_seats_enough_every_shard_gets_its_copies() {
+    let all = (2..=5u32).flat_map(|count| (0..4usize.pow(count)).map(move |code| (count, code)));
+    let rooms = all.map(|(count, code)| (0..count).map(|at| 1 + code / 4usize.pow(at) % 4).collect::<Vec<usize>>());
+    let (mut failed, mut cases) = (Vec::new(), 0);
+    for rooms in rooms {
+        for (shards, replicas) in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (2, 2), (3, 2), (4, 2), (3, 3)] {
+            let useful: usize = rooms.iter().map(|room| *room.min(&(shards as usize))).sum();
+            // With several copies each, servers of different sizes may be filled so that one must go which serves already.
+            let even = rooms.iter().all(|room| room == &rooms[0]);
+            if useful < (shards * (1 + replicas)) as usize || replicas > 1 && !even {
+                continue;
+            }
+            cases += 1;
+            let seats = |(process, room): (u64, &usize)| (0..*room as u64).map(|seat| process * 100 + seat).collect();
+            let processes: Vec<Vec<u64>> = (1..).zip(&rooms).map(seats).collect();
+            let mut bench = Bench { cluster: Cluster::new(shards, replicas), now: Instant::now() };
+            for (number, seats) in (1..).zip(&processes) {
+                bench.join(number, seats);
+            }
+            if !forms(&mut bench, &processes) {
+                failed.push((shards, replicas, rooms.clone()));
+            }
+        }
+    }
+    assert!(cases > 3000 && failed.is_empty(), "{} of {cases}: {:?}", failed.len(), &failed[..failed.len().min(10)]);
+}
+
 #[test]
 fn of_two_ends_that_each_say_the_other_is_gone_the_first_is_believed() {
     let lost = |by, whom| Sighting::Lost { shard: 0, by, whom };
