@@ -155,20 +155,22 @@ def test_sigterm_of_a_server_says_goodbye_over_queue_pairs() -> None:
         assert serve.stop(signal.SIGTERM) == 0
 
 
-def _summed_on_devices(rank: int, size: int, url: str, path: str) -> tuple[str, str]:
+def _summed_on_devices(rank: int, size: int, url: str, path: str) -> tuple[str, str, str]:
     os.environ["GRADWIRE_CUDA_LIBRARY"] = os.environ["GRADWIRE_NVRTC_LIBRARY"] = path
     cuda = Driver(path, rank)
     with gradwire.Communicator(url, rank=rank, world_size=size, timeout_s=60.0) as group:
         array = cuda.array(np.full(1_200_000, rank + 1, np.float32))
         group.all_reduce(array)
         assert (cuda.numpy(array) == 3).all()
-        lane, long = group.describe().devices
-        return lane, long
+        lane, long, folded = group.describe().devices
+        return lane, long, folded
 
 
 def test_a_card_that_takes_no_memory_of_a_gpu_says_so_and_all_is_staged(tmp_path: Path) -> None:
     """A double's memory has no dma-buf: the device is shown a memfd, and refuses it as it refuses every one."""
     why = "refuses dma-buf: Operation not supported (95); nvidia_peermem is not loaded"
-    for lane, long in forked(2, _summed_on_devices, build(tmp_path)):
+    for lane, long, folded in forked(2, _summed_on_devices, build(tmp_path)):
         assert f"(no GPU-direct RDMA: rxe0 {why})" in lane, lane
         assert "as devices do not reach each other (rank 0: no GPU-direct RDMA: rxe0:1" in long and why in long, long
+        # Where what is staged is folded was measured.
+        assert folded.startswith("reductions of several rounds folded where that takes less"), folded
