@@ -38,8 +38,16 @@ impl Held {
         !self.wants.is_empty()
     }
 
-    /// Tells the credit what has come of `peer`, and what waits.
-    pub(crate) fn tell(&mut self, peer: PeerId, credit: &mut Credit, now: Instant) {
+    /// Tells the credit of `peer`: that it is gone, or what has come of it, and what waits.
+    pub(crate) fn report(held: Option<&mut Self>, peer: PeerId, is_gone: bool, credit: &mut Credit, now: Instant) {
+        match held {
+            _ if is_gone => credit.gone(peer),
+            Some(held) => held.tell(peer, credit, now),
+            None => {}
+        }
+    }
+
+    fn tell(&mut self, peer: PeerId, credit: &mut Credit, now: Instant) {
         let came = std::mem::take(&mut self.came);
         if came > 0 {
             credit.came(peer, came, now);

@@ -11,6 +11,7 @@
 
 use super::link::{Link, Out};
 use super::wire::ShmWire;
+use crate::credit::Held;
 use crate::inbox::Reply;
 use crate::{Completion, Config};
 use std::time::Instant;
@@ -42,12 +43,7 @@ impl ShmWire {
         let Some(credit) = &mut self.credit else { return };
         let now = Instant::now();
         for link in self.links.values_mut() {
-            let peer = link.peer;
-            if link.lost.is_some() {
-                credit.gone(peer);
-            } else if let Some(held) = &mut link.held {
-                held.tell(peer, credit, now);
-            }
+            Held::report(link.held.as_mut(), link.peer, link.lost.is_some(), credit, now);
         }
         credit.grant(now, &mut self.granted);
         for grant in self.granted.drain(..) {

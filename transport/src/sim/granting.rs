@@ -3,6 +3,7 @@
 use super::core::{Core, Event, State};
 use super::link::Frame;
 use crate::PeerId;
+use crate::credit::Held;
 use crate::inbox::Reply;
 
 impl Core {
@@ -13,11 +14,7 @@ impl Core {
         // Who leaves has ended its receives.
         let Some(credit) = node.credit.as_mut().filter(|_| node.state == State::Up) else { return };
         for link in node.links.iter_mut().flatten() {
-            match &mut link.held {
-                _ if link.lost.is_some() => credit.gone(link.peer),
-                Some(held) => held.tell(link.peer, credit, now),
-                None => {}
-            }
+            Held::report(link.held.as_mut(), link.peer, link.lost.is_some(), credit, now);
         }
         let (mut grants, mut frames) = (Vec::new(), Vec::new());
         credit.grant(now, &mut grants);

@@ -5,6 +5,7 @@
 
 use super::link::{Link, Out};
 use super::wire::VerbsWire;
+use crate::credit::Held;
 use crate::inbox::Reply;
 use std::time::Instant;
 
@@ -37,12 +38,7 @@ impl VerbsWire {
         let Some(credit) = &mut self.credit else { return };
         let now = Instant::now();
         for link in self.links.iter_mut().flatten() {
-            let peer = link.peer;
-            if link.lost.is_some() {
-                credit.gone(peer);
-            } else if let Some(held) = &mut link.held {
-                held.tell(peer, credit, now);
-            }
+            Held::report(link.held.as_mut(), link.peer, link.lost.is_some(), credit, now);
         }
         credit.grant(now, &mut self.granted);
         for grant in self.granted.drain(..) {
